@@ -1,0 +1,10 @@
+"""Trimbit fits a language model to a budget.
+
+After `import trimbit`, `transformers.AutoModelForCausalLM.from_pretrained` loads compressed directories.
+"""
+
+from trimbit.plugin import register as _register
+
+__version__ = "0.1.0"
+
+_register()

@@ -1,0 +1,227 @@
+"""Apply a plan: cut, refit and quantise block by block, each on the inputs that the compressed blocks before it give.
+
+Two paths run side by side where a refit needs a target: the dense one, and the compressed one. Each block is passed in the
+order of its sites, so that H of a site already carries the error of everything before it.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from trimbit.artifact import Writer
+from trimbit.model import axes
+from trimbit.model.layout import Layout, Unit, Weight
+from trimbit.model.stream import BlockStream, Chunks, embed_chunks
+from trimbit.plan import Plan
+from trimbit.precision import BFloat16, Data, Run
+from trimbit.quant import rtn
+from trimbit.quant.qtensor import QTensor
+from trimbit.repair import refit
+from trimbit.runtime import only_half, set_width
+from trimbit.stats import Accumulator, Moments, Stats, Tap
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """A quantiser and its constants."""
+
+    module: ModuleType
+    config: Data
+
+    def quantize(self, w: Tensor, moments: Moments | None, name: str, runs: tuple[Run, ...]) -> QTensor:
+        """Quantise one weight; an error names it."""
+        if all(isinstance(run.precision, BFloat16) for run in runs):
+            return rtn.quantize(w, None, runs, rtn.Config())  # a cast
+        try:
+            packed: QTensor = self.module.quantize(w, moments, runs, self.config)
+        except Exception as err:
+            err.args = (f"{name}: {err}",)
+            raise
+        return packed
+
+
+def apply_plan(
+    stream: BlockStream, plan: Plan, tokens: Int[Tensor, "rows length"], method: Method, repair: refit.Config,
+    stats: Stats | None, writer: Writer, progress: Progress,
+) -> None:  # fmt: skip
+    """Write all tensors of a plan through `writer`; memory holds one block, twice, and the hidden states.
+
+    `stats` give H of a tied head, whose table is quantised first because the blocks read it too; a quantiser that needs no
+    moments needs no `stats`.
+
+    Raises:
+        PlanError: if the plan does not fit the model.
+        NumericsError: if H of a site cannot be factored, naming the weight.
+    """
+    layout = stream.layout
+    layout.check(plan)
+    family = layout.family
+    needs = method.module.NEEDS_MOMENTS
+    table = stream.checkpoint.tensor(f"{family.embed}.weight").float()
+    lookup = identity_moments(table.shape[1])
+    if layout.tied and needs:
+        assert stats is not None, "a tied head needs statistics"  # noqa: S101
+        lookup = tied_moments(stats.moments("head_in"))
+    packed = method.quantize(table, lookup, family.embed, plan.weights[family.embed])
+    writer.add(_named(family.embed, packed))
+    job = _Job(stream, plan, tokens, method, repair, packed)
+    del table, packed
+    for index in range(layout.blocks):
+        writer.add(job.block(index))
+        progress(index + 1, layout.blocks)
+    if not layout.tied:
+        final = Accumulator()
+        for chunk in job.compressed if needs else ():
+            final.add(stream.final_norm(chunk).flatten(0, -2))
+        head = stream.checkpoint.tensor(f"{family.head}.weight").float()
+        packed = method.quantize(head, final.moments() if needs else None, family.head, plan.weights[family.head])
+        writer.add(_named(family.head, packed))
+    writer.add({name: stream.checkpoint.tensor(name).to(torch.bfloat16) for name in layout.fixed})
+
+
+def identity_moments(n: int) -> Moments:
+    """The moments of a lookup: every row of the table is read as it is."""
+    return Moments(count=1, h=torch.eye(n), mean=torch.zeros(n))
+
+
+def tied_moments(head: Moments) -> Moments:
+    """The moments of a tied table (ours): the head's inputs, and with equal weight the lookup."""
+    scale = head.h.diagonal().mean()
+    eye = torch.eye(head.h.shape[0])
+    return Moments(count=head.count, h=head.h / scale + eye, mean=head.mean)
+
+
+def cut_weight(w: Tensor, weight: Weight, layout: Layout, unit: Unit, keep: tuple[int, ...] | None) -> Tensor:
+    """The rows and columns of a weight that a cut of its unit keeps."""
+    if keep is None or unit.dim is None:
+        return w
+    factor = unit.dim.rsplit(".", 1)[1]
+    for axis, pattern in enumerate((weight.row_axis, weight.col_axis)):
+        if axes.mentions(pattern, factor):
+            w = w.index_select(axis, axes.kept_indices(pattern, layout.sizes, factor, keep))
+    return w
+
+
+def cut_unit(root: nn.Module, layout: Layout, unit: Unit, keep: tuple[int, ...], prefix: str = "") -> None:
+    """Cut a unit's modules to the kept indices of its dim; `prefix` is cut off the unit's names."""
+    for name in unit.weights:
+        linear: Any = root.get_submodule(name.removeprefix(prefix))
+        weight = layout.weights[name]
+        linear.weight = nn.Parameter(cut_weight(linear.weight.detach(), weight, layout, unit, keep), requires_grad=False)
+        linear.out_features, linear.in_features = linear.weight.shape
+        if linear.bias is not None and weight.row_axis != "hidden":
+            cut = cut_weight(linear.bias.detach()[:, None], weight, layout, unit, keep)
+            linear.bias = nn.Parameter(cut[:, 0], requires_grad=False)
+    set_width(root, layout, unit, len(keep), prefix)
+
+
+class _Job:
+    """The state of one application: the hidden states of both paths."""
+
+    def __init__(self, stream: BlockStream, plan: Plan, tokens: Tensor, method: Method, repair: refit.Config, table: QTensor) -> None:
+        self.stream = stream
+        self.layout = stream.layout
+        self.plan = plan
+        self.method = method
+        self.repair = repair
+        self.last_target = max((unit.block or 0 for unit in self.layout.units.values() if self._refits(unit)), default=-1)
+        self.dense: Chunks | None = embed_chunks(stream, tokens) if self.last_target >= 0 else None
+        with stream.embedding_replaced(table.dequantize(torch.bfloat16)):
+            self.compressed: Chunks = embed_chunks(stream, tokens)
+
+    def _refits(self, unit: Unit) -> bool:
+        if unit.dim is None or self.layout.dropped(unit, self.plan):
+            return False
+        return unit.out_weight in self.plan.biases and (self.repair.when == "always" or unit.dim in self.plan.cuts)
+
+    def block(self, index: int) -> dict[str, Tensor]:
+        """Compress one block, half by half, and move the hidden states past it; returns its stored tensors."""
+        dense = self.stream.load(index)
+        block = copy.deepcopy(dense)
+        prefix = f"{self.layout.family.blocks}.{index}."
+        stored: dict[str, Tensor] = {}
+        for kind in ("attn", "mlp"):
+            unit = self.layout.units[f"blocks.{index}.{kind}"]
+            with only_half(block, self.layout, unit), only_half(dense, self.layout, unit):
+                if not self.layout.dropped(unit, self.plan):
+                    if unit.dim in self.plan.cuts:
+                        cut_unit(block, self.layout, unit, self.plan.cuts[unit.dim], prefix)
+                    stored |= self._compress_unit(index, unit, dense, block, prefix)
+                    self._advance(self.compressed, index, block)
+                if self.dense is not None:
+                    self._advance(self.dense, index, dense)
+        if index >= self.last_target:
+            self.dense = None
+        return stored
+
+    def _advance(self, hidden: Chunks, index: int, block: nn.Module) -> None:
+        for at, chunk in enumerate(hidden):
+            hidden[at] = self.stream.run(index, block, chunk)
+
+    def _compress_unit(self, index: int, unit: Unit, dense: nn.Module, block: nn.Module, prefix: str) -> dict[str, Tensor]:
+        stored: dict[str, Tensor] = {}
+        sites: dict[str, list[Weight]] = {}
+        for name in unit.weights:
+            sites.setdefault(self.layout.weights[name].site, []).append(self.layout.weights[name])
+        for members in sites.values():
+            modules: list[Any] = [block.get_submodule(weight.name.removeprefix(prefix)) for weight in members]
+            refits = members[0].name == unit.out_weight and self._refits(unit)
+            train, held = self._moments(index, members[0], dense if refits else None, block, prefix)
+            for weight, linear in zip(members, modules, strict=True):
+                if refits:
+                    original: Any = dense.get_submodule(weight.name.removeprefix(prefix))
+                    packed = self._refit_and_quantize(weight, linear, original, train, held)
+                else:
+                    packed = self.method.quantize(
+                        linear.weight.detach(), train.moments() if train else None, weight.name, self.plan.weights[weight.name]
+                    )
+                linear.weight = nn.Parameter(packed.dequantize(), requires_grad=False)
+                stored |= _named(weight.name, packed)
+                if linear.bias is not None:
+                    stored[f"{weight.name}.bias"] = linear.bias.detach().to(torch.bfloat16)
+        for name, _ in unit.kept:
+            stored[name] = block.get_parameter(name.removeprefix(prefix)).detach().to(torch.bfloat16)
+        return stored
+
+    def _moments(
+        self, index: int, weight: Weight, dense: nn.Module | None, block: nn.Module, prefix: str
+    ) -> tuple[Accumulator | None, Accumulator]:
+        """Moments of a site on the compressed path; with the dense path beside it, split into train and held-out."""
+        train, held = Accumulator(), Accumulator()
+        if dense is None and not self.method.module.NEEDS_MOMENTS:
+            return None, held
+        relative = weight.name.removeprefix(prefix)
+        boundary = max(1, round(len(self.compressed) * (1 - self.repair.held_out))) if dense is not None else len(self.compressed)
+        for at, chunk in enumerate(self.compressed):
+            x_dense = None
+            if dense is not None and self.dense is not None:
+                with Tap({"x": dense.get_submodule(relative)}, stop_at="x") as seen:
+                    self.stream.run(index, dense, self.dense[at])
+                x_dense = seen["x"]
+            with Tap({"x": block.get_submodule(relative)}, stop_at="x") as seen:
+                self.stream.run(index, block, chunk)
+            (train if at < boundary else held).add(seen["x"], x_dense)
+        return train, held
+
+    def _refit_and_quantize(
+        self, weight: Weight, linear: Any, original: Any, train: Accumulator | None, held: Accumulator  # noqa: ANN401
+    ) -> QTensor:  # fmt: skip
+        assert train is not None  # noqa: S101
+        w, bias = original.weight.detach(), None if original.bias is None else original.bias.detach()
+        fitted = refit.refit(w, linear.weight.detach(), bias, train.moments(), held.moments() if held.count else train.moments(), self.repair)
+        both = train.plus(held).moments() if held.count else train.moments()
+        packed = self.method.quantize(fitted.weight, both, weight.name, self.plan.weights[weight.name])
+        linear.bias = nn.Parameter(refit.bias_for(w, packed.dequantize(), bias, both), requires_grad=False)
+        return packed
+
+
+def _named(weight: str, packed: QTensor) -> dict[str, Tensor]:
+    return {f"{weight}.{part}": tensor for part, tensor in packed.tensors().items()}

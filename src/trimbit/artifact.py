@@ -1,0 +1,144 @@
+"""The compressed directory: written beside and renamed when whole; the weight files are as large as the plan says."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from trimbit.errors import ArtifactError
+from trimbit.model.layout import METADATA, Layout, TensorSpec, shards
+from trimbit.plan import Plan
+from trimbit.plugin import FORMAT_VERSION, METHOD
+from trimbit.runtime import Structure
+
+DTYPES = {"torch.uint8": "U8", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+PLAN_FILE = "plan.json"
+RECIPE_FILE = "recipe.yaml"
+EVALUATION_FILE = "evaluation.json"
+
+
+class Writer:
+    """Writes a compressed directory tensor by tensor, in the order of the plan.
+
+    Use as a context: on leaving without an error the directory appears under its name; on an error nothing is left.
+    """
+
+    def __init__(self, out: Path, layout: Layout, plan: Plan) -> None:
+        require_absent(out)
+        self.out = out
+        self.plan = plan
+        self.config = layout.config
+        self.files = shards(layout.tensors(plan))
+        self.specs = {name: spec for file in self.files for name, spec in file.items()}
+        self.pending: dict[str, Tensor] = {}
+        self.written = 0
+        self.partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+
+    def __enter__(self) -> "Writer":
+        try:
+            self.partial.mkdir(parents=True)
+        except OSError as err:
+            raise ArtifactError(f"cannot write {self.out}: {err.strerror}") from err
+        return self
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take tensors; a file is written as soon as all of its tensors are there."""
+        for name, tensor in tensors.items():
+            have = TensorSpec(DTYPES[str(tensor.dtype)], tuple(tensor.shape))
+            if self.specs.get(name) != have:
+                raise ArtifactError(f"tensor {name} is {have}, but the plan says {self.specs.get(name)}")
+            self.pending[name] = tensor.contiguous()
+        while self.written < len(self.files) and self.files[self.written].keys() <= self.pending.keys():
+            part = {name: self.pending.pop(name) for name in self.files[self.written]}
+            self._save(part, self._file_name(self.written))
+            self.written += 1
+
+    def _file_name(self, index: int) -> str:
+        count = len(self.files)
+        return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+    def _save(self, tensors: dict[str, Tensor], name: str) -> None:
+        try:
+            save_file(tensors, self.partial / name, metadata=METADATA)
+        except Exception as err:
+            raise ArtifactError(f"cannot write {self.out / name}: {err}") from err
+
+    def write(self, name: str, content: str | bytes) -> None:
+        """Write one of the files beside the weights."""
+        data = content.encode() if isinstance(content, str) else content
+        try:
+            (self.partial / name).write_bytes(data)
+        except OSError as err:
+            raise ArtifactError(f"cannot write {self.out / name}: {err.strerror}") from err
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            return
+        try:
+            self._finish()
+            self.partial.rename(self.out)
+        except OSError as err:
+            raise ArtifactError(f"cannot write {self.out}: {err.strerror}") from err
+        finally:
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _finish(self) -> None:
+        missing = [name for file in self.files[self.written :] for name in file]
+        if missing:
+            raise ArtifactError(f"{len(missing)} tensors of the plan were never written, the first is {missing[0]}")
+        if len(self.files) > 1:
+            index = {name: self._file_name(at) for at, file in enumerate(self.files) for name in file}
+            size = sum(spec.nbytes for spec in self.specs.values())
+            self.write("model.safetensors.index.json", json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=1))
+        self.write("config.json", json.dumps(config_fields(self.config, self.plan), indent=1) + "\n")
+        self.plan.save(self.partial / PLAN_FILE)
+
+
+def require_absent(out: Path) -> None:
+    """Refuse an output that exists, before anything long.
+
+    Raises:
+        ArtifactError: if there is something under this name already.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ArtifactError(f"{out} exists already; give a new directory or remove it")
+
+
+def config_fields(config: PreTrainedConfig, plan: Plan) -> dict[str, Any]:
+    """config.json of a compressed directory."""
+    base = config.to_dict()
+    for key in ("_name_or_path", "transformers_version"):
+        base.pop(key, None)
+    fields = {
+        "architectures": ["TrimbitForCausalLM"],
+        "model_type": METHOD,
+        "format_version": FORMAT_VERSION,
+        "dtype": "bfloat16",
+        "base": base,
+        "structure": Structure.of(plan).model_dump(mode="json"),
+    }
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "max_position_embeddings"):
+        if key in base:
+            fields[key] = base[key]
+    return fields
+
+
+def weight_nbytes(folder: Path) -> int:
+    """Bytes of the weight files in a directory, headers included."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def is_compressed(folder: Path) -> bool:
+    """Whether a directory holds a compressed model."""
+    try:
+        return bool(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") == METHOD)
+    except (OSError, ValueError, AttributeError):
+        return False

@@ -1,0 +1,267 @@
+"""The command line: compress, plan, apply, eval, show. Results on stdout, progress and errors on stderr."""
+
+import json
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from trimbit.errors import TrimbitError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from trimbit.model.layout import Layout
+    from trimbit.pipeline import Session
+    from trimbit.plan import Plan
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Fit a language model to a budget.")
+stdout, stderr = Console(), Console(stderr=True)
+
+Model = Annotated[Path, typer.Argument(help="a directory with config.json and safetensors, or a .gguf file")]
+Out = Annotated[Path, typer.Argument(help="the directory or file to write")]
+BudgetText = Annotated[str, typer.Option("--budget", help="limit on the weight files: 45MB, 45MiB, 2.5bpw or 0.2x")]
+RecipeName = Annotated[str, typer.Option("--recipe", help="the name of a recipe, or a .yaml file")]
+Calibration = Annotated[str, typer.Option("--calibration", help="`self` (sampled from the model) or a .txt, .jsonl or .jsonl.gz file")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a recipe's parameter: stage.parameter=value")]
+Seed = Annotated[int, typer.Option("--seed", help="of everything random")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything and estimate size, memory and time; write nothing")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+class Bars:
+    """Progress as bars on stderr."""
+
+    @contextmanager
+    def stage(self, name: str) -> "Iterator[Callable[[int, int], None]]":
+        """A bar for one stage."""
+        columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=stderr) as progress:
+            task = progress.add_task(name, total=None)
+
+            def advance(done: int, total: int) -> None:
+                progress.update(task, completed=done, total=total)
+
+            yield advance
+
+    def note(self, text: str) -> None:
+        """A line."""
+        stderr.print(text, highlight=False)
+
+
+def _session(model: Path, recipe: str, calibration: str, overrides: list[str] | None, seed: int) -> "Session":
+    from trimbit.pipeline import open_session
+    from trimbit.recipe import load_recipe
+
+    return open_session(model, load_recipe(recipe, tuple(overrides or ())), calibration=calibration, seed=seed, reporter=Bars())
+
+
+@app.command()
+def compress(
+    model: Model, out: Out, budget: BudgetText, recipe: RecipeName = "knapsack", calibration: Calibration = "self",
+    overrides: Overrides = None, seed: Seed = 0, dry_run: DryRun = False,
+) -> None:  # fmt: skip
+    """Find the best model within a budget and write it."""
+    from trimbit.artifact import require_absent
+    from trimbit.pipeline import compress as run
+    from trimbit.plan import Budget
+
+    limit = Budget.parse(budget)
+    require_absent(out)
+    session = _session(model, recipe, calibration, overrides, seed)
+    if dry_run:
+        _estimate(session, limit)
+        return
+    plan = run(session, limit, out)
+    print_summary(session.layout, plan, session.limit(limit), out)
+
+
+@app.command()
+def plan(
+    model: Model, out: Out, budget: BudgetText, recipe: RecipeName = "knapsack", calibration: Calibration = "self",
+    overrides: Overrides = None, seed: Seed = 0, dry_run: DryRun = False,
+) -> None:  # fmt: skip
+    """Find the best plan within a budget and write it as JSON."""
+    from trimbit.errors import ArtifactError
+    from trimbit.plan import Budget
+
+    limit = Budget.parse(budget)
+    if out.exists():
+        raise ArtifactError(f"{out} exists already; give a new file or remove it")
+    session = _session(model, recipe, calibration, overrides, seed)
+    if dry_run:
+        _estimate(session, limit)
+        return
+    found = session.find_plan(limit)
+    found.save(out)
+    print_summary(session.layout, found, session.limit(limit), out)
+
+
+@app.command(name="apply")
+def apply_command(
+    model: Model, plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="a plan.json")], out: Out,
+    recipe: RecipeName = "knapsack", calibration: Calibration = "self", overrides: Overrides = None, seed: Seed = 0,
+) -> None:  # fmt: skip
+    """Apply a plan to a model and write the compressed directory."""
+    from trimbit.artifact import require_absent
+    from trimbit.plan import load_plan
+
+    require_absent(out)
+    found = load_plan(plan_file)
+    session = _session(model, recipe, calibration, overrides, seed)
+    session.write(found, out)
+    print_summary(session.layout, found, session.layout.file_nbytes(found), out)
+
+
+@app.command(name="eval")
+def eval_command(
+    model: Annotated[Path, typer.Argument(help="an original model or a compressed directory")],
+    text: Annotated[Path, typer.Option("--text", help="a .txt, .raw, .jsonl or .jsonl.gz file")],
+    context: Annotated[int, typer.Option("--context", help="tokens in a window; part of the perplexity's name")] = 2048,
+    windows: Annotated[int | None, typer.Option("--windows", help="how many windows from the start; default all")] = None,
+    against: Annotated[Path | None, typer.Option("--against", help="the original model, for KL and agreement")] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="bfloat16 or float32")] = "bfloat16",
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Measure perplexity, KL to the original, bytes, memory and speed."""
+    import torch
+
+    from trimbit.errors import DataError
+    from trimbit.evaluate import evaluate
+
+    if dtype not in {"bfloat16", "float32"}:
+        raise DataError(f"--dtype {dtype}: give bfloat16 or float32")
+    with Bars().stage("evaluation") as progress:
+        found = evaluate(
+            model, text, context=context, limit=windows, against=against, dtype=getattr(torch, dtype), progress=progress
+        )
+    if as_json:
+        typer.echo(found.model_dump_json(indent=1))
+        return
+    table = Table(show_header=False, title=str(model))
+    table.add_row(f"ppl@{context} on {found.text}", f"{found.ppl:.3f}")
+    if found.kl is not None and found.top1_agreement is not None and found.bits_per_weight is not None:
+        table.add_row("KL to the original", f"{found.kl:.4f} nats a token")
+        table.add_row("same first choice", f"{100 * found.top1_agreement:.1f} %")
+        table.add_row("bits per weight", f"{found.bits_per_weight:.2f}")
+    table.add_row("weight files", f"{found.weight_nbytes:,} bytes")
+    table.add_row("peak memory", f"{found.peak_rss_nbytes / 1e6:.0f} MB")
+    table.add_row("prefill, decode", f"{found.prefill_tokens_per_second:.0f}, {found.decode_tokens_per_second:.1f} tokens/s")
+    stdout.print(table)
+
+
+@app.command()
+def show(
+    path: Annotated[Path, typer.Argument(help="a compressed directory")], as_json: AsJson = False
+) -> None:
+    """Print the plan: kept heads and channels, the bits of each weight, bytes."""
+    from transformers import AutoConfig
+
+    import trimbit  # noqa: F401 - makes the config known
+    from trimbit.artifact import PLAN_FILE, is_compressed
+    from trimbit.errors import ArtifactError
+    from trimbit.model.layout import build_layout
+    from trimbit.plan import load_plan
+
+    if not is_compressed(path):
+        raise ArtifactError(f"{path} is not a compressed directory")
+    found = load_plan(path / PLAN_FILE)
+    layout = build_layout(AutoConfig.from_pretrained(path, local_files_only=True).original())
+    rows = plan_rows(layout, found)
+    if as_json:
+        typer.echo(json.dumps({"found_by": found.found_by.model_dump(mode="json"), "units": rows}, indent=1))
+        return
+    table = Table(title=f"{path}: {found.found_by.method}, {layout.file_nbytes(found):,} bytes")
+    for column in ("unit", "kept", "formats", "bytes", "share"):
+        table.add_column(column, justify="left" if column in {"unit", "formats"} else "right")
+    for row in rows:
+        table.add_row(row["unit"], row["kept"], row["formats"], f"{row['nbytes']:,}", f"{100 * row['share']:.1f} %")
+    stdout.print(table)
+    for note in found.found_by.notes:
+        stdout.print(note, highlight=False)
+
+
+def plan_rows(layout: "Layout", plan: "Plan") -> list[dict[str, "str | int | float"]]:  # type: ignore[type-arg]
+    """One row a unit: what is kept of it, in which formats, in how many bytes."""
+    total = layout.tensor_nbytes(plan)
+    rows: list[dict[str, str | int | float]] = []
+    for unit in layout.units.values():
+        width = layout.width(unit, plan)
+        nbytes = sum(spec.nbytes for spec in layout.unit_tensors(unit, plan.weights, width, biases=plan.biases).values())
+        formats: dict[str, list[str]] = {}
+        for name in unit.weights if not layout.dropped(unit, plan) else ():
+            label = "+".join(f"{run.count}x{run.precision.name}" if len(plan.weights[name]) > 1 else run.precision.name for run in plan.weights[name])
+            formats.setdefault(label, []).append(layout.weights[name].role.removesuffix("_proj"))
+        rows.append(
+            {
+                "unit": unit.name,
+                "kept": f"{width}/{unit.size}" if unit.dim else "",
+                "formats": "  ".join(f"{' '.join(roles)}: {label}" for label, roles in formats.items()) or "dropped",
+                "nbytes": nbytes,
+                "share": nbytes / total,
+            }
+        )
+    return rows
+
+
+def print_summary(layout: "Layout", plan: "Plan", limit: int, out: Path) -> None:
+    """What was decided, in a few lines."""
+    found = plan.found_by
+    nbytes = layout.file_nbytes(plan)
+    cut = [dim for dim in plan.cuts if len(plan.cuts[dim]) < layout.unit_of_dim(dim).size]
+    pruned = f"{len(cut)} of {2 * layout.blocks} sub-blocks cut" if cut else "no pruning was chosen"
+    stdout.print(f"{out}: {nbytes:,} bytes of {limit:,} ({100 * nbytes / limit:.2f} %), {8 * nbytes / layout.parameters:.2f} bits a parameter", highlight=False)
+    stdout.print(f"{found.method}; {pruned}", highlight=False)
+    if found.measured_damage is not None:
+        stdout.print(f"KL to the original on held-out calibration tokens: {found.measured_damage:.4f} nats a token", highlight=False)
+    for note in found.notes:
+        stdout.print(note, highlight=False)
+
+
+def _estimate(session: "Session", budget: "object") -> None:
+    """What a run would take: bytes exactly bounded, memory and time from sizes."""
+    from trimbit.estimate import estimate
+    from trimbit.plan import Budget
+
+    assert isinstance(budget, Budget)  # noqa: S101
+    table = Table(show_header=False, title="dry run: nothing was written")
+    for what, value in estimate(session, budget):
+        table.add_row(what, value)
+    stdout.print(table)
+
+
+def main() -> None:
+    """Run the command line; errors are one line and an exit code, an interrupt leaves nothing behind."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    try:
+        app(standalone_mode=False)
+    except TrimbitError as err:
+        _fail(str(err), err.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; finished stages are kept in the cache and are reused", 130)
+    except typer.Exit as err:
+        sys.exit(err.exit_code)
+    except OSError as err:
+        _fail(f"{err.filename or 'file'}: {err.strerror or err}", 1)
+    except Exception as err:
+        if hasattr(err, "format_message"):  # click's own errors about the arguments
+            _fail(err.format_message(), 2)
+        raise
+
+
+def _fail(message: str, code: int) -> None:
+    stderr.print(f"trimbit: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

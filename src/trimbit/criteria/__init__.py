@@ -1,0 +1,1 @@
+"""What a method knows about importance: one criterion a file."""

@@ -1,0 +1,55 @@
+"""The dry run: what a job will take, from sizes alone and one timed matrix product."""
+
+import time
+
+import torch
+
+from trimbit.pipeline import Session
+from trimbit.plan import Budget
+
+
+def estimate(session: Session, budget: Budget) -> list[tuple[str, str]]:
+    """Rows of (what, how much) for one job; checks that the budget is feasible.
+
+    Time counts matrix products at the speed of one that is timed here; it is an order of magnitude, not a promise.
+    """
+    layout, recipe = session.layout, session.recipe
+    limit = session.limit(budget)
+    tokens = recipe.calibration.rows * recipe.calibration.length
+    block = sum(w.rows * w.cols for w in layout.weights.values() if w.unit.startswith("blocks.0."))
+    hidden = tokens * layout.sizes["hidden"] * 4
+    table = layout.sizes["vocab"] * layout.sizes["hidden"]
+    streaming = 2 * 4 * block + 2 * hidden + 2 * table + 4 * table
+    measuring = 2 * layout.parameters + 2 * 2048 * layout.sizes["vocab"] if recipe.measure else 0
+    return [
+        ("model", f"{session.checkpoint.model_id}, {layout.parameters:,} parameters, {2 * layout.parameters / 1e6:.0f} MB in bf16"),
+        ("weight files", f"at most {limit:,} bytes ({8 * limit / layout.parameters:.2f} bits a parameter)"),
+        ("calibration", f"{recipe.calibration.rows} rows of {recipe.calibration.length} tokens, {session.calibration}"),
+        ("memory", f"about {max(streaming, measuring) / 1e6:.0f} MB above the libraries"),
+        ("time", f"about {_seconds(session, tokens, block) / 60:.0f} minutes"),
+    ]
+
+
+def _seconds(session: Session, tokens: int, block: int) -> float:
+    layout, recipe = session.layout, session.recipe
+    speed = _products_per_second()
+    passes = 6  # statistics, and the passes of the application
+    work = float(passes * tokens * layout.blocks * block)
+    if recipe.measure and recipe.space:
+        want = recipe.measure
+        choices = layout.blocks * (4 * len(recipe.space.formats) + 2 * len(recipe.space.widths))
+        work += choices * want.rows * want.length * (layout.parameters / 2)
+    if session.calibration == "self":
+        work += 10.0 * tokens * layout.parameters  # decoding reads all weights for few rows
+    rounding = sum(w.cols for w in layout.weights.values()) * 2e-4  # seconds, one column after the other
+    return work / speed + rounding * (1 + (len(recipe.space.formats) if recipe.space else 0))
+
+
+def _products_per_second() -> float:
+    """Multiplications a second of a bf16 matrix product."""
+    a, b = torch.zeros(1024, 1024, dtype=torch.bfloat16), torch.zeros(1024, 1024, dtype=torch.bfloat16)
+    a @ b
+    started = time.perf_counter()
+    for _ in range(5):
+        a @ b
+    return 5 * 1024**3 / (time.perf_counter() - started)

@@ -1,0 +1,161 @@
+"""Measure a model, original or compressed: perplexity, KL and agreement with the original, bytes, memory, speed."""
+
+import math
+import platform
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+import transformers
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from trimbit import artifact, data
+from trimbit.errors import ArtifactError, NumericsError
+from trimbit.model.head import logit_slices
+from trimbit.model.load import materialize, open_checkpoint
+from trimbit.model.stream import build_skeleton
+from trimbit.precision import Data
+
+Progress = Callable[[int, int], None]
+
+
+class Evaluation(Data):
+    """What was measured, on what, and with what."""
+
+    schema_version: Literal[1] = 1
+    model: str
+    against: str | None
+    text: str
+    context: int
+    windows: int
+    tokens: int  # scored
+    ppl: float  # at this context
+    kl: float | None  # KL(original || model), nats a token
+    top1_agreement: float | None  # share of tokens where both put the same token first
+    weight_nbytes: int
+    bits_per_weight: float | None  # 8 * weight_nbytes / parameters of the original
+    peak_rss_nbytes: int
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    dtype: str
+    hardware: str
+    threads: int
+    versions: dict[str, str]
+
+
+def load_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Load an original checkpoint or a compressed directory for running.
+
+    Raises:
+        TrimbitError: if it is neither.
+    """
+    if path.is_dir() and artifact.is_compressed(path):
+        try:
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        except (OSError, ValueError, RuntimeError) as err:
+            raise ArtifactError(f"{path}: cannot load the compressed model: {str(err).splitlines()[0]}") from err
+        return model.eval()
+    checkpoint = open_checkpoint(path)
+    model = build_skeleton(checkpoint.config)
+    if model.config.tie_word_embeddings:
+        for name, module in model.named_children():
+            if name != "lm_head":
+                materialize(module, checkpoint, f"{name}.", dtype)
+        model.tie_weights()
+    else:
+        materialize(model, checkpoint, "", dtype)
+    return model
+
+
+def load_tokenizer(path: Path):  # type: ignore[no-untyped-def]  # noqa: ANN201
+    """The tokenizer of an original checkpoint or a compressed directory."""
+    if path.is_dir() and artifact.is_compressed(path):
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    return open_checkpoint(path).tokenizer()
+
+
+def evaluate(
+    path: Path, text: Path, *, context: int, limit: int | None, against: Path | None, dtype: torch.dtype, progress: Progress
+) -> Evaluation:  # fmt: skip
+    """Run a model over non-overlapping windows of a text; with `against`, beside the original model.
+
+    Raises:
+        NumericsError: if a logit is not finite.
+    """
+    tokenizer = load_tokenizer(path)
+    windows = data.evaluation_windows(text, tokenizer, context=context, limit=limit)
+    model = load_model(path, dtype)
+    reference = load_model(against, dtype) if against is not None else None
+    started = time.perf_counter()
+    totals, seconds = torch.zeros(3, dtype=torch.float64), 0.0
+    for at, window in enumerate(windows):
+        started = time.perf_counter()
+        hidden = final_hidden(model, window)
+        seconds += time.perf_counter() - started
+        totals += score(model, hidden, window, reference)
+        progress(at + 1, len(windows))
+    scored = windows.shape[0] * (context - 1)
+    nll, kl, top1 = (totals / scored).tolist()
+    nbytes = artifact.weight_nbytes(path) if path.is_dir() else path.stat().st_size
+    parameters = sum(p.numel() for p in reference.parameters()) if reference is not None else None
+    return Evaluation(
+        model=str(path), against=str(against) if against else None, text=text.name, context=context, windows=len(windows),
+        tokens=scored, ppl=math.exp(nll), kl=kl if reference else None, top1_agreement=top1 if reference else None,
+        weight_nbytes=nbytes, bits_per_weight=8 * nbytes / parameters if parameters else None,
+        decode_tokens_per_second=decode_speed(model, windows[0, :16]),
+        prefill_tokens_per_second=windows.numel() / seconds,
+        peak_rss_nbytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        dtype=str(dtype).removeprefix("torch."), hardware=hardware(), threads=torch.get_num_threads(),
+        versions={"torch": torch.__version__, "transformers": transformers.__version__},
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def final_hidden(model: PreTrainedModel, window: Int[Tensor, " length"]) -> Tensor:
+    """The head's input for each token of a window."""
+    return model.get_decoder()(input_ids=window[None], use_cache=False).last_hidden_state[0]  # type: ignore[no-any-return]
+
+
+@torch.inference_mode()
+def score(model: PreTrainedModel, hidden: Tensor, window: Int[Tensor, " length"], reference: PreTrainedModel | None) -> Tensor:
+    """Sums over a window's tokens: negative log-likelihood, KL(reference || model), and agreement of the first choice."""
+    total = torch.zeros(3, dtype=torch.float64)
+    slices = logit_slices(model, hidden[:-1])
+    beside = logit_slices(reference, final_hidden(reference, window)[:-1]) if reference is not None else None
+    for part, logits in slices:
+        if not bool(logits.isfinite().all()):
+            raise NumericsError("a logit is not finite: the model overflows on this text; try --dtype float32")
+        log_q = torch.log_softmax(logits, -1)
+        total[0] += functional.nll_loss(log_q, window[1:][part], reduction="sum").double()
+        if beside is not None:
+            log_p = torch.log_softmax(next(beside)[1], -1)
+            total[1] += (log_p.exp() * (log_p - log_q)).sum(-1).double().sum()
+            total[2] += (log_p.argmax(-1) == log_q.argmax(-1)).sum()
+    return total
+
+
+@torch.inference_mode()
+def decode_speed(model: PreTrainedModel, prompt: Int[Tensor, " length"], tokens: int = 32) -> float:
+    """Tokens a second of greedy generation with a cache, one row, after a short prompt."""
+    out = model(input_ids=prompt[None], use_cache=True, logits_to_keep=1)
+    started = time.perf_counter()
+    for _ in range(tokens):
+        token = out.logits[:, -1:].argmax(-1)
+        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+    return tokens / (time.perf_counter() - started)
+
+
+def hardware() -> str:
+    """The processor, as a figure's label."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,1 @@
+"""Packing, and every kernel beside its slow twin."""

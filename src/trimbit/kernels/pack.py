@@ -1,0 +1,38 @@
+"""Dense bit packing: `bits` bits a code, no gaps but at the end of a row, least significant bit first.
+
+Eight codes fill `bits` whole bytes, so a row of n codes takes ceil(n * bits / 8) bytes.
+"""
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+
+def pack(codes: UInt8[Tensor, "rows n"], bits: int) -> UInt8[Tensor, "rows nbytes"]:
+    """Pack codes below 2^bits; the bits after a row's last code are zero."""
+    rows, n = codes.shape
+    padded = torch.zeros(rows, -(-n // 8) * 8, dtype=torch.int64)
+    padded[:, :n] = codes
+    eights = padded.view(rows, -1, 8)
+    shifts = torch.arange(8) * bits
+    words = (eights << shifts).sum(-1)  # 8 codes of at most 8 bits: 64 bits
+    octets = (words.unsqueeze(-1) >> (torch.arange(bits) * 8)) & 0xFF
+    return octets.to(torch.uint8).view(rows, -1)[:, : -(-n * bits // 8)].contiguous()
+
+
+def unpack(packed: UInt8[Tensor, "rows nbytes"], bits: int, n: int) -> UInt8[Tensor, "rows n"]:
+    """The inverse of `pack` for n codes a row."""
+    rows, nbytes = packed.shape
+    if bits == 8:
+        return packed[:, :n]
+    if missing := -nbytes % bits:
+        packed = torch.nn.functional.pad(packed, (0, missing))
+    octets = packed.reshape(rows, -1, bits)
+    codes = torch.empty(rows, octets.shape[1], 8, dtype=torch.uint8, device=packed.device)
+    for slot in range(8):
+        byte, shift = divmod(slot * bits, 8)
+        value = octets[..., byte] >> shift
+        if shift + bits > 8:
+            value = value | (octets[..., byte + 1] << (8 - shift))
+        codes[..., slot] = value & (2**bits - 1)
+    return codes.view(rows, -1)[:, :n]

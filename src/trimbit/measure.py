@@ -1,0 +1,152 @@
+"""Measure the damage of every choice: the KL of the whole model with one thing changed, in the background of a plan.
+
+Each result is appended to a journal, so that an interrupted measurement goes on where it stopped.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from trimbit.measurements import Background, FormatDamage, Measurements, Space, WidthDamage
+from trimbit.model.layout import Layout, Unit
+from trimbit.model.whole import Judge, WholeModel
+from trimbit.plan import ModelRef
+from trimbit.precision import Precision
+
+Progress = Callable[[int, int], None]
+
+
+class Candidates(Protocol):
+    """What gives the weights of a choice, in full shape, with what is cut set to zero."""
+
+    rankings: Mapping[str, tuple[int, ...]]
+
+    def unit_state(self, unit: Unit, width: int | None, formats: Mapping[str, Precision]) -> dict[str, Tensor]:
+        """Parameters of a unit by name, its sites in `formats`."""
+
+
+def widths_of(layout: Layout, unit: Unit, space: Space) -> tuple[int, ...]:
+    """The widths that a unit may have, the full one first."""
+    if unit.dim is None:
+        return ()
+    if unit.name.endswith(".attn"):
+        return tuple(range(unit.size, -1, -1)) if space.groups else (unit.size,)
+    step = min(space.multiple, unit.size)
+    kept = {round(share * unit.size / step) * step if share < 1 else unit.size for share in space.widths}
+    return tuple(sorted(kept | {unit.size}, reverse=True))
+
+
+def sites_of(layout: Layout, unit: Unit) -> dict[str, tuple[str, ...]]:
+    """The sites of a unit and the weights that read each: these share a format."""
+    sites: dict[str, list[str]] = {}
+    for name in unit.weights:
+        sites.setdefault(layout.weights[name].site if unit.block is not None else unit.name, []).append(name)
+    return {site: tuple(names) for site, names in sites.items()}
+
+
+def menu_of(unit: Unit, space: Space) -> tuple[Precision, ...]:
+    """The formats that a unit's sites may have."""
+    return space.formats if unit.block is not None else space.table_formats
+
+
+def install(whole: WholeModel, layout: Layout, candidates: Candidates, plan: Background) -> None:
+    """Put the candidates of a whole plan into the model."""
+    for unit in layout.units.values():
+        formats = {site: plan.formats[site] for site in sites_of(layout, unit)}
+        whole.install(candidates.unit_state(unit, plan.widths.get(unit.dim or "", unit.size), formats))
+
+
+def measure(
+    judge: Judge, layout: Layout, candidates: Candidates, space: Space, background: Background, journal: Path,
+    model: ModelRef, data_digest: str, seed: int, progress: Progress,
+) -> Measurements:  # fmt: skip
+    """Measure every format of every site and every width of every dim, one at a time, in the background."""
+    whole = judge.whole
+    known = _read(journal)
+    work = [(unit, key, width, formats) for unit in layout.units.values() for key, width, formats in _changes(layout, unit, space, background)]
+    if any(key not in known for _, key, _, _ in work):
+        install(whole, layout, candidates, background)
+        base = judge.damage(None)
+        for at, (unit, key, width, formats) in enumerate(work):
+            if key not in known:
+                state = candidates.unit_state(unit, width, formats)
+                before = whole.current(tuple(state))
+                whole.install(state)
+                known[key] = judge.damage(unit.block) - base
+                whole.install(before)
+                _append(journal, key, known[key])
+            progress(at + 1, len(work))
+        _append(journal, "background", base)
+        known["background"] = base
+    return Measurements(
+        model=model, data_digest=data_digest, seed=seed, background=background, background_damage=known["background"],
+        rankings=dict(candidates.rankings),
+        formats=tuple(_formats(layout, space, background, known)),
+        widths=tuple(_widths(layout, space, background, known)),
+    )  # fmt: skip
+
+
+Change = tuple[str, int | None, dict[str, Precision]]
+
+
+def reference_width(unit: Unit, background: Background) -> int | None:
+    """The width at which a unit's formats are measured: the background's, or the full one where that drops the unit."""
+    if unit.dim is None:
+        return None
+    return background.widths.get(unit.dim, unit.size) or unit.size
+
+
+def _changes(layout: Layout, unit: Unit, space: Space, background: Background) -> list[Change]:
+    """All single changes of a unit: (key, width, formats of its sites)."""
+    base = {site: background.formats[site] for site in sites_of(layout, unit)}
+    width = reference_width(unit, background)
+    changes: list[Change] = []
+    for site, precision in base.items():
+        others = (other for other in menu_of(unit, space) if other != precision)
+        changes += [(f"{site}={other.name}", width, {**base, site: other}) for other in others]
+    here = background.widths.get(unit.dim or "", unit.size)
+    changes += [(f"{unit.dim}={width}", width, base) for width in widths_of(layout, unit, space) if width != here]
+    return changes
+
+
+def _formats(layout: Layout, space: Space, background: Background, known: Mapping[str, float]) -> list[FormatDamage]:
+    found = []
+    for unit in layout.units.values():
+        dropped = background.widths.get(unit.dim or "", 1) == 0
+        put_back = known[f"{unit.dim}={unit.size}"] if dropped else 0.0  # the formats of a dropped unit were measured with it put back
+        for site in sites_of(layout, unit):
+            for precision in dict.fromkeys((*menu_of(unit, space), background.formats[site])):
+                damage = known.get(f"{site}={precision.name}", put_back) - put_back
+                found.append(FormatDamage(site=site, precision=precision, damage=damage))
+    return found
+
+
+def _widths(layout: Layout, space: Space, background: Background, known: Mapping[str, float]) -> list[WidthDamage]:
+    return [
+        WidthDamage(dim=unit.dim, width=width, damage=known.get(f"{unit.dim}={width}", 0.0))
+        for unit in layout.units.values()
+        if unit.dim is not None
+        for width in widths_of(layout, unit, space)
+    ]
+
+
+def _read(journal: Path) -> dict[str, float]:
+    if not journal.exists():
+        return {}
+    known = {}
+    for line in journal.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue  # the last line of a measurement that was killed while writing it
+        known[entry["change"]] = entry["damage"]
+    return known
+
+
+def _append(journal: Path, change: str, damage: float) -> None:
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    with journal.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"change": change, "damage": damage}) + "\n")

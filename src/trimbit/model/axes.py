@@ -1,0 +1,42 @@
+"""Named axes of a weight: which flat indices survive a cut, and in which order.
+
+An axis is written like `kv*g*d` (factors, slowest first) or `kv*g*d+kv*d+kv*d` (fused parts, one after the other).
+"""
+
+from collections.abc import Mapping, Sequence
+from math import prod
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+def parts(axis: str) -> list[list[str]]:
+    """The fused parts of an axis, each a list of factors."""
+    return [part.split("*") for part in axis.split("+")]
+
+
+def length(axis: str, sizes: Mapping[str, int]) -> int:
+    """Channels along an axis, given the size of each factor."""
+    return sum(prod(sizes[factor] for factor in part) for part in parts(axis))
+
+
+def mentions(axis: str, dim: str) -> bool:
+    """Whether a cut of `dim` shortens this axis."""
+    return any(dim in part for part in parts(axis))
+
+
+def kept_indices(
+    axis: str, sizes: Mapping[str, int], dim: str, keep: Sequence[int]
+) -> Int[Tensor, " kept"]:
+    """Flat indices along `axis` that stay, in stored order, when `dim` keeps the indices `keep`."""
+    keep_index = torch.tensor(keep, dtype=torch.long)
+    offset, pieces = 0, []
+    for part in parts(axis):
+        shape = [sizes[factor] for factor in part]
+        grid = torch.arange(prod(shape)).view(shape)
+        if dim in part:
+            grid = grid.index_select(part.index(dim), keep_index)
+        pieces.append(grid.flatten() + offset)
+        offset += prod(shape)
+    return torch.cat(pieces)

@@ -1,0 +1,108 @@
+"""The table of model families: one strict row each, executed by tests/model/test_families.py.
+
+A row maps each input site of a sub-block to the weights that read it, with their axes as `rows columns`. Cutting a KV group
+or an FFN channel along these axes equals masking it (the tests show it for every row), so both dims are exact here.
+A family where that does not hold, such as OLMo-2 with its norm over the whole q projection, cannot be a row.
+"""
+
+import difflib
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trimbit.errors import LayoutError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubBlock:
+    """The attention or the feed-forward half of a block; names are relative to the block."""
+
+    module: str  # replaced by a no-op when the whole sub-block is dropped
+    dim: Literal["kv", "mid"]  # what a cut shortens
+    sites: dict[str, dict[str, str]]  # site -> weight -> "rows columns"
+    norms: tuple[str, ...]  # modules that serve this sub-block alone and vanish with it
+    vectors: dict[str, str] = field(
+        default_factory=dict
+    )  # other parameters of the sub-block -> axis
+    out_site: str  # the site whose weight writes to the residual stream
+    sizes_in_config: bool = False  # the module's forward reads its head counts from its config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """One row of the table."""
+
+    attn: SubBlock
+    mlp: SubBlock
+    blocks: str = "model.layers"
+    embed: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+
+
+def _attention(
+    *, norms: tuple[str, ...] = ("input_layernorm",), fused: bool = False, qk_norm: bool = False
+) -> SubBlock:
+    separate = {
+        "self_attn.q_proj": "kv*g*d hidden",
+        "self_attn.k_proj": "kv*d hidden",
+        "self_attn.v_proj": "kv*d hidden",
+    }
+    return SubBlock(
+        module="self_attn",
+        dim="kv",
+        sites={
+            "a_in": {"self_attn.qkv_proj": "kv*g*d+kv*d+kv*d hidden"} if fused else separate,
+            "o_in": {"self_attn.o_proj": "hidden kv*g*d"},
+        },
+        norms=norms,
+        vectors={"self_attn.q_norm.weight": "d", "self_attn.k_norm.weight": "d"} if qk_norm else {},
+        out_site="o_in",
+        sizes_in_config=fused,
+    )
+
+
+def _feed_forward(
+    *, norms: tuple[str, ...] = ("post_attention_layernorm",), fused: bool = False
+) -> SubBlock:
+    separate = {"mlp.gate_proj": "mid hidden", "mlp.up_proj": "mid hidden"}
+    return SubBlock(
+        module="mlp",
+        dim="mid",
+        sites={
+            "m_in": {"mlp.gate_up_proj": "mid+mid hidden"} if fused else separate,
+            "mid": {"mlp.down_proj": "hidden mid"},
+        },
+        norms=norms,
+        out_site="mid",
+    )
+
+
+_SANDWICH_ATTN = ("input_layernorm", "post_attention_layernorm")
+_SANDWICH_MLP = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(attn=_attention(), mlp=_feed_forward()),
+    "mistral": Family(attn=_attention(), mlp=_feed_forward()),
+    "qwen2": Family(attn=_attention(), mlp=_feed_forward()),
+    "qwen3": Family(attn=_attention(qk_norm=True), mlp=_feed_forward()),
+    "gemma2": Family(attn=_attention(norms=_SANDWICH_ATTN), mlp=_feed_forward(norms=_SANDWICH_MLP)),
+    "gemma3_text": Family(
+        attn=_attention(norms=_SANDWICH_ATTN, qk_norm=True), mlp=_feed_forward(norms=_SANDWICH_MLP)
+    ),
+    "phi3": Family(attn=_attention(fused=True), mlp=_feed_forward(fused=True)),
+}
+
+
+def family_of(model_type: str) -> Family:
+    """The row of a `model_type`.
+
+    Raises:
+        LayoutError: if there is none; names the nearest family.
+    """
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    near = difflib.get_close_matches(model_type, FAMILIES, n=1, cutoff=0.0)[0]
+    raise LayoutError(
+        f"model type {model_type!r} is not in the family table; the nearest known family is {near!r} "
+        f"(known: {', '.join(FAMILIES)}). docs/architecture.md says how a row is added"
+    )

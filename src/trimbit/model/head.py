@@ -1,0 +1,20 @@
+"""Logits, some tokens at a time, so that a whole window times the vocabulary is never in memory."""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+LOGIT_TOKENS = 256
+
+
+def logit_slices(model: PreTrainedModel, hidden: Float[Tensor, "tokens hidden"]) -> Iterator[tuple[slice, Float[Tensor, "part vocab"]]]:
+    """Logits in fp32 of the final hidden states, `LOGIT_TOKENS` at a time, with the family's soft cap."""
+    head = model.get_output_embeddings()
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    for start in range(0, hidden.shape[0], LOGIT_TOKENS):
+        part = slice(start, min(start + LOGIT_TOKENS, hidden.shape[0]))
+        logits = head(hidden[part]).float()
+        yield part, torch.tanh(logits / cap) * cap if cap else logits

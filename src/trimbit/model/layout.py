@@ -1,0 +1,368 @@
+"""A family row resolved for one config: dims, sizes, weights, units, and the tensors that a plan writes.
+
+Always of the *original* model; `Layout.tensors(plan)` gives what the compressed one holds. This is the one byte count.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from trimbit.errors import LayoutError, PlanError
+from trimbit.model import axes
+from trimbit.model.families import Family, SubBlock, family_of
+from trimbit.plan import Plan
+from trimbit.precision import BF16, BFloat16, Run, code_row_nbytes, group_count, zero_row_nbytes
+
+ITEM_NBYTES = {"U8": 1, "F16": 2, "BF16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Type and shape of one stored tensor, in the names of safetensors."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the data."""
+        return ITEM_NBYTES[self.dtype] * prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weight:
+    """A matrix that can be quantised: `rows x cols`, output by input channels."""
+
+    name: str  # module path, such as model.layers.0.mlp.down_proj
+    unit: str  # blocks.0.mlp
+    site: str  # blocks.0.mlp.mid: what it reads; weights that share a site share their input
+    row_axis: str
+    col_axis: str
+    rows: int
+    cols: int
+    bias: bool
+
+    @property
+    def role(self) -> str:
+        """The last part of the name, such as `down_proj`."""
+        return self.name.rsplit(".", 1)[-1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """A sub-block, the embedding or the head: what one choice of the search covers."""
+
+    name: str  # blocks.7.attn
+    block: int | None
+    weights: tuple[str, ...]
+    dim: str | None = None  # blocks.7.attn.kv
+    size: int = 0  # of the dim
+    out_weight: str | None = None  # writes to the residual stream
+    module: str | None = None
+    kept: tuple[
+        tuple[str, str], ...
+    ] = ()  # (parameter, axis) of norms and vectors, stored in bf16 while the unit lives
+    norms: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Everything the rest of the code knows about a model's structure."""
+
+    config: PreTrainedConfig
+    family: Family
+    sizes: Mapping[str, int]
+    weights: Mapping[str, Weight]
+    units: Mapping[str, Unit]
+    fixed: tuple[str, ...]  # parameters that no plan touches, such as the final norm
+    tied: bool
+    parameters: int  # of the original, tied ones once
+    blocks: int
+    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)  # of every original parameter
+
+    def unit_of_dim(self, dim: str) -> Unit:
+        """The unit that a dim belongs to.
+
+        Raises:
+            PlanError: if no unit has this dim.
+        """
+        unit = self.units.get(dim.rsplit(".", 1)[0])
+        if unit is None or unit.dim != dim:
+            raise PlanError(f"no dim {dim!r} in this model")
+        return unit
+
+    def width(self, unit: Unit, plan: Plan) -> int:
+        """Channels or KV groups of a unit that a plan keeps."""
+        return len(plan.cuts[unit.dim]) if unit.dim in plan.cuts else unit.size
+
+    def dropped(self, unit: Unit, plan: Plan) -> bool:
+        """Whether a plan drops the whole unit."""
+        return unit.dim is not None and self.width(unit, plan) == 0
+
+    def weight_shape(self, weight: Weight, width: int | None) -> tuple[int, int]:
+        """Rows and columns of a weight whose unit keeps `width` of its dim (None: all)."""
+        unit = self.units[weight.unit]
+        sizes = self.cut_sizes(unit, width)
+        return axes.length(weight.row_axis, sizes), axes.length(weight.col_axis, sizes)
+
+    def cut_sizes(self, unit: Unit, width: int | None) -> dict[str, int]:
+        """Factor sizes when the unit keeps `width` of its dim."""
+        if unit.dim is None or width is None:
+            return dict(self.sizes)
+        return {**self.sizes, unit.dim.rsplit(".", 1)[1]: width}
+
+    def weight_tensors(
+        self, weight: Weight, runs: tuple[Run, ...], width: int | None, *, bias: bool
+    ) -> dict[str, TensorSpec]:
+        """The stored tensors of one weight."""
+        rows, cols = self.weight_shape(weight, width)
+        specs = {f"{weight.name}.bias": TensorSpec("BF16", (rows,))} if bias else {}
+        if len(runs) == 1 and isinstance(runs[0].precision, BFloat16):
+            return {**specs, f"{weight.name}.weight": TensorSpec("BF16", (rows, cols))}
+        specs[f"{weight.name}.codes"] = TensorSpec("U8", (rows, code_row_nbytes(runs)))
+        specs[f"{weight.name}.scales"] = TensorSpec("F16", (rows, group_count(runs)))
+        if zeros := zero_row_nbytes(runs):
+            specs[f"{weight.name}.zeros"] = TensorSpec("U8", (rows, zeros))
+        return specs
+
+    def unit_tensors(
+        self,
+        unit: Unit,
+        runs: Mapping[str, tuple[Run, ...]],
+        width: int | None,
+        *,
+        biases: tuple[str, ...],
+    ) -> dict[str, TensorSpec]:
+        """The stored tensors of one unit: weights, biases, norms and vectors."""
+        if unit.dim is not None and width == 0:
+            return {}
+        specs: dict[str, TensorSpec] = {}
+        for name in unit.weights:
+            weight = self.weights[name]
+            specs |= self.weight_tensors(
+                weight, runs[name], width, bias=weight.bias or name in biases
+            )
+        sizes = self.cut_sizes(unit, width)
+        specs |= {name: TensorSpec("BF16", (axes.length(axis, sizes),)) for name, axis in unit.kept}
+        return specs
+
+    def tensors(self, plan: Plan) -> dict[str, TensorSpec]:
+        """All tensors that a plan writes, in the order of the model."""
+        specs: dict[str, TensorSpec] = {}
+        for unit in self.units.values():
+            specs |= self.unit_tensors(
+                unit, plan.weights, self.width(unit, plan), biases=plan.biases
+            )
+        return specs | {name: TensorSpec("BF16", self.shapes[name]) for name in self.fixed}
+
+    def tensor_nbytes(self, plan: Plan) -> int:
+        """Bytes of all tensors that a plan writes."""
+        return sum(spec.nbytes for spec in self.tensors(plan).values())
+
+    def file_nbytes(self, plan: Plan) -> int:
+        """Bytes of the weight files that a plan writes, headers included."""
+        return sum(shard_nbytes(shard) for shard in shards(self.tensors(plan)))
+
+    def uniform_runs(
+        self, weight: Weight, precision: "Run | None" = None, width: int | None = None
+    ) -> tuple[Run, ...]:
+        """One run over all stored input channels of a weight (bf16 unless `precision` says otherwise)."""
+        cols = self.weight_shape(weight, width)[1]
+        return (Run(count=cols, precision=precision.precision if precision else BF16),)
+
+    def check(self, plan: Plan) -> None:
+        """Refuse a plan that does not fit this model.
+
+        Raises:
+            PlanError: naming the dim or weight, and the two numbers that disagree.
+        """
+        for dim, keep in plan.cuts.items():
+            unit = self.unit_of_dim(dim)
+            if len(set(keep)) != len(keep) or any(not 0 <= i < unit.size for i in keep):
+                raise PlanError(f"{dim}: kept indices must be distinct and below {unit.size}")
+        alive = {w: u for u in self.units.values() if not self.dropped(u, plan) for w in u.weights}
+        for name in sorted(alive.keys() ^ plan.weights.keys()):
+            why = (
+                "has no runs"
+                if name in alive
+                else "does not exist in this model, or its sub-block is dropped"
+            )
+            raise PlanError(f"weight {name} {why}")
+        for name, unit in alive.items():
+            cols = self.weight_shape(self.weights[name], self.width(unit, plan))[1]
+            count = sum(run.count for run in plan.weights[name])
+            if count != cols:
+                raise PlanError(
+                    f"weight {name}: runs cover {count} input channels, but {cols} are kept"
+                )
+        for name in plan.biases:
+            if name not in alive or alive[name].out_weight != name:
+                raise PlanError(
+                    f"weight {name} cannot gain a bias: it is not a kept weight that writes to the residual stream"
+                )
+
+
+def build_layout(config: PreTrainedConfig) -> Layout:
+    """Resolve the family row for one config, and check that it names every parameter.
+
+    Raises:
+        LayoutError: if the family is unknown, or a parameter of the model is not described by its row.
+    """
+    family = family_of(config.model_type)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    sizes = _sizes(config)
+    tied = bool(config.tie_word_embeddings)
+    if tied:
+        shapes.pop(f"{family.head}.weight", None)
+    weights: dict[str, Weight] = {}
+    units: dict[str, Unit] = {}
+    _add_matrix(family.embed, "embed", "head_in" if tied else "embed", shapes, weights, units)
+    for index in range(config.num_hidden_layers):
+        for kind, sub in (("attn", family.attn), ("mlp", family.mlp)):
+            _add_sub_block(
+                f"{family.blocks}.{index}", index, kind, sub, shapes, sizes, weights, units
+            )
+    if not tied:
+        _add_matrix(family.head, "head", "head_in", shapes, weights, units)
+    fixed = (f"{family.final_norm}.weight",)
+    named = {
+        *fixed,
+        *(f"{w}.weight" for w in weights),
+        *(f"{w.name}.bias" for w in weights.values() if w.bias),
+    }
+    named |= {name for unit in units.values() for name, _ in unit.kept}
+    for name in sorted(named ^ shapes.keys()):
+        why = (
+            "is not described by the family row"
+            if name in shapes
+            else "is in the family row, but not in the model"
+        )
+        raise LayoutError(f"parameter {name} {why} {config.model_type!r}")
+    return Layout(
+        config=config, family=family, sizes=sizes, weights=weights, units=units, fixed=fixed, tied=tied,
+        parameters=sum(prod(shape) for shape in shapes.values()), blocks=config.num_hidden_layers, shapes=shapes,
+    )  # fmt: skip
+
+
+def _sizes(config: PreTrainedConfig) -> dict[str, int]:
+    heads = config.num_attention_heads
+    kv = getattr(config, "num_key_value_heads", None) or heads
+    return {
+        "hidden": config.hidden_size,
+        "kv": kv,
+        "g": heads // kv,
+        "d": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "mid": config.intermediate_size,
+        "vocab": config.vocab_size,
+    }
+
+
+def _add_matrix(
+    name: str,
+    unit: str,
+    site: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    weights: dict[str, Weight],
+    units: dict[str, Unit],
+) -> None:
+    rows, cols = shapes[f"{name}.weight"]
+    weights[name] = Weight(
+        name=name,
+        unit=unit,
+        site=site,
+        row_axis="vocab",
+        col_axis="hidden",
+        rows=rows,
+        cols=cols,
+        bias=False,
+    )
+    units[unit] = Unit(name=unit, block=None, weights=(name,))
+
+
+def _add_sub_block(
+    block: str, index: int, kind: str, sub: SubBlock, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int],
+    weights: dict[str, Weight], units: dict[str, Unit],
+) -> None:  # fmt: skip
+    unit = f"blocks.{index}.{kind}"
+    names: list[str] = []
+    for site, members in sub.sites.items():
+        for relative, pattern in members.items():
+            name = f"{block}.{relative}"
+            row_axis, col_axis = pattern.split(" ")
+            rows, cols = axes.length(row_axis, sizes), axes.length(col_axis, sizes)
+            if shapes.get(f"{name}.weight") != (rows, cols):
+                raise LayoutError(
+                    f"weight {name}: shape {shapes.get(f'{name}.weight')}, but its row says {(rows, cols)}"
+                )
+            weights[name] = Weight(
+                name=name, unit=unit, site=f"{unit}.{site}", row_axis=row_axis, col_axis=col_axis,
+                rows=rows, cols=cols, bias=f"{name}.bias" in shapes,
+            )  # fmt: skip
+            names.append(name)
+    kept = [(f"{block}.{norm}.weight", "hidden") for norm in sub.norms]
+    kept += [(f"{block}.{vector}", axis) for vector, axis in sub.vectors.items()]
+    units[unit] = Unit(
+        name=unit, block=index, weights=tuple(names), dim=f"{unit}.{sub.dim}", size=sizes[sub.dim],
+        out_weight=f"{block}.{next(iter(sub.sites[sub.out_site]))}", module=f"{block}.{sub.module}",
+        kept=tuple(kept), norms=tuple(f"{block}.{norm}" for norm in sub.norms),
+    )  # fmt: skip
+
+
+# --- the weight file -------------------------------------------------------------------------------------------------
+
+MAX_SHARD_NBYTES = 5 * 10**9  # code: the default of save_pretrained in transformers before 5
+METADATA = {"format": "pt"}
+_RANK = {"BF16": 0, "F16": 1, "U8": 2}  # the order in which safetensors stores types
+
+
+def shards(
+    specs: Mapping[str, TensorSpec], limit: int = MAX_SHARD_NBYTES
+) -> list[dict[str, TensorSpec]]:
+    """Split tensors into files of at most `limit` bytes of data, in order."""
+    files: list[dict[str, TensorSpec]] = [{}]
+    size = 0
+    for name, spec in specs.items():
+        if files[-1] and size + spec.nbytes > limit:
+            files.append({})
+            size = 0
+        files[-1][name] = spec
+        size += spec.nbytes
+    return files
+
+
+def shard_nbytes(specs: Mapping[str, TensorSpec]) -> int:
+    """Bytes of one safetensors file: length field, header padded to 8, data."""
+    header: dict[str, object] = {"__metadata__": METADATA}
+    offset = 0
+    for name, spec in _stored_order(specs):
+        header[name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    text = json.dumps(header, separators=(",", ":"))
+    return 8 + -(-len(text.encode()) // 8) * 8 + offset
+
+
+def _stored_order(specs: Mapping[str, TensorSpec]) -> Iterator[tuple[str, TensorSpec]]:
+    yield from sorted(specs.items(), key=lambda item: (_RANK[item[1].dtype], item[0]))
+
+
+def header_bound(layout: Layout) -> int:
+    """An upper bound on the header of any plan: every weight with all its tensors, offsets of full length."""
+    names = [f"{w}.{part}" for w in layout.weights for part in ("codes", "scales", "zeros", "bias")]
+    names += [name for unit in layout.units.values() for name, _ in unit.kept] + list(layout.fixed)
+    digits = len(str(2 * layout.parameters + 10**6))
+    entry = (
+        len('"":{"dtype":"BF16","shape":[,],"data_offsets":[,]},')
+        + 2 * len(str(layout.parameters)) // 2
+        + 2 * digits
+    )
+    return 8 + sum(len(name) + entry + 8 for name in names) + 64

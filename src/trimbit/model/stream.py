@@ -1,0 +1,159 @@
+"""A causal LM run one block at a time: the skeleton holds the embedding and the final norm, blocks come and go.
+
+Hidden states are fp32; matrix products run in `compute` (bfloat16 by default) under autocast, so that the residual stream
+keeps its precision.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from trimbit.model.layout import Layout
+from trimbit.model.load import Checkpoint, materialize
+
+CHUNK_TOKENS = 2048  # tokens run at a time: bounds activations
+Chunks = list[Float[Tensor, "rows length hidden"]]
+
+
+def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a config with all parameters on the meta device and all its computed buffers (such as RoPE's) real."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, attn_implementation="sdpa"
+        )
+    for module in model.modules():
+        names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name in names:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")  # type: ignore[arg-type]  # noqa: SLF001
+        if names:
+            model._init_weights(module)  # noqa: SLF001
+    return model.eval()
+
+
+@contextmanager
+def computing(compute: torch.dtype) -> Iterator[None]:
+    """No gradients, and matrix products in `compute`."""
+    with (
+        torch.no_grad(),
+        torch.autocast(
+            "cpu", dtype=torch.bfloat16, enabled=compute is torch.bfloat16, cache_enabled=False
+        ),
+    ):
+        yield
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block and keeps what it was called with."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["block"] = block
+        self.kwargs: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["block"], name)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
+        if args:
+            raise TypeError("a block was called with positional arguments beside the hidden states")
+        self.kwargs = kwargs
+        return hidden
+
+
+def block_arguments(model: PreTrainedModel, rows: int, length: int) -> list[dict[str, Any]]:
+    """What the model passes to each of its blocks (mask, rotary embeddings, positions) for inputs of this shape."""
+    decoder = model.get_decoder()
+    blocks = decoder.layers
+    recorders = nn.ModuleList(_Recorder(block) for block in blocks)
+    try:
+        decoder.layers = recorders
+        with torch.no_grad():
+            decoder(
+                inputs_embeds=torch.zeros(rows, length, model.config.hidden_size), use_cache=False
+            )
+    finally:
+        decoder.layers = blocks
+    return [recorder.kwargs for recorder in recorders]  # type: ignore[misc]
+
+
+class BlockStream:
+    """The dense model of a checkpoint, one block at a time."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, layout: Layout, compute: torch.dtype = torch.bfloat16
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.layout = layout
+        self.compute = compute
+        self.skeleton = build_skeleton(checkpoint.config)
+        family = layout.family
+        self._embed = self.skeleton.get_submodule(family.embed)
+        self._final = self.skeleton.get_submodule(family.final_norm)
+        materialize(self._embed, checkpoint, family.embed + ".", torch.bfloat16)
+        materialize(self._final, checkpoint, family.final_norm + ".", torch.float32)
+        self._arguments: dict[tuple[int, int], list[dict[str, Any]]] = {}
+
+    def embed(self, tokens: Int[Tensor, "rows length"]) -> Float[Tensor, "rows length hidden"]:
+        """The first block's input."""
+        with torch.no_grad():
+            return self._embed(tokens).float()  # type: ignore[no-any-return]
+
+    @contextmanager
+    def embedding_replaced(self, table: Float[Tensor, "vocab hidden"]) -> Iterator[None]:
+        """Embed with another table."""
+        original = self._embed.weight
+        self._embed.weight = nn.Parameter(table, requires_grad=False)
+        try:
+            yield
+        finally:
+            self._embed.weight = original
+
+    def final_norm(self, hidden: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
+        """The head's input."""
+        with torch.no_grad():
+            return self._final(hidden)  # type: ignore[no-any-return]
+
+    def load(self, index: int) -> nn.Module:
+        """A fresh copy of a block with its weights in fp32."""
+        prefix = f"{self.layout.family.blocks}.{index}"
+        block = type(self.skeleton.get_submodule(prefix))
+        with torch.device("meta"):
+            fresh = block(self.skeleton.config, index)
+        materialize(fresh, self.checkpoint, prefix + ".", torch.float32)
+        return fresh.eval()
+
+    def run(
+        self, index: int, block: nn.Module, hidden: Float[Tensor, "rows length hidden"]
+    ) -> Float[Tensor, "rows length hidden"]:
+        """One block's output; the block may be compressed."""
+        shape = (hidden.shape[0], hidden.shape[1])
+        if shape not in self._arguments:
+            self._arguments[shape] = block_arguments(self.skeleton, *shape)
+        with computing(self.compute):
+            out = block(hidden, **self._arguments[shape][index])
+        return (out[0] if isinstance(out, tuple) else out).float()  # type: ignore[no-any-return]
+
+    def site_modules(self, index: int, block: nn.Module) -> dict[str, nn.Module]:
+        """For each site of a block that still exists, a module that reads it."""
+        prefix = f"{self.layout.family.blocks}.{index}."
+        modules: dict[str, nn.Module] = {}
+        existing = dict(block.named_modules())
+        for weight in self.layout.weights.values():
+            relative = weight.name.removeprefix(prefix)
+            if weight.name.startswith(prefix) and relative in existing:
+                modules.setdefault(weight.site, existing[relative])
+        return modules
+
+
+def embed_chunks(stream: BlockStream, tokens: Int[Tensor, "rows length"]) -> Chunks:
+    """Embed rows of tokens in chunks of about `CHUNK_TOKENS`."""
+    rows = max(1, CHUNK_TOKENS // tokens.shape[1])
+    return [stream.embed(part) for part in tokens.split(rows)]

@@ -1,0 +1,91 @@
+"""The whole model in bf16 memory: weights are swapped in place, and it runs on from any block.
+
+Only the measurement of damage needs this; everything else streams block by block.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from trimbit.model.head import logit_slices
+from trimbit.model.load import materialize
+from trimbit.model.stream import BlockStream, Chunks, block_arguments, build_skeleton, computing
+
+
+class WholeModel:
+    """A causal LM whose parameters can be replaced; every weight that writes to the residual stream has a bias."""
+
+    def __init__(self, stream: BlockStream) -> None:
+        self.layout = stream.layout
+        self.compute = stream.compute
+        self.model = build_skeleton(stream.checkpoint.config)
+        self.blocks: nn.ModuleList = self.model.get_decoder().layers
+        for index, block in enumerate(self.blocks):
+            materialize(block, stream.checkpoint, f"{self.layout.family.blocks}.{index}.", torch.bfloat16)
+        for name in (self.layout.family.embed, self.layout.family.final_norm, *(() if self.layout.tied else (self.layout.family.head,))):
+            materialize(self.model.get_submodule(name), stream.checkpoint, f"{name}.", torch.bfloat16)
+        if self.layout.tied:
+            self.model.tie_weights()
+        for unit in self.layout.units.values():
+            if unit.out_weight is not None:
+                linear = self.model.get_submodule(unit.out_weight)
+                if linear.bias is None:
+                    linear.bias = nn.Parameter(torch.zeros(linear.out_features, dtype=torch.bfloat16), requires_grad=False)
+
+    def install(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy tensors, by parameter name, into the model."""
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                self.model.get_parameter(name).copy_(tensor)
+
+    def current(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """Copies of the named parameters."""
+        return {name: self.model.get_parameter(name).detach().clone() for name in names}
+
+
+class Judge:
+    """KL(dense || model) on fixed tokens, in nats a token; made while the model is still dense.
+
+    Keeps the dense log-probabilities in fp16 (their rounding adds less than 1e-5 nats) and the hidden states before each block,
+    so that a change in block i costs only the blocks from i on.
+    """
+
+    def __init__(self, whole: WholeModel, tokens: Int[Tensor, "rows length"]) -> None:
+        self.whole = whole
+        self.tokens = tokens
+        self.arguments = block_arguments(whole.model, *tokens.shape)
+        self.before: Chunks = []
+        self.reference = [torch.log_softmax(logits, -1).to(torch.float16) for logits in self._logits(self.refresh())]
+
+    def refresh(self) -> Tensor:
+        """Run the model as it is now from the start, keeping the hidden states before each block; returns the last ones."""
+        with torch.no_grad():
+            hidden = self.whole.model.get_input_embeddings()(self.tokens).float()
+        self.before = []
+        return self._run(hidden, 0, keep=True)
+
+    def _run(self, hidden: Tensor, start: int, *, keep: bool = False) -> Tensor:
+        with computing(self.whole.compute):
+            for index in range(start, len(self.whole.blocks)):
+                if keep:
+                    self.before.append(hidden)
+                out = self.whole.blocks[index](hidden, **self.arguments[index])
+                hidden = (out[0] if isinstance(out, tuple) else out).float()
+        return hidden
+
+    def _logits(self, hidden: Tensor) -> Iterator[Tensor]:
+        with computing(self.whole.compute):
+            final = self.whole.model.get_submodule(self.whole.layout.family.final_norm)(hidden).flatten(0, -2)
+            for _, logits in logit_slices(self.whole.model, final):
+                yield logits
+
+    def damage(self, start: int | None) -> float:
+        """KL of the model as it is now, if nothing before block `start` changed since `refresh` (None: anything may have)."""
+        hidden = self.refresh() if start is None else self._run(self.before[start], start)
+        total = 0.0
+        for reference, logits in zip(self.reference, self._logits(hidden), strict=True):
+            expected = reference.float()
+            total += float((expected.exp() * (expected - torch.log_softmax(logits, -1))).sum(-1).double().sum())
+        return total / self.tokens.numel()

@@ -1,0 +1,360 @@
+"""Run a recipe: text, statistics, rankings, measurements, search, application; each stage is cached by its content."""
+
+import importlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import trimbit
+from trimbit import data
+from trimbit.apply import Method, apply_plan
+from trimbit.artifact import RECIPE_FILE, Writer, require_absent
+from trimbit.candidates import CandidateWeights
+from trimbit.errors import DataError, PlanError, RecipeError
+from trimbit.measure import install, measure
+from trimbit.measurements import Background, Measurements, Space
+from trimbit.model.layout import Layout, build_layout
+from trimbit.model.load import Checkpoint, open_checkpoint
+from trimbit.model.stream import BlockStream
+from trimbit.model.whole import Judge, WholeModel
+from trimbit.plan import Budget, ModelRef, Plan, digest
+from trimbit.precision import Data
+from trimbit.recipe import Recipe, Step, step_config
+from trimbit.search.problem import Problem
+from trimbit.stats import Stats, collect
+
+Progress = Callable[[int, int], None]
+
+
+class Reporter(Protocol):
+    """Where progress goes."""
+
+    def stage(self, name: str) -> AbstractContextManager[Progress]:
+        """A stage of work; the callable takes (done, total)."""
+
+    def note(self, text: str) -> None:
+        """One line of news."""
+
+
+class Silent:
+    """Reports nothing."""
+
+    def stage(self, name: str) -> AbstractContextManager[Progress]:  # noqa: ARG002
+        """Ignore progress."""
+        return nullcontext(lambda _done, _total: None)
+
+    def note(self, text: str) -> None:
+        """Ignore news."""
+
+
+def cache_root() -> Path:
+    """`$TRIMBIT_CACHE`, or `~/.cache/trimbit`."""
+    return Path(os.environ.get("TRIMBIT_CACHE") or Path.home() / ".cache" / "trimbit")
+
+
+def module_of(stage: str, step: Step) -> ModuleType:
+    """The module of a stage by its name.
+
+    Raises:
+        RecipeError: if there is none.
+    """
+    try:
+        return importlib.import_module(f"trimbit.{stage}.{step.name}")
+    except ModuleNotFoundError as err:
+        raise RecipeError(f"no {stage} method {step.name!r}: there is no module trimbit.{stage}.{step.name}") from err
+
+
+@dataclass(kw_only=True)
+class Session:
+    """One model, one recipe, one text, one seed: everything that budgets share, computed once when first needed."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    calibration: str = "self"  # or a file
+    seed: int = 0
+    reporter: Reporter = field(default_factory=Silent)
+    cache: Path = field(default_factory=cache_root)
+
+    def __post_init__(self) -> None:
+        recipe = self.recipe
+        self.quant = self._module("quant", recipe.quant)
+        self.search = self._module("search", recipe.search)
+        self.criterion = self._module("criteria", recipe.criterion) if recipe.criterion else None
+        self.repair = self._module("repair", recipe.repair)
+        self.compute: torch.dtype = getattr(torch, recipe.compute)
+        if self.calibration != "self" and not Path(self.calibration).is_file():
+            raise DataError(f"no calibration text {self.calibration!r}: give `self` or a file")
+
+    def _module(self, stage: str, step: Step) -> tuple[ModuleType, Any]:
+        module = module_of(stage, step)
+        return module, step_config(module.Config, stage, step)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The structure of the model."""
+        return build_layout(self.checkpoint.config)
+
+    @cached_property
+    def model(self) -> ModelRef:
+        """What ties plans and measurements to the model."""
+        c = self.checkpoint
+        return ModelRef(id=c.model_id, config_hash=c.config_hash(), weights_hash=c.weights_hash())
+
+    @cached_property
+    def stream(self) -> BlockStream:
+        """The dense model, block by block."""
+        return BlockStream(self.checkpoint, self.layout, self.compute)
+
+    @cached_property
+    def tokens(self) -> data.TokenSet:
+        """The calibration tokens."""
+        want = self.recipe.calibration
+        tokenizer = self.checkpoint.tokenizer()
+        if self.calibration != "self":
+            return data.from_file(Path(self.calibration), tokenizer, rows=want.rows, length=want.length, seed=self.seed)
+        key = digest([trimbit.__version__, self.model.weights_hash, want.rows, want.length, self.seed, torch.get_num_threads()])
+        path = self.cache / "tokens" / f"{key}.safetensors"
+        if path.exists():
+            return data.TokenSet(name="self", tokens=load_file(path)["tokens"], seed=self.seed)
+        with self.reporter.stage("text sampled from the model") as progress:
+            model = WholeModel(self.stream).model
+            found = data.sample_self(model, tokenizer, rows=want.rows, length=want.length, seed=self.seed, progress=progress)
+        _save_whole(path, lambda beside: save_file({"tokens": found.tokens}, beside))
+        return found
+
+    @cached_property
+    def stats_key(self) -> str:
+        """Content key of the statistics."""
+        return digest([trimbit.__version__, self.model.weights_hash, self.model.config_hash, self.tokens.digest, self.recipe.compute])
+
+    @cached_property
+    def stats(self) -> Stats | None:
+        """Moments of the dense model, where any stage needs them."""
+        if not self.quant[0].NEEDS_MOMENTS and self.criterion is None:
+            return None
+        tokens = self.tokens.tokens
+        with self.reporter.stage("statistics") as progress:
+            return collect(self.stream, tokens, self.cache / "stats" / self.stats_key, progress)
+
+    @cached_property
+    def rankings(self) -> dict[str, tuple[int, ...]]:
+        """For each dim, its indices, the one to keep longest first."""
+        if self.criterion is None:
+            return {}
+        module, config = self.criterion
+        path = self.cache / "rankings" / f"{digest([self.stats_key, self._step(self.recipe.criterion)])}.json"
+        if path.exists():
+            return {dim: tuple(order) for dim, order in json.loads(path.read_text(encoding="utf-8")).items()}
+        assert self.stats is not None  # noqa: S101
+        found: dict[str, tuple[int, ...]] = {}
+        units = [unit for unit in self.layout.units.values() if unit.dim is not None]
+        with self.reporter.stage("ranking of channels and heads") as progress:
+            for at, unit in enumerate(units):
+                assert unit.out_weight is not None  # noqa: S101
+                weight = self.layout.weights[unit.out_weight]
+                w = self.checkpoint.tensor(f"{weight.name}.weight").float()
+                scores: Tensor = module.score(w, self.stats.moments(weight.site), weight.cols // unit.size, config)
+                found[unit.dim or ""] = tuple(scores.argsort(descending=True, stable=True).tolist())
+                progress(at + 1, len(units))
+        _save_whole(path, lambda beside: beside.write_text(json.dumps(found), encoding="utf-8"))
+        return found
+
+    def _step(self, step: Step | None) -> dict[str, Any] | None:
+        return step.model_dump(mode="json") if step else None
+
+    @property
+    def method(self) -> Method:
+        """The quantiser."""
+        return Method(module=self.quant[0], config=self.quant[1])
+
+    @cached_property
+    def candidates(self) -> CandidateWeights:
+        """The weights of every choice."""
+        key = digest([self.stats_key if self.stats is not None else self.model.weights_hash, self._step(self.recipe.quant)])
+        return CandidateWeights(self.checkpoint, self.layout, self.stats, self.method, self.cache / "candidates" / key, self.rankings)
+
+    @cached_property
+    def judges(self) -> tuple[Judge, Judge]:
+        """KL on the tokens that damage is measured on, and on those that whole plans are tried on."""
+        want = self.recipe.measure
+        assert want is not None  # noqa: S101
+        rows = self.tokens.tokens[:, : want.length]
+        if len(rows) < want.rows + want.held_out_rows:
+            raise RecipeError(
+                f"measure: {want.rows} rows to measure on and {want.held_out_rows} held out need "
+                f"{want.rows + want.held_out_rows} calibration rows; there are {len(rows)} (calibration.rows)"
+            )
+        whole = WholeModel(self.stream)
+        with self.reporter.stage("the model's own output") as progress:
+            first = Judge(whole, rows[: want.rows])
+            progress(1, 2)
+            second = Judge(whole, rows[-want.held_out_rows :])
+            progress(2, 2)
+        return first, second
+
+    def evaluate(self, plan: Plan) -> float:
+        """KL of a whole plan, made of candidates, on held-out calibration tokens."""
+        judge = self.judges[1]
+        install(judge.whole, self.layout, self.candidates, background_of(plan, self.layout))
+        return judge.damage(None)
+
+    def problem(self, limit: int, *, ready: bool = True) -> Problem:
+        """The search problem of a budget; not `ready`: for sizes alone, before anything long."""
+        space = self.recipe.space or Space(formats=(), table_formats=())
+        empty = {unit.dim: tuple(range(unit.size)) for unit in self.layout.units.values() if unit.dim is not None}
+        return Problem(
+            layout=self.layout, model=self.model, limit=limit, space=space, rankings=self.rankings if ready else empty,
+            recipe_hash=self.recipe.hash, seed=self.seed, evaluate=self.evaluate if ready and self.recipe.measure else None,
+        )  # fmt: skip
+
+    def limit(self, budget: Budget) -> int:
+        """A budget in bytes, checked to be feasible.
+
+        Raises:
+            BudgetError: if it is not; names the smallest feasible one.
+        """
+        limit = budget.nbytes(self.layout.parameters)
+        module, config = self.search
+        module.require_feasible(self.problem(limit, ready=False), config)
+        return limit
+
+    def find_plan(self, budget: Budget) -> Plan:
+        """Search the best plan within a budget."""
+        limit = self.limit(budget)
+        module, config = self.search
+        problem = self.problem(limit)
+        want = self.recipe.measure
+        if self.recipe.space is None or want is None:
+            with self.reporter.stage("search") as progress:
+                plan: Plan = module.search(problem, config)
+                progress(1, 1)
+            return plan
+        background: Background = module.background(problem, config)
+        plans = []
+        for number in range(want.rounds):
+            measurements = self.measure(background, number)
+            with self.reporter.stage("search") as progress:
+                solved = Problem(**{**vars(problem), "measurements": measurements, "measurement_hash": digest(measurements.model_dump(mode="json"))})
+                plans.append(module.search(solved, config))
+                progress(1, 1)
+            background = background_of(plans[-1], self.layout)
+        return min(plans, key=lambda plan: plan.found_by.measured_damage if plan.found_by.measured_damage is not None else float("inf"))
+
+    def measure(self, background: Background, number: int) -> Measurements:
+        """Damage of every choice in a background; a stored measurement is reused, a broken-off one goes on."""
+        space, want = self.recipe.space, self.recipe.measure
+        assert space is not None  # noqa: S101
+        assert want is not None  # noqa: S101
+        key = digest(
+            [self.stats_key, self._step(self.recipe.quant), self._step(self.recipe.criterion), space.model_dump(mode="json"),
+             want.model_dump(mode="json", exclude={"rounds"}), background.model_dump(mode="json"), self.seed]
+        )  # fmt: skip
+        journal = self.cache / "measurements" / f"{key}.jsonl"
+        with self.reporter.stage("damage of each choice" + (f", round {number + 1}" if number else "")) as progress:
+            found = measure(
+                self.judges[0], self.layout, self.candidates, space, background, journal,
+                self.model, self.tokens.digest, self.seed, progress,
+            )  # fmt: skip
+        _save_whole(journal.with_suffix(".json"), lambda beside: beside.write_text(found.model_dump_json(), encoding="utf-8"))
+        return found
+
+    def write(self, plan: Plan, out: Path) -> None:
+        """Apply a plan and write the compressed directory.
+
+        Raises:
+            PlanError: if the plan belongs to another model.
+        """
+        if (plan.model.config_hash, plan.model.weights_hash) != (self.model.config_hash, self.model.weights_hash):
+            raise PlanError(
+                f"the plan belongs to {plan.model.id} (weights {plan.model.weights_hash[:12]}), "
+                f"not to {self.model.id} (weights {self.model.weights_hash[:12]})"
+            )
+        self.layout.check(plan)
+        self.__dict__.pop("judges", None)  # the whole model in memory
+        self.__dict__.pop("candidates", None)
+        with Writer(out, self.layout, plan) as writer:
+            with self.reporter.stage("pruning, refit, quantisation") as progress:
+                tokens = self.tokens.tokens if self.stats is not None else torch.zeros(1, 2, dtype=torch.long)
+                apply_plan(self.stream, plan, tokens, self.method, self.repair[1], self.stats, writer, progress)
+            self._beside(plan, writer)
+
+    def _beside(self, plan: Plan, writer: Writer) -> None:
+        """The files beside the weights: tokenizer, templates, licence, recipe, model card."""
+        writer.write(RECIPE_FILE, self.recipe.to_yaml())
+        writer.write("README.md", model_card(self.checkpoint, self.layout, plan, self.calibration))
+        sidecars = self.checkpoint.sidecars()
+        for path in sidecars:
+            target = writer.partial / path.relative_to(self.checkpoint.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+        if not any(path.name.startswith("tokenizer") for path in sidecars):
+            self.checkpoint.tokenizer().save_pretrained(writer.partial)
+
+
+def open_session(model: str | Path, recipe: Recipe, **fields: Any) -> Session:  # noqa: ANN401
+    """Open a model for a recipe; see `Session` for the fields."""
+    return Session(checkpoint=open_checkpoint(model), recipe=recipe, **fields)
+
+
+def compress(session: Session, budget: Budget, out: Path) -> Plan:
+    """The main job: find the best plan within the budget, apply it, write the directory."""
+    require_absent(out)
+    plan = session.find_plan(budget)
+    session.write(plan, out)
+    return plan
+
+
+def background_of(plan: Plan, layout: Layout) -> Background:
+    """The widths and formats of a plan whose weights have one run each.
+
+    Raises:
+        PlanError: if a weight has several runs.
+    """
+    formats: dict[str, Data] = {}
+    for name, weight in layout.weights.items():
+        unit = layout.units[weight.unit]
+        runs = plan.weights.get(name)
+        if runs is not None and len(runs) != 1:
+            raise PlanError(f"weight {name} has {len(runs)} runs; only plans with one run a weight can be tried here")
+        site = weight.site if unit.block is not None else unit.name
+        known = [runs[0].precision] if runs else []
+        fallback = next(run[0].precision for run in plan.weights.values())
+        formats.setdefault(site, known[0] if known else fallback)
+    return Background(widths={dim: len(keep) for dim, keep in plan.cuts.items()}, formats=formats)  # type: ignore[arg-type]
+
+
+def model_card(checkpoint: Checkpoint, layout: Layout, plan: Plan, calibration: str) -> str:
+    """README.md of a compressed directory."""
+    nbytes, found = layout.file_nbytes(plan), plan.found_by
+    license_line = f"license: {checkpoint.license}\n" if checkpoint.license else ""
+    damage = f"{found.measured_damage:.4f} nats a token" if found.measured_damage is not None else "not measured"
+    return (
+        f"---\nbase_model: {checkpoint.model_id}\nlibrary_name: trimbit\n{license_line}tags: [trimbit, quantized, pruned]\n---\n\n"
+        f"# {checkpoint.model_id}, {nbytes / 1e6:.1f} MB\n\n"
+        f"Compressed with trimbit {trimbit.__version__}: {found.method}. Weight file {nbytes:,} bytes, "
+        f"{8 * nbytes / layout.parameters:.2f} bits per original parameter; KL to the original on held-out calibration text: {damage}.\n"
+        f"Calibrated on {'text sampled from the model itself' if calibration == 'self' else Path(calibration).name}, seed {found.seed}.\n\n"
+        "```python\nimport trimbit  # makes transformers know this format\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("this directory")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("this directory")\n```\n\n'
+        "`plan.json` says what was cut and how many bits each weight has, `recipe.yaml` how that was decided.\n"
+    )
+
+
+def _save_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a cache file so that it appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    write(beside)
+    beside.replace(path)

@@ -1,0 +1,135 @@
+"""The plan: what is cut and how many bits the rest gets. Plain data, no torch; and the budget it must meet."""
+
+import hashlib
+import json
+import re
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal, Protocol, TypeVar, runtime_checkable
+
+from pydantic import Field, ValidationError
+
+from trimbit.errors import BudgetError, PlanError
+from trimbit.precision import Data, Run
+
+T = TypeVar("T", bound=Data)
+
+
+class ModelRef(Data):
+    """The original model that a plan belongs to."""
+
+    id: str
+    config_hash: str
+    weights_hash: str
+
+
+class Provenance(Data):
+    """How a plan was found."""
+
+    method: str
+    recipe_hash: str
+    measurement_hash: str | None
+    seed: int
+    predicted_damage: float | None  # nats of KL a token, by the additive model of the search
+    measured_damage: float | None  # nats of KL a token, of the whole plan on held-out calibration tokens
+    nbytes: int  # of the weight files, headers included
+    notes: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Sized(Protocol):
+    """What can tell the bytes of a plan's tensors: a `Layout`."""
+
+    def tensor_nbytes(self, plan: "Plan") -> int:
+        """Bytes of all tensors that the plan writes."""
+
+
+class Plan(Data):
+    """What to do to one model; every search method returns one.
+
+    `cuts` maps a dim to its kept original indices (an empty tuple drops the sub-block), in the order in which they are
+    stored. `weights` maps a weight to runs along its stored input channels. `biases` names weights that gain a bias.
+    """
+
+    schema_version: Literal[1] = 1
+    model: ModelRef
+    cuts: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    weights: dict[str, tuple[Run, ...]]
+    biases: tuple[str, ...] = ()
+    found_by: Provenance
+
+    def nbytes(self, layout: Sized) -> int:
+        """Bytes of all tensors written; the file adds its header."""
+        return layout.tensor_nbytes(self)
+
+    def save(self, path: Path) -> None:
+        """Write the plan as JSON."""
+        path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def load_plan(path: Path) -> Plan:
+    """Read a plan.
+
+    Raises:
+        PlanError: if the file is missing, is not JSON, or has an unknown key, type or schema version.
+    """
+    return parse_json(Plan, path, PlanError)
+
+
+def parse_json(kind: type[T], path: Path, error: type[Exception]) -> T:
+    """Read strict JSON of this kind, or raise `error` with the file, the key and the reason in one line."""
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as err:
+        raise error(f"{path}: {err.strerror}") from err
+    except ValidationError as err:
+        raise error(f"{path}: {first_problem(err)}") from err
+
+
+def first_problem(err: ValidationError) -> str:
+    """The first problem of a failed validation and how many follow, in one line."""
+    first, *rest = err.errors(include_url=False, include_input=False)
+    where = ".".join(str(part) for part in first["loc"]) or "document"
+    what = "unknown key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
+    return f"{where}: {what}" + (f" (and {len(rest)} more {'problem' if len(rest) == 1 else 'problems'})" if rest else "")
+
+
+def digest(value: object) -> str:
+    """Content key of a JSON-like value: 16 hex digits of the sha256 of its canonical form."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+class Budget(Data):
+    """A limit on the weight files, headers included: `45MB`, `45MiB`, `2.5bpw` or `0.2x`."""
+
+    value: float = Field(gt=0)
+    unit: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Budget":
+        """Read a budget as the user writes it.
+
+        Raises:
+            BudgetError: if it is not a positive number with a known unit.
+        """
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]+)\s*", text)
+        if match is None or match[2] not in (*_UNITS, "bpw", "x") or float(match[1]) == 0:
+            units = ", ".join((*_UNITS, "bpw", "x"))
+            raise BudgetError(f"cannot read the budget {text!r}: give a positive number and one of {units}, such as 45MB")
+        return cls(value=float(match[1]), unit=match[2])
+
+    def nbytes(self, parameters: int) -> int:
+        """The limit in bytes for an original model with this many parameters."""
+        value = Fraction(str(self.value))  # the decimal that was written: 1.001kB is 1001 bytes, not 1000.99...
+        if self.unit == "bpw":
+            return int(value * parameters / 8)
+        if self.unit == "x":
+            return int(value * parameters * 2)
+        return int(value * _UNITS[self.unit])
+
+    def __str__(self) -> str:
+        return f"{self.value:.15g}{self.unit}"

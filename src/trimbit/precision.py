@@ -1,0 +1,128 @@
+"""Number formats and what a weight costs in bytes. No torch here: these are data.
+
+A format has a short name, used in recipes, plans and tables: `int4g64` is symmetric, 4 bits, one fp16 scale per 64 input
+channels; `uint4g64` has a zero point as well, stored in 4 bits; `int4row` has one group per row; `bf16` is unquantised.
+"""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+
+from trimbit.errors import PlanError
+
+SCALE_NBYTES = 2  # fp16
+
+
+class Data(BaseModel):
+    """What crosses a file boundary: frozen, strict, and refusing unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Int(Data):
+    """Integers of 2 to 8 bits in groups along the input channels of each row.
+
+    Symmetric: w ~ s * c with c in [-2^(b-1), 2^(b-1) - 1]; the sign of s chooses the side that has the extra level.
+    With a zero point: w ~ s * (c - z) with c and z in [0, 2^b - 1].
+    """
+
+    bits: int = Field(ge=2, le=8)
+    group: Literal[32, 64, 128] | None  # None: one group a row
+    symmetric: bool
+
+    @property
+    def name(self) -> str:
+        """The short name, such as `int4g64`."""
+        group = "row" if self.group is None else f"g{self.group}"
+        return f"{'int' if self.symmetric else 'uint'}{self.bits}{group}"
+
+    def groups(self, count: int) -> int:
+        """Number of groups in `count` consecutive channels; the last may be short."""
+        return -(-count // (self.group or count)) if count else 0
+
+    def code_nbytes(self, count: int) -> int:
+        """Bytes of the codes of `count` channels of one row."""
+        return -(-count * self.bits // 8)
+
+    def zero_nbytes(self, count: int) -> int:
+        """Bytes of the zero points of `count` channels of one row."""
+        return 0 if self.symmetric else -(-self.groups(count) * self.bits // 8)
+
+
+class BFloat16(Data):
+    """Unquantised bfloat16."""
+
+    bits: Literal[16] = 16
+    name: Literal["bf16"] = "bf16"
+
+    def groups(self, count: int) -> int:  # noqa: ARG002
+        """There are no scales."""
+        return 0
+
+    def code_nbytes(self, count: int) -> int:
+        """Bytes of the values of `count` channels of one row."""
+        return 2 * count
+
+    def zero_nbytes(self, count: int) -> int:  # noqa: ARG002
+        """There are no zero points."""
+        return 0
+
+
+BF16 = BFloat16()
+_NAME = re.compile(r"(u?)int([2-8])(?:g(32|64|128)|row)")
+
+
+def parse_precision(name: str) -> "Int | BFloat16":
+    """The format with this short name.
+
+    Raises:
+        PlanError: if there is none.
+    """
+    if name == "bf16":
+        return BF16
+    match = _NAME.fullmatch(name)
+    if match is None:
+        msg = f"unknown number format {name!r}; known are bf16 and u?int[2-8](g32|g64|g128|row), such as int4g64"
+        raise PlanError(msg)
+    unsigned, bits, group = match.groups()
+    return Int(bits=int(bits), group=int(group) if group else None, symmetric=not unsigned)  # type: ignore[arg-type]
+
+
+def _from_name(value: Any) -> Any:  # noqa: ANN401
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_precision(value)
+    except PlanError as err:
+        raise ValueError(str(err)) from err  # pydantic adds where it stands
+
+
+Precision = Annotated[Int | BFloat16, BeforeValidator(_from_name), PlainSerializer(lambda p: p.name, return_type=str)]
+
+
+class Run(Data):
+    """One format for `count` consecutive input channels of a weight; groups restart at each run."""
+
+    count: int = Field(ge=1)
+    precision: Precision
+
+
+def row_nbytes(runs: tuple[Run, ...]) -> int:
+    """Bytes of one row of a weight with these runs: codes, scales and zero points."""
+    return code_row_nbytes(runs) + SCALE_NBYTES * group_count(runs) + zero_row_nbytes(runs)
+
+
+def code_row_nbytes(runs: tuple[Run, ...]) -> int:
+    """Bytes of one row's codes; each run is padded to whole bytes."""
+    return sum(run.precision.code_nbytes(run.count) for run in runs)
+
+
+def zero_row_nbytes(runs: tuple[Run, ...]) -> int:
+    """Bytes of one row's zero points; each run is padded to whole bytes."""
+    return sum(run.precision.zero_nbytes(run.count) for run in runs)
+
+
+def group_count(runs: tuple[Run, ...]) -> int:
+    """Scales in one row."""
+    return sum(run.precision.groups(run.count) for run in runs)

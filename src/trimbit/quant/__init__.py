@@ -1,0 +1,1 @@
+"""Quantisers: one a file, tensors in, tensors out."""

@@ -1,0 +1,132 @@
+"""The quantisation grid of a weight: scale and zero point of each group, by absmax or by least squared error.
+
+Codes are numbered 0 .. 2^b - 1 for every integer format, so that value = s * (c - z), with z = 2^(b-1) for symmetric ones.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from trimbit.errors import NumericsError
+from trimbit.kernels.reference import per_column
+from trimbit.precision import BFloat16, Int, Run
+
+ScaleSearch = Literal["absmax", "mse"]
+SHRINKS = tuple(1.0 - 0.03 * step for step in range(24))  # ours: 1.00 down to 0.31 of the group's range
+CHUNK = 4_000_000  # elements whose grids are searched at a time: bounds memory
+FLOAT16_MAX = 65504.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """Scales and zero points of every run of a weight, fp16-exact; None for bf16 runs."""
+
+    runs: tuple[Run, ...]
+    scales: list[Float[Tensor, "rows groups"] | None]
+    zeros: list[Float[Tensor, "rows groups"] | None]
+
+    def columns(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale and zero point of every element, [rows, cols], and the top code of every column, [cols] (0: bf16)."""
+        scales, zeros, tops = [], [], []
+        for run, scale, zero in zip(self.runs, self.scales, self.zeros, strict=True):
+            if scale is None or zero is None or isinstance(run.precision, BFloat16):
+                scales.append(torch.ones(rows, run.count))
+                zeros.append(torch.zeros(rows, run.count))
+                tops.append(torch.zeros(run.count))
+                continue
+            scales.append(per_column(scale, run.precision.group, run.count))
+            zeros.append(per_column(zero, run.precision.group, run.count))
+            tops.append(torch.full((run.count,), float(2**run.precision.bits - 1)))
+        return torch.cat(scales, 1), torch.cat(zeros, 1), torch.cat(tops)
+
+
+def fit_grid(
+    w: Float[Tensor, "rows cols"], runs: tuple[Run, ...], search: ScaleSearch, weighting: Float[Tensor, " cols"] | None = None
+) -> Grid:
+    """Choose the grid of each group of each run.
+
+    `absmax` spans the group's range; `mse` shrinks that range to the least squared error, with each column's squared error
+    multiplied by `weighting` (the diagonal of H, where given).
+
+    Raises:
+        NumericsError: if a scale does not fit fp16.
+    """
+    scales: list[Tensor | None] = []
+    zeros: list[Tensor | None] = []
+    at = 0
+    for run in runs:
+        part = w[:, at : at + run.count]
+        weight = None if weighting is None else weighting[at : at + run.count]
+        at += run.count
+        if isinstance(run.precision, BFloat16):
+            scales.append(None)
+            zeros.append(None)
+            continue
+        rows = max(1, CHUNK // run.count)
+        fitted = [_fit_run(chunk, run.precision, search, weight) for chunk in part.split(rows)]
+        scales.append(torch.cat([scale for scale, _ in fitted]))
+        zeros.append(torch.cat([zero for _, zero in fitted]))
+    return Grid(runs=runs, scales=scales, zeros=zeros)
+
+
+def _fit_run(w: Tensor, precision: Int, search: ScaleSearch, weighting: Tensor | None) -> tuple[Tensor, Tensor]:
+    rows, count = w.shape
+    group = precision.group or count
+    pad = -count % group
+    x = torch.nn.functional.pad(w, (0, pad)).view(rows, -1, group)
+    cost = torch.nn.functional.pad(torch.ones(count) if weighting is None else weighting, (0, pad)).view(1, -1, group)
+    candidates = [(shrink, side) for shrink in (SHRINKS if search == "mse" else (1.0,)) for side in _sides(precision, search)]
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    for shrink, side in candidates:
+        scale, zero = _grid(x, precision, shrink, side)
+        error = (decode(encode(x, scale, zero, precision), scale, zero) - x).square_().mul_(cost).sum(-1, keepdim=True)
+        if best is None:
+            best = (error, scale, zero)
+            continue
+        better = error < best[0]
+        best = (
+            torch.where(better, error, best[0]),
+            torch.where(better, scale, best[1]),
+            torch.where(better, zero, best[2]),
+        )
+    assert best is not None  # noqa: S101 - there is at least one candidate
+    return best[1].squeeze(-1), best[2].squeeze(-1)
+
+
+def _sides(precision: Int, search: ScaleSearch) -> tuple[float, ...]:
+    """Signs of a symmetric scale to try: the extra level is on one side only."""
+    return (1.0, -1.0) if precision.symmetric and search == "mse" else (1.0,)
+
+
+def _grid(x: Tensor, precision: Int, shrink: float, side: float) -> tuple[Tensor, Tensor]:
+    """Scale and zero point, [rows, groups, 1], of the range of x shrunk by a factor."""
+    levels = 2**precision.bits
+    if precision.symmetric:
+        reach = x.abs().amax(-1, keepdim=True) * shrink
+        scale = side * _float16(reach / (levels / 2 - 1))
+        return scale, torch.full_like(scale, levels / 2)
+    low = x.amin(-1, keepdim=True).clamp(max=0) * shrink
+    high = x.amax(-1, keepdim=True).clamp(min=0) * shrink
+    scale = _float16((high - low) / (levels - 1))
+    zero = torch.where(scale > 0, (-low / scale.clamp(min=torch.finfo(torch.float32).tiny)).round(), 0.0)
+    return scale, zero.clamp(0, levels - 1)
+
+
+def _float16(scale: Tensor) -> Tensor:
+    if not bool((scale <= FLOAT16_MAX).all()):
+        raise NumericsError(f"a scale of {scale.max():.3g} does not fit fp16 (largest {FLOAT16_MAX:g}); weights are too large")
+    return scale.to(torch.float16).to(torch.float32)
+
+
+def encode(x: Tensor, scale: Tensor, zero: Tensor, precision: Int) -> Tensor:
+    """Nearest codes, 0 .. 2^b - 1; the code of zero where the scale is zero."""
+    safe = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return ((x / safe).round_() + zero).clamp_(0, 2**precision.bits - 1)
+
+
+def decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """The values of codes."""
+    return (codes - zero) * scale

@@ -1,0 +1,79 @@
+"""A packed weight: codes, scales, zero points, and the runs that say how to read them."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float16, UInt8
+from torch import Tensor
+
+from trimbit.kernels.pack import pack
+from trimbit.kernels.reference import dequantize
+from trimbit.precision import BFloat16, Run, code_row_nbytes, group_count, zero_row_nbytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QTensor:
+    """A `rows x cols` weight, packed.
+
+    Always: `runs` cover all columns; `codes` has `code_row_nbytes(runs)` bytes a row, `scales` has `group_count(runs)`
+    values a row, `zeros` is None exactly if no run has zero points, else `zero_row_nbytes(runs)` bytes a row; each run starts
+    at a whole byte. The weight is s * c for symmetric runs (c signed) and s * (c - z) for the others.
+    """
+
+    codes: UInt8[Tensor, "rows code_nbytes"]
+    scales: Float16[Tensor, "rows groups"]
+    zeros: UInt8[Tensor, "rows zero_nbytes"] | None
+    runs: tuple[Run, ...]
+
+    def __post_init__(self) -> None:
+        want = (code_row_nbytes(self.runs), group_count(self.runs), zero_row_nbytes(self.runs))
+        have = (self.codes.shape[1], self.scales.shape[1], 0 if self.zeros is None else self.zeros.shape[1])
+        if want != have:
+            raise ValueError(f"bytes of codes, scales and zeros a row are {have}, but the runs ask for {want}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.codes.shape[0], sum(run.count for run in self.runs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by their stored names; an unquantised weight is one bf16 `weight`."""
+        if len(self.runs) == 1 and isinstance(self.runs[0].precision, BFloat16):
+            return {"weight": self.codes.view(torch.bfloat16)}
+        zeros = {} if self.zeros is None else {"zeros": self.zeros}
+        return {"codes": self.codes, "scales": self.scales, **zeros}
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "rows cols"]:
+        """The weight that the codes stand for."""
+        return dequantize(self.codes, self.scales, self.zeros, self.runs, dtype)
+
+
+def pack_columns(
+    codes: Float[Tensor, "rows cols"],
+    scales: list[Float[Tensor, "rows groups"] | None],
+    zeros: list[Float[Tensor, "rows groups"] | None],
+    runs: tuple[Run, ...],
+) -> QTensor:
+    """Pack codes as they are numbered in `Grid` (0 .. 2^b - 1; values themselves for bf16), one entry of scales and zeros a run."""
+    code_parts, zero_parts, at = [], [], 0
+    for run, zero in zip(runs, zeros, strict=True):
+        part = codes[:, at : at + run.count]
+        at += run.count
+        if isinstance(run.precision, BFloat16):
+            code_parts.append(part.to(torch.bfloat16).contiguous().view(torch.uint8))
+            continue
+        code_parts.append(pack(part.to(torch.uint8), run.precision.bits))
+        if not run.precision.symmetric and zero is not None:
+            zero_parts.append(pack(zero.to(torch.uint8), run.precision.bits))
+    kept = [scale.to(torch.float16) for scale in scales if scale is not None]
+    return QTensor(
+        codes=torch.cat(code_parts, dim=1),
+        scales=torch.cat(kept, dim=1) if kept else torch.empty(codes.shape[0], 0, dtype=torch.float16),
+        zeros=torch.cat(zero_parts, dim=1) if zero_parts else None,
+        runs=runs,
+    )

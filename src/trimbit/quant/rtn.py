@@ -1,0 +1,33 @@
+"""Round to nearest: every weight to the closest point of its group's grid."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from trimbit.precision import Data, Run
+from trimbit.quant.grid import ScaleSearch, fit_grid
+from trimbit.quant.qtensor import QTensor, pack_columns
+from trimbit.stats import Moments
+
+PAPER = "baseline"
+NEEDS_MOMENTS = False
+
+
+class Config(Data):
+    """How scales are chosen."""
+
+    scales: ScaleSearch = "absmax"
+
+
+def quantize(w: Float[Tensor, "rows cols"], moments: Moments | None, runs: tuple[Run, ...], config: Config) -> QTensor:  # noqa: ARG001
+    """Round each element of w to the grid of its group; the moments are not used."""
+    grid = fit_grid(w, runs, config.scales)
+    scale, zero, top = grid.columns(w.shape[0])
+    return pack_columns(round_columns(w, scale, zero, top), grid.scales, grid.zeros, runs)
+
+
+def round_columns(w: Tensor, scale: Tensor, zero: Tensor, top: Tensor) -> Tensor:
+    """Nearest codes of each element; the value itself in bf16 where the column's top code is 0."""
+    safe = torch.where(scale == 0, torch.ones_like(scale), scale)
+    codes = torch.minimum(((w / safe).round() + zero).clamp(min=0), top)
+    return torch.where(top == 0, w.to(torch.bfloat16).float(), codes)

@@ -1,0 +1,128 @@
+"""A recipe: a published method, or one of ours, as stages with their parameters. Plain data, read from YAML."""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from trimbit.errors import RecipeError
+from trimbit.measurements import Space
+from trimbit.plan import digest, first_problem
+from trimbit.precision import Data
+
+
+class Step(Data):
+    """A stage by the name of its module; the module's own `Config` checks the parameters."""
+
+    name: str
+    params: dict[str, Any] = Field(default_factory=dict)
+
+
+class Calibration(Data):
+    """How much text the statistics are taken from; the command line says which."""
+
+    rows: int = Field(default=16, ge=2)
+    length: int = Field(default=2048, ge=16)
+
+
+class Measure(Data):
+    """How damage is measured."""
+
+    rows: int = Field(default=4, ge=1)  # of the calibration rows, cut to `length` tokens
+    length: int = Field(default=256, ge=16)
+    held_out_rows: int = Field(default=4, ge=1)  # other rows, on which whole plans are tried
+    rounds: int = Field(default=1, ge=1)  # each round measures in the background of the plan before it
+
+
+class Recipe(Data):
+    """Everything that decides a result beside the model, the budget, the text and the seed."""
+
+    description: str
+    source: str
+    calibration: Calibration = Field(default_factory=Calibration)
+    space: Space | None = None
+    criterion: Step | None = None  # ranks what may be cut
+    measure: Measure | None = None
+    search: Step
+    quant: Step
+    repair: Step = Step(name="refit")
+    compute: Literal["bfloat16", "float32"] = "bfloat16"  # of matrix products
+
+    @property
+    def hash(self) -> str:
+        """Content key."""
+        return digest(self.model_dump(mode="json"))
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, as it is written beside a result."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
+
+
+def folders() -> list[Path]:
+    """Where named recipes lie: in the package, or beside it in a source tree."""
+    package = Path(str(files("trimbit")))
+    return [folder for folder in (package / "recipes", package.parent.parent / "recipes") if folder.is_dir()]
+
+
+def names() -> list[str]:
+    """The names of the recipes that come with the package."""
+    return sorted({path.stem for folder in folders() for path in folder.glob("*.yaml")})
+
+
+def load_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe by name or file, with overrides such as `search.pruning_costs=[1, 2]`.
+
+    Raises:
+        RecipeError: if there is none, or it or an override has an unknown key or a bad value.
+    """
+    path = Path(name)
+    if path.suffix not in {".yaml", ".yml"}:
+        path = next((folder / f"{name}.yaml" for folder in folders() if (folder / f"{name}.yaml").exists()), path)
+    if not path.is_file():
+        raise RecipeError(f"no recipe {name!r}; known are {', '.join(names())}, or give a .yaml file")
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as err:
+        raise RecipeError(f"{path}: not YAML: {str(err).splitlines()[0]}") from err
+    if not isinstance(fields, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of stages")
+    for override in overrides:
+        _override(fields, override)
+    try:
+        return Recipe.model_validate_json(json.dumps(fields))
+    except ValidationError as err:
+        raise RecipeError(f"{path.stem}: {first_problem(err)}") from err
+
+
+def _override(fields: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    path = key.split(".")
+    if not equals or not all(path):
+        raise RecipeError(f"cannot read the override {text!r}: write it as stage.parameter=value")
+    for part in path[:-1]:
+        if fields.get(part) is None:
+            fields[part] = {}
+        if not isinstance(fields[part], dict):
+            raise RecipeError(f"override {text!r}: {part} has no parameters")
+        fields = fields[part]
+    if "name" in fields and path[-1] != "name":  # a step: its parameters are one level down
+        fields = fields.setdefault("params", {})
+    try:
+        fields[path[-1]] = yaml.safe_load(value)
+    except yaml.YAMLError as err:
+        raise RecipeError(f"override {text!r}: the value is not YAML") from err
+
+
+def step_config(kind: type[Data], stage: str, step: Step) -> Any:  # noqa: ANN401
+    """The configuration of a stage, checked by its module's `Config`.
+
+    Raises:
+        RecipeError: if a parameter is unknown or has a bad value.
+    """
+    try:
+        return kind.model_validate_json(json.dumps(step.params))
+    except ValidationError as err:
+        raise RecipeError(f"{stage} {step.name}: {first_problem(err)}") from err

@@ -1,0 +1,214 @@
+"""Choose a width and formats for every unit under the budget, exactly, from measured damage.
+
+Bytes are a sum over the chosen choices, so this is a multiple-choice knapsack; HiGHS solves it. Damage of a choice:
+D(width) + (width / width measured at) * sum over its sites of D(format), each measured in the background of a plan near the
+budget.
+Additive damage is only a model, so several plans are evaluated for real and the best one is returned.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+from pydantic import Field
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from trimbit.errors import BudgetError
+from trimbit.measure import menu_of, reference_width, sites_of, widths_of
+from trimbit.measurements import Background
+from trimbit.model.layout import Unit, header_bound
+from trimbit.plan import Plan
+from trimbit.precision import Data, Precision, Run, row_nbytes
+from trimbit.search import uniform
+from trimbit.search.problem import Problem
+
+PAPER = "this project; HiGHS through scipy.optimize.milp"
+
+
+class Config(Data):
+    """What is tried."""
+
+    pruning_costs: tuple[float, ...] = Field(default=(1.0, 2.0, 4.0), min_length=1)  # ours: factors on D(width), a plan each
+    no_pruning: bool = True  # try a plan that prunes nothing, too
+    uniform: bool = True  # try the best uniform plan, too
+    gap: float = 1e-5  # relative optimality gap of the solver
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One choice of a unit: its kept width (None: it has no dim), the formats of its sites, bytes and damage."""
+
+    unit: Unit
+    width: int | None
+    formats: tuple[tuple[str, Precision], ...]
+    nbytes: int
+    damage: float
+
+
+def search(problem: Problem, config: Config) -> Plan:
+    """The best evaluated plan among knapsack solutions, the one without pruning, and the best uniform one.
+
+    Raises:
+        BudgetError: if nothing in the space fits; names the smallest feasible budget.
+    """
+    assert problem.measurements is not None, "the knapsack needs measurements"  # noqa: S101
+    require_feasible(problem, config)
+    plans: dict[str, Plan] = {}
+    for cost in config.pruning_costs:
+        plan = solve(problem, config, cost, f"knapsack, pruning cost x{cost:g}")
+        if plan is not None:
+            plans.setdefault(_content(plan), plan)
+    if config.no_pruning:
+        plan = solve(problem, config, None, "knapsack, no pruning")
+        if plan is not None:
+            plans.setdefault(_content(plan), plan)
+    if config.uniform:
+        try:
+            plan = uniform.search(problem, uniform.Config())
+            plans.setdefault(_content(plan), plan)
+        except BudgetError:
+            pass  # no uniform plan fits; the knapsack's do
+    if problem.evaluate is None:
+        return min(plans.values(), key=lambda plan: plan.found_by.predicted_damage if plan.found_by.predicted_damage is not None else np.inf)
+    tried = [plan if plan.found_by.measured_damage is not None else problem.measured(plan) for plan in plans.values()]
+    best = min(tried, key=lambda plan: plan.found_by.measured_damage if plan.found_by.measured_damage is not None else np.inf)
+    notes = tuple(f"tried {plan.found_by.method}: {plan.found_by.measured_damage:.4f} nats" for plan in tried)
+    pruned = any(len(keep) < problem.layout.unit_of_dim(dim).size for dim, keep in best.cuts.items())
+    notes += () if pruned else ("no pruning was chosen",)
+    return best.model_copy(update={"found_by": best.found_by.model_copy(update={"notes": notes})})
+
+
+def require_feasible(problem: Problem, config: Config) -> None:  # noqa: ARG001
+    """Refuse, before anything long, a budget below the smallest plan in the space.
+
+    Raises:
+        BudgetError: naming the smallest feasible budget.
+    """
+    problem.require_feasible(problem.smallest())
+
+
+def background(problem: Problem, config: Config) -> Background:
+    """A plan near the budget to measure around, before anything is measured: damage of a weight as its size times 4^-bits.
+
+    Ours: the error of rounding falls by 4 a bit. Nothing is pruned; where that cannot fit, every format is the smallest.
+    """
+    layout = problem.layout
+    groups = []
+    for unit in layout.units.values():
+        found = []
+        for site, names in sites_of(layout, unit).items():
+            size = sum(layout.weights[name].rows * layout.weights[name].cols for name in names)
+            found.append([(site, p, size * 4.0 ** -_bits(problem, unit, p)) for p in menu_of(unit, problem.space)])
+        groups.append(
+            pareto(
+                [
+                    Choice(unit, None, formats, _nbytes(problem, unit, unit.size if unit.dim else None, dict(formats), cut=False), damage)
+                    for formats, damage in (
+                        (tuple((site, p) for site, p, _ in combination), sum(d for _, _, d in combination)) for combination in product(*found)
+                    )
+                ]
+            )
+        )
+    picked = knapsack([[(c.nbytes, c.damage) for c in group] for group in groups], _limit(problem), config.gap)
+    chosen = [group[at] for group, at in zip(groups, picked or [0] * len(groups), strict=True)]
+    return Background(widths={}, formats={site: precision for c in chosen for site, precision in c.formats})
+
+
+def _bits(problem: Problem, unit: Unit, precision: Precision) -> float:
+    """Bits a weight of a format, scales and zero points included."""
+    weight = problem.layout.weights[unit.weights[0]]
+    return 8 * row_nbytes((Run(count=weight.cols, precision=precision),)) / weight.cols
+
+
+def _limit(problem: Problem) -> int:
+    """What is left of the budget for the units."""
+    layout = problem.layout
+    return problem.limit - header_bound(layout) - sum(2 * int(np.prod(layout.shapes[name])) for name in layout.fixed)
+
+
+def _content(plan: Plan) -> str:
+    return plan.model_dump_json(exclude={"found_by"})
+
+
+def solve(problem: Problem, config: Config, pruning_cost: float | None, method: str) -> Plan | None:
+    """The knapsack's optimum with D(width) multiplied by `pruning_cost` (None: full widths only); None if nothing fits."""
+    layout = problem.layout
+    groups = [pareto(choices(problem, unit, pruning_cost)) for unit in layout.units.values()]
+    picked = knapsack([[(c.nbytes, c.damage) for c in group] for group in groups], _limit(problem), config.gap)
+    if picked is None:
+        return None
+    chosen = [group[at] for group, at in zip(groups, picked, strict=True)]
+    widths = {c.unit.dim: c.width for c in chosen if c.unit.dim is not None and c.width is not None and c.width != c.unit.size}
+    formats = {site: precision for c in chosen for site, precision in c.formats}
+    base = problem.measurements.background_damage if problem.measurements else 0.0
+    return problem.plan(widths, formats, method, base + sum(c.damage for c in chosen))
+
+
+def choices(problem: Problem, unit: Unit, pruning_cost: float | None) -> list[Choice]:
+    """All choices of a unit: every width times every combination of formats of its sites."""
+    assert problem.measurements is not None  # noqa: S101
+    layout = problem.layout
+    by_format = {(m.site, m.precision.name): m.damage for m in problem.measurements.formats}
+    by_width = {(m.dim, m.width): m.damage for m in problem.measurements.widths}
+    sites = sites_of(layout, unit)
+    found: list[Choice] = []
+    for width in widths_of(layout, unit, problem.space) or (None,):
+        cut = width is not None and width != unit.size
+        if cut and pruning_cost is None:
+            continue
+        shape = by_width[unit.dim or "", width] * (pruning_cost if cut and pruning_cost is not None else 1.0) if width is not None else 0.0
+        if width == 0:
+            found.append(Choice(unit, 0, tuple((site, menu_of(unit, problem.space)[0]) for site in sites), 0, shape))
+            continue
+        share = width / (reference_width(unit, problem.measurements.background) or 1) if width is not None else 1.0
+        for combination in product(menu_of(unit, problem.space), repeat=len(sites)):
+            formats = dict(zip(sites, combination, strict=True))
+            damage = shape + share * sum(by_format[site, p.name] for site, p in formats.items())
+            found.append(Choice(unit, width, tuple(formats.items()), _nbytes(problem, unit, width, formats, cut=cut), damage))
+    return found
+
+
+def _nbytes(problem: Problem, unit: Unit, width: int | None, formats: Mapping[str, Precision], *, cut: bool) -> int:
+    layout = problem.layout
+    runs = {
+        name: (Run(count=layout.weight_shape(layout.weights[name], width)[1], precision=formats[site]),)
+        for site, names in sites_of(layout, unit).items()
+        for name in names
+    }
+    biases = (unit.out_weight,) if cut and problem.refit_biases and unit.out_weight else ()
+    return sum(spec.nbytes for spec in layout.unit_tensors(unit, runs, width, biases=biases).values())
+
+
+def pareto(found: list[Choice]) -> list[Choice]:
+    """The choices that no other one beats in both bytes and damage."""
+    front: list[Choice] = []
+    for choice in sorted(found, key=lambda c: (c.nbytes, c.damage)):
+        if not front or choice.damage < front[-1].damage:
+            front.append(choice)
+    return front
+
+
+def knapsack(groups: list[list[tuple[int, float]]], limit: int, gap: float) -> list[int] | None:
+    """One item (bytes, damage) of each group, of least total damage within `limit` bytes; None if that is impossible."""
+    if sum(min(nbytes for nbytes, _ in group) for group in groups) > limit:
+        return None
+    sizes = [len(group) for group in groups]
+    nbytes = np.array([item[0] for group in groups for item in group], dtype=float)
+    damage = np.array([item[1] for group in groups for item in group], dtype=float)
+    rows = np.repeat(np.arange(len(groups)), sizes)
+    one_each = csr_array((np.ones(len(rows)), (rows, np.arange(len(rows)))), shape=(len(groups), len(rows)))
+    unit = max(limit, 1) / 1e4  # bytes are scaled for the solver's tolerances; the sum is checked in whole bytes
+    result = milp(
+        damage, integrality=np.ones(len(rows)), bounds=Bounds(0, 1), options={"mip_rel_gap": gap},
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(csr_array(nbytes[None] / unit), -np.inf, limit / unit - 1e-6)],
+    )  # fmt: skip
+    if result.x is None:
+        return None
+    starts = np.cumsum([0, *sizes[:-1]])
+    picked = [int(np.argmax(result.x[start : start + size])) for start, size in zip(starts, sizes, strict=True)]
+    total = sum(group[at][0] for group, at in zip(groups, picked, strict=True))
+    if total > limit:
+        raise BudgetError(f"the solver returned {total} bytes for a limit of {limit}")
+    return picked

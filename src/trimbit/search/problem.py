@@ -1,0 +1,109 @@
+"""What a search method is given: the layout, the budget, the space, the measurements, and a way to try a plan for real."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from trimbit.errors import BudgetError
+from trimbit.measure import menu_of, sites_of, widths_of
+from trimbit.measurements import Measurements, Space
+from trimbit.model.layout import Layout
+from trimbit.plan import ModelRef, Plan, Provenance
+from trimbit.precision import Data, Precision, Run
+
+Evaluate = Callable[[Plan], float]
+
+
+class Method(Protocol):
+    """A search module."""
+
+    @property
+    def PAPER(self) -> str: ...  # noqa: N802, D102
+    @property
+    def Config(self) -> type[Data]: ...  # noqa: N802, D102
+    def search(self, problem: "Problem", config: Data) -> Plan: ...  # noqa: D102
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One search: find the plan of least damage whose weight files are at most `limit` bytes."""
+
+    layout: Layout
+    model: ModelRef
+    limit: int
+    space: Space
+    rankings: Mapping[str, tuple[int, ...]]
+    recipe_hash: str
+    seed: int
+    measurements: Measurements | None = None
+    measurement_hash: str | None = None
+    evaluate: Evaluate | None = None
+    refit_biases: bool = True  # a cut unit's out weight gains a bias
+
+    def plan(
+        self, widths: Mapping[str, int], formats: Mapping[str, Precision], method: str, predicted: float | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> Plan:  # fmt: skip
+        """The plan that keeps `widths` of the cut dims by their rankings, and gives each site a format."""
+        layout = self.layout
+        cuts: dict[str, tuple[int, ...]] = {}
+        weights: dict[str, tuple[Run, ...]] = {}
+        biases: list[str] = []
+        for unit in layout.units.values():
+            width = widths.get(unit.dim, unit.size) if unit.dim else None
+            if unit.dim and width != unit.size:
+                cuts[unit.dim] = tuple(sorted(self.rankings[unit.dim][:width]))
+                if self.refit_biases and width and unit.out_weight:
+                    biases.append(unit.out_weight)
+            if unit.dim and width == 0:
+                continue
+            for site, names in sites_of(layout, unit).items():
+                for name in names:
+                    cols = layout.weight_shape(layout.weights[name], width)[1]
+                    weights[name] = (Run(count=cols, precision=formats[site]),)
+        found = Provenance(
+            method=method, recipe_hash=self.recipe_hash, measurement_hash=self.measurement_hash, seed=self.seed,
+            predicted_damage=predicted, measured_damage=None, nbytes=0, notes=notes,
+        )  # fmt: skip
+        plan = Plan(model=self.model, cuts=cuts, weights=weights, biases=tuple(biases), found_by=found)
+        return plan.model_copy(update={"found_by": found.model_copy(update={"nbytes": layout.file_nbytes(plan)})})
+
+    def measured(self, plan: Plan) -> Plan:
+        """The plan with its damage on held-out tokens, measured for real; unchanged where nothing can evaluate."""
+        if self.evaluate is None:
+            return plan
+        damage = self.evaluate(plan)
+        return plan.model_copy(update={"found_by": plan.found_by.model_copy(update={"measured_damage": damage})})
+
+    def uniform(self, precision: Precision, method: str) -> Plan:
+        """Every weight, the embedding included, in one format, nothing cut."""
+        sites = [site for unit in self.layout.units.values() for site in sites_of(self.layout, unit)]
+        return self.plan({}, dict.fromkeys(sites, precision), method)
+
+    def smallest(self) -> Plan:
+        """The plan of fewest bytes in the space."""
+        layout = self.layout
+        widths, formats = {}, {}
+        for unit in layout.units.values():
+            if unit.dim:
+                widths[unit.dim] = min(widths_of(layout, unit, self.space))
+            for site, names in sites_of(layout, unit).items():
+                weight = layout.weights[names[0]]
+                formats[site] = min(
+                    menu_of(unit, self.space),
+                    key=lambda p: sum(spec.nbytes for spec in layout.weight_tensors(weight, (Run(count=weight.cols, precision=p),), None, bias=False).values()),
+                )
+        return self.plan({dim: width for dim, width in widths.items() if width != layout.unit_of_dim(dim).size}, formats, "smallest")
+
+    def require_feasible(self, smallest: Plan) -> None:
+        """Refuse a budget below the smallest plan.
+
+        Raises:
+            BudgetError: naming the smallest feasible budget.
+        """
+        need = smallest.found_by.nbytes
+        if need > self.limit:
+            raise BudgetError(
+                f"the budget of {self.limit:,} bytes is below the smallest model that this recipe can make; "
+                f"the smallest feasible budget is {need:,} bytes (--budget {need}B)"
+            )

@@ -1,0 +1,51 @@
+"""The best single format that fits: every weight in it, the embedding included, nothing pruned. The baseline."""
+
+from pydantic import Field
+
+from trimbit.plan import Plan
+from trimbit.precision import Data, Int, Precision
+from trimbit.search.problem import Problem
+
+PAPER = "baseline"
+MENU = tuple(
+    Int(bits=bits, group=group, symmetric=symmetric)
+    for bits in range(2, 9)
+    for group in (32, 64, 128, None)
+    for symmetric in (True, False)
+)
+
+
+class Config(Data):
+    """What is tried."""
+
+    formats: tuple[Precision, ...] = MENU
+    tries: int = Field(default=4, ge=1)  # ours: of the formats that fit, how many of the largest are evaluated for real
+
+
+def require_feasible(problem: Problem, config: Config) -> None:
+    """Refuse, before anything long, a budget that no format fits.
+
+    Raises:
+        BudgetError: naming the smallest feasible budget.
+    """
+    problem.require_feasible(_by_size(problem, config)[0])
+
+
+def search(problem: Problem, config: Config) -> Plan:
+    """Of the largest formats that fit, the one of least damage; the largest where nothing can be evaluated.
+
+    Raises:
+        BudgetError: if none fits; names the smallest feasible budget.
+    """
+    require_feasible(problem, config)
+    fitting = [plan for plan in _by_size(problem, config) if plan.found_by.nbytes <= problem.limit]
+    if problem.evaluate is None or config.tries == 1:
+        return fitting[-1]
+    tried = [problem.measured(plan) for plan in fitting[-config.tries :]]
+    return min(tried, key=lambda plan: plan.found_by.measured_damage or 0.0)
+
+
+def _by_size(problem: Problem, config: Config) -> list[Plan]:
+    return sorted(
+        (problem.uniform(precision, f"uniform {precision.name}") for precision in config.formats), key=lambda plan: plan.found_by.nbytes
+    )

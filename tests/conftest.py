@@ -1,0 +1,33 @@
+"""Every test runs offline, on one thread a worker, with a cache of its own."""
+
+import os
+import tempfile
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+import pytest
+import torch
+from transformers.utils import logging
+
+logging.disable_progress_bar()
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache():
+    """Keep what a test run caches out of the user's own cache."""
+    with tempfile.TemporaryDirectory(prefix="trimbit-cache-") as path:
+        previous = os.environ.get("TRIMBIT_CACHE")
+        os.environ["TRIMBIT_CACHE"] = path
+        yield path
+        if previous is None:
+            del os.environ["TRIMBIT_CACHE"]
+        else:
+            os.environ["TRIMBIT_CACHE"] = previous
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)

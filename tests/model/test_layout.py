@@ -1,0 +1,111 @@
+"""The one byte count, and the plans that a layout refuses."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plans import make_plan, random_plan, runs
+from safetensors.torch import save_file
+from tiny import tiny_config
+
+from trimbit.errors import PlanError
+from trimbit.model.layout import METADATA, build_layout, header_bound, shard_nbytes, shards
+
+DTYPES = {"U8": torch.uint8, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def layout_of(model_type, *, tied):
+    config = tiny_config(model_type)
+    config.tie_word_embeddings = tied
+    return build_layout(config)
+
+
+LAYOUTS = {
+    "llama": layout_of("llama", tied=False),
+    "tied": layout_of("llama", tied=True),
+    "qwen2": layout_of("qwen2", tied=True),
+}
+LLAMA = LAYOUTS["llama"]
+O = "model.layers.0.self_attn.o_proj"
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def write(specs, path):
+    save_file({name: torch.zeros(spec.shape, dtype=DTYPES[spec.dtype]) for name, spec in specs.items()}, path, metadata=METADATA)
+    return path.stat().st_size
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_bytes_are_those_of_the_file(layout, tmp_path_factory, seed):
+    plan = random_plan(layout, seed)
+    layout.check(plan)
+    specs = layout.tensors(plan)
+    size = write(specs, tmp_path_factory.getbasetemp() / "one.safetensors")
+    assert layout.file_nbytes(plan) == size
+    nbytes = sum(DTYPES[spec.dtype].itemsize * torch.Size(spec.shape).numel() for spec in specs.values())
+    assert plan.nbytes(layout) == nbytes
+    assert size - nbytes <= header_bound(layout)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10**6), limit=st.integers(1, 60_000))
+def test_shards(tmp_path_factory, seed, limit):
+    specs = LLAMA.tensors(random_plan(LLAMA, seed))
+    files = shards(specs, limit)
+    assert [name for file in files for name in file] == list(specs)
+    assert all(len(file) == 1 or sum(spec.nbytes for spec in file.values()) <= limit for file in files)
+    path = tmp_path_factory.getbasetemp() / "shard.safetensors"
+    assert [shard_nbytes(file) for file in files] == [write(file, path) for file in files]
+
+
+def test_a_shard_is_filled_to_the_last_byte():
+    specs = LLAMA.tensors(make_plan(LLAMA))
+    first, second, *_ = (spec.nbytes for spec in specs.values())
+    assert len(shards(specs, first + second)[0]) == 2
+    assert len(shards(specs, first + second - 1)[0]) == 1
+
+
+def test_a_tied_table_and_biases_count_once():
+    tied, untied = (LAYOUTS[name].tensor_nbytes(make_plan(LAYOUTS[name])) for name in ("tied", "llama"))
+    assert untied - tied == 96 * 48 * 2
+    biased = make_plan(LLAMA, biases=(O,))
+    assert LLAMA.tensor_nbytes(biased) - untied == 48 * 2
+    qwen = LAYOUTS["qwen2"]
+    assert qwen.tensor_nbytes(make_plan(qwen)) - tied == 3 * (48 + 24 + 24) * 2
+
+
+def test_uniform_runs_follow_the_cut():
+    down = LLAMA.weights["model.layers.0.mlp.down_proj"]
+    assert LLAMA.uniform_runs(down, runs((1, "int4g32"))[0], 50) == runs((50, "int4g32"))
+    assert LLAMA.uniform_runs(LLAMA.weights[Q], width=1) == runs((48, "bf16"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cuts": {"blocks.9.mlp.mid": ()}}, "no dim 'blocks.9.mlp.mid'"),
+        ({"cuts": {"blocks.0.mlp.kv": ()}}, "no dim 'blocks.0.mlp.kv'"),
+        ({"cuts": {"embed": ()}}, "no dim 'embed'"),
+        ({"cuts": {"blocks.0.attn.kv": (0, 1, 1)}}, "distinct and below 3"),
+        ({"cuts": {"blocks.0.attn.kv": (0, 1, 3)}}, "distinct and below 3"),
+        ({"cuts": {"blocks.0.attn.kv": (0, 1, -1)}}, "distinct and below 3"),
+        ({"cuts": {"blocks.0.attn.kv": ()}}, r"k_proj .*does not exist.*dropped"),
+        ({"weights": {Q: None}}, "q_proj has no runs"),
+        ({"weights": {"model.other": runs((1, "bf16"))}}, r"model\.other does not exist"),
+        ({"weights": {Q: runs((47, "bf16"))}}, "q_proj: runs cover 47 input channels, but 48 are kept"),
+        ({"cuts": {"blocks.0.attn.kv": (0, 2)}}, "o_proj: runs cover 48 input channels, but 32 are kept"),
+        ({"biases": (Q,)}, "q_proj cannot gain a bias"),
+        ({"biases": ("lm_head",)}, "lm_head cannot gain a bias"),
+        ({"biases": ("nothing",)}, "nothing cannot gain a bias"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(change, message):
+    plan = make_plan(LLAMA)
+    LLAMA.check(plan)
+    if "weights" in change:
+        weights = {**plan.weights, **change["weights"]}
+        change = {"weights": {name: value for name, value in weights.items() if value is not None}}
+    with pytest.raises(PlanError, match=message):
+        LLAMA.check(plan.model_copy(update=change))
