@@ -17,7 +17,10 @@ FOUND = Provenance(
     measured_damage=None,
     nbytes=0,
 )
-FORMATS = ("bf16", *(f"{kind}{bits}{group}" for kind in ("int", "uint") for bits in range(2, 9) for group in ("g32", "g64", "row")))
+FORMATS = (
+    "bf16",
+    *(f"{kind}{bits}{group}" for kind in ("int", "uint") for bits in range(2, 9) for group in ("g32", "g64", "row")),
+)
 
 
 def runs(*pairs: tuple[int, str]) -> tuple[Run, ...]:
@@ -50,6 +53,8 @@ def random_plan(layout: Layout, seed: int) -> Plan:
         return runs(*((end - start, rng.choice(FORMATS)) for start, end in zip([0, *ends], ends, strict=False)))
 
     dims = {unit.dim: unit.size for unit in layout.units.values() if unit.dim}
-    cuts = {dim: tuple(rng.sample(range(size), rng.randint(0, size))) for dim, size in dims.items() if rng.random() < 0.5}
+    cuts = {
+        dim: tuple(rng.sample(range(size), rng.randint(0, size))) for dim, size in dims.items() if rng.random() < 0.5
+    }
     out = [unit.out_weight for unit in layout.units.values() if unit.out_weight and cuts.get(unit.dim, (0,))]
     return make_plan(layout, formats, cuts, tuple(name for name in out if rng.random() < 0.5))

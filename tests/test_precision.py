@@ -1,9 +1,9 @@
 """Names of number formats, and their cost by hand."""
 
 import pytest
-from plans import FORMATS, runs
 from pydantic import ValidationError
 
+from plans import FORMATS, runs
 from trimbit.errors import PlanError
 from trimbit.precision import Run, group_count, parse_precision, row_nbytes
 
@@ -17,9 +17,11 @@ def test_names_parse_and_print(name):
     assert Run.model_validate_json(run.model_dump_json()) == run
 
 
-@pytest.mark.parametrize("name", ["", "int4", "int1g64", "int9g64", "int4g16", "INT4g64", "int4g64 ", "uint4g64x", "fp16", "sint4row"])
+@pytest.mark.parametrize(
+    "name", ["", "int4", "int1g64", "int9g64", "int4g16", "INT4g64", "int4g64 ", "uint4g64x", "fp16", "sint4row"]
+)
 def test_unknown_names_are_refused(name):
-    with pytest.raises(PlanError, match="unknown number format .*int4g64"):
+    with pytest.raises(PlanError, match=r"unknown number format .*int4g64"):
         parse_precision(name)
     with pytest.raises(ValidationError, match="unknown number format"):
         Run.model_validate_json(f'{{"count": 1, "precision": "{name}"}}')

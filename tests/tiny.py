@@ -88,9 +88,7 @@ def tiny_tokenizer(adds_bos: bool = False) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     if adds_bos:
-        tokenizer.post_processor = TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", vocab["<s>"])]
-        )
+        tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocab["<s>"])])
     # transformers reads every qwen2 tokenizer as byte-level BPE; added words survive that
     words = [AddedToken(word, single_word=True, lstrip=True) for word in vocab]
     tokenizer.add_tokens(words)

@@ -1,11 +1,11 @@
 """Apply a plan: cut, refit and quantise block by block, each on the inputs that the compressed blocks before it give.
 
-Two paths run side by side where a refit needs a target: the dense one, and the compressed one. Each block is passed in the
-order of its sites, so that H of a site already carries the error of everything before it.
+Two paths run side by side where a refit needs a target: the dense one, and the compressed one. Each block is passed in
+the order of its sites, so that H of a site already carries the error of everything before it.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from trimbit.artifact import Writer
+from trimbit.errors import NumericsError
 from trimbit.model import axes
 from trimbit.model.layout import Layout, Unit, Weight
 from trimbit.model.stream import BlockStream, Chunks, embed_chunks
@@ -38,13 +39,18 @@ class Method:
 
     def quantize(self, w: Tensor, moments: Moments | None, name: str, runs: tuple[Run, ...]) -> QTensor:
         """Quantise one weight; an error names it."""
-        if all(isinstance(run.precision, BFloat16) for run in runs):
-            return rtn.quantize(w, None, runs, rtn.Config())  # a cast
+        return self.quantize_all([w], moments, name, [runs])[0]
+
+    def quantize_all(
+        self, ws: Sequence[Tensor], moments: Moments | None, name: str, runs: Sequence[tuple[Run, ...]]
+    ) -> list[QTensor]:
+        """Quantise weights that read the same input; an error names the first."""
+        if all(isinstance(run.precision, BFloat16) for own in runs for run in own):
+            return rtn.quantize_all(ws, None, runs, rtn.Config())  # a cast
         try:
-            packed: QTensor = self.module.quantize(w, moments, runs, self.config)
-        except Exception as err:
-            err.args = (f"{name}: {err}",)
-            raise
+            packed: list[QTensor] = self.module.quantize_all(ws, moments, runs, self.config)
+        except NumericsError as err:
+            raise NumericsError(f"{name}: {err}") from err
         return packed
 
 
@@ -54,8 +60,8 @@ def apply_plan(
 ) -> None:  # fmt: skip
     """Write all tensors of a plan through `writer`; memory holds one block, twice, and the hidden states.
 
-    `stats` give H of a tied head, whose table is quantised first because the blocks read it too; a quantiser that needs no
-    moments needs no `stats`.
+    `stats` give H of a tied head, whose table is quantised first because the blocks read it too; a quantiser that
+    needs no moments needs no `stats`.
 
     Raises:
         PlanError: if the plan does not fit the model.
@@ -68,7 +74,7 @@ def apply_plan(
     table = stream.checkpoint.tensor(f"{family.embed}.weight").float()
     lookup = identity_moments(table.shape[1])
     if layout.tied and needs:
-        assert stats is not None, "a tied head needs statistics"  # noqa: S101
+        assert stats is not None, "a tied head needs statistics"
         lookup = tied_moments(stats.moments("head_in"))
     packed = method.quantize(table, lookup, family.embed, plan.weights[family.embed])
     writer.add(_named(family.embed, packed))
@@ -115,7 +121,9 @@ def cut_unit(root: nn.Module, layout: Layout, unit: Unit, keep: tuple[int, ...],
     for name in unit.weights:
         linear: Any = root.get_submodule(name.removeprefix(prefix))
         weight = layout.weights[name]
-        linear.weight = nn.Parameter(cut_weight(linear.weight.detach(), weight, layout, unit, keep), requires_grad=False)
+        linear.weight = nn.Parameter(
+            cut_weight(linear.weight.detach(), weight, layout, unit, keep), requires_grad=False
+        )
         linear.out_features, linear.in_features = linear.weight.shape
         if linear.bias is not None and weight.row_axis != "hidden":
             cut = cut_weight(linear.bias.detach()[:, None], weight, layout, unit, keep)
@@ -126,13 +134,17 @@ def cut_unit(root: nn.Module, layout: Layout, unit: Unit, keep: tuple[int, ...],
 class _Job:
     """The state of one application: the hidden states of both paths."""
 
-    def __init__(self, stream: BlockStream, plan: Plan, tokens: Tensor, method: Method, repair: refit.Config, table: QTensor) -> None:
+    def __init__(
+        self, stream: BlockStream, plan: Plan, tokens: Tensor, method: Method, repair: refit.Config, table: QTensor
+    ) -> None:
         self.stream = stream
         self.layout = stream.layout
         self.plan = plan
         self.method = method
         self.repair = repair
-        self.last_target = max((unit.block or 0 for unit in self.layout.units.values() if self._refits(unit)), default=-1)
+        self.last_target = max(
+            (unit.block or 0 for unit in self.layout.units.values() if self._refits(unit)), default=-1
+        )
         self.dense: Chunks | None = embed_chunks(stream, tokens) if self.last_target >= 0 else None
         with stream.embedding_replaced(table.dequantize(torch.bfloat16)):
             self.compressed: Chunks = embed_chunks(stream, tokens)
@@ -166,7 +178,9 @@ class _Job:
         for at, chunk in enumerate(hidden):
             hidden[at] = self.stream.run(index, block, chunk)
 
-    def _compress_unit(self, index: int, unit: Unit, dense: nn.Module, block: nn.Module, prefix: str) -> dict[str, Tensor]:
+    def _compress_unit(
+        self, index: int, unit: Unit, dense: nn.Module, block: nn.Module, prefix: str
+    ) -> dict[str, Tensor]:
         stored: dict[str, Tensor] = {}
         sites: dict[str, list[Weight]] = {}
         for name in unit.weights:
@@ -175,14 +189,15 @@ class _Job:
             modules: list[Any] = [block.get_submodule(weight.name.removeprefix(prefix)) for weight in members]
             refits = members[0].name == unit.out_weight and self._refits(unit)
             train, held = self._moments(index, members[0], dense if refits else None, block, prefix)
-            for weight, linear in zip(members, modules, strict=True):
-                if refits:
-                    original: Any = dense.get_submodule(weight.name.removeprefix(prefix))
-                    packed = self._refit_and_quantize(weight, linear, original, train, held)
-                else:
-                    packed = self.method.quantize(
-                        linear.weight.detach(), train.moments() if train else None, weight.name, self.plan.weights[weight.name]
-                    )
+            if refits:
+                original: Any = dense.get_submodule(members[0].name.removeprefix(prefix))
+                quantised = [self._refit_and_quantize(members[0], modules[0], original, train, held)]
+            else:
+                quantised = self.method.quantize_all(
+                    [linear.weight.detach() for linear in modules], train.moments() if train else None,
+                    members[0].name, [self.plan.weights[weight.name] for weight in members],
+                )  # fmt: skip
+            for weight, linear, packed in zip(members, modules, quantised, strict=True):
                 linear.weight = nn.Parameter(packed.dequantize(), requires_grad=False)
                 stored |= _named(weight.name, packed)
                 if linear.bias is not None:
@@ -199,7 +214,9 @@ class _Job:
         if dense is None and not self.method.module.NEEDS_MOMENTS:
             return None, held
         relative = weight.name.removeprefix(prefix)
-        boundary = max(1, round(len(self.compressed) * (1 - self.repair.held_out))) if dense is not None else len(self.compressed)
+        chunks = len(self.compressed)
+        share = round(chunks * (1 - self.repair.held_out))
+        boundary = chunks if dense is None else max(1, min(share, chunks - 1))  # one is held out, if there are two
         for at, chunk in enumerate(self.compressed):
             x_dense = None
             if dense is not None and self.dense is not None:
@@ -214,9 +231,16 @@ class _Job:
     def _refit_and_quantize(
         self, weight: Weight, linear: Any, original: Any, train: Accumulator | None, held: Accumulator  # noqa: ANN401
     ) -> QTensor:  # fmt: skip
-        assert train is not None  # noqa: S101
+        assert train is not None
         w, bias = original.weight.detach(), None if original.bias is None else original.bias.detach()
-        fitted = refit.refit(w, linear.weight.detach(), bias, train.moments(), held.moments() if held.count else train.moments(), self.repair)
+        fitted = refit.refit(
+            w,
+            linear.weight.detach(),
+            bias,
+            train.moments(),
+            held.moments() if held.count else train.moments(),
+            self.repair,
+        )
         both = train.plus(held).moments() if held.count else train.moments()
         packed = self.method.quantize(fitted.weight, both, weight.name, self.plan.weights[weight.name])
         linear.bias = nn.Parameter(refit.bias_for(w, packed.dequantize(), bias, both), requires_grad=False)

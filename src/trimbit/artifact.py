@@ -15,9 +15,10 @@ from transformers import PreTrainedConfig
 from trimbit.errors import ArtifactError
 from trimbit.model.layout import METADATA, Layout, TensorSpec, shards
 from trimbit.plan import Plan
-from trimbit.plugin import FORMAT_VERSION, METHOD
 from trimbit.runtime import Structure
 
+METHOD = "trimbit"  # the `model_type` of a compressed directory
+FORMAT_VERSION = 1
 DTYPES = {"torch.uint8": "U8", "torch.float16": "F16", "torch.bfloat16": "BF16"}
 PLAN_FILE = "plan.json"
 RECIPE_FILE = "recipe.yaml"
@@ -51,7 +52,7 @@ class Writer:
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Take tensors; a file is written as soon as all of its tensors are there."""
         for name, tensor in tensors.items():
-            have = TensorSpec(DTYPES[str(tensor.dtype)], tuple(tensor.shape))
+            have = TensorSpec(DTYPES.get(str(tensor.dtype), str(tensor.dtype)), tuple(tensor.shape))
             if self.specs.get(name) != have:
                 raise ArtifactError(f"tensor {name} is {have}, but the plan says {self.specs.get(name)}")
             self.pending[name] = tensor.contiguous()
@@ -78,7 +79,9 @@ class Writer:
         except OSError as err:
             raise ArtifactError(f"cannot write {self.out / name}: {err.strerror}") from err
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is not None:
             shutil.rmtree(self.partial, ignore_errors=True)
             return
@@ -97,7 +100,10 @@ class Writer:
         if len(self.files) > 1:
             index = {name: self._file_name(at) for at, file in enumerate(self.files) for name in file}
             size = sum(spec.nbytes for spec in self.specs.values())
-            self.write("model.safetensors.index.json", json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=1))
+            self.write(
+                "model.safetensors.index.json",
+                json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=1),
+            )
         self.write("config.json", json.dumps(config_fields(self.config, self.plan), indent=1) + "\n")
         self.plan.save(self.partial / PLAN_FILE)
 

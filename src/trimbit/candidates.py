@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trimbit.apply import Method, identity_moments, tied_moments
-from trimbit.measure import sites_of
+from trimbit.measure import menu_of, sites_of
+from trimbit.measurements import Space
 from trimbit.model import axes
 from trimbit.model.layout import Layout, Unit, Weight
 from trimbit.model.load import Checkpoint
@@ -30,7 +31,7 @@ class CandidateWeights:
 
     def __init__(
         self, checkpoint: Checkpoint, layout: Layout, stats: Stats | None, method: Method, folder: Path,
-        rankings: Mapping[str, tuple[int, ...]],
+        rankings: Mapping[str, tuple[int, ...]], space: Space | None,
     ) -> None:  # fmt: skip
         self.checkpoint = checkpoint
         self.layout = layout
@@ -38,6 +39,7 @@ class CandidateWeights:
         self.method = method
         self.folder = folder
         self.rankings = rankings
+        self.space = space
 
     def unit_state(self, unit: Unit, width: int | None, formats: Mapping[str, Precision]) -> dict[str, Tensor]:
         """Parameters of a unit by name, each site's weights in its format; a zero bias where nothing is cut."""
@@ -67,12 +69,25 @@ class CandidateWeights:
 
     def quantised(self, weight: Weight, precision: Precision) -> QTensor:
         """The whole weight in one format."""
-        runs = (Run(count=weight.cols, precision=precision),)
-        path = self.folder / f"{weight.name}.{precision.name}.safetensors"
+        path = self._path(weight, precision)
         if not path.exists():
-            packed = self.method.quantize(self._dense(weight), self.moments(weight), weight.name, runs)
-            _store(path, packed, {})
-        return _stored(path, runs)[0]
+            self._make(weight, precision)
+        return _stored(path, (Run(count=weight.cols, precision=precision),))[0]
+
+    def _path(self, weight: Weight, precision: Precision) -> Path:
+        return self.folder / f"{weight.name}.{precision.name}.safetensors"
+
+    def _make(self, weight: Weight, precision: Precision) -> None:
+        """Quantise all weights of a site in all formats of the menu at once: they share the input and its factor."""
+        unit = self.layout.units[weight.unit]
+        members = [self.layout.weights[name] for name in unit.weights if self.layout.weights[name].site == weight.site]
+        menu = dict.fromkeys((precision, *(menu_of(unit, self.space) if self.space and unit.block is not None else ())))
+        work = [(member, p) for member in members for p in menu if not self._path(member, p).exists()]
+        dense = {member.name: self._dense(member) for member in members}
+        runs = [(Run(count=member.cols, precision=p),) for member, p in work]
+        packed = self.method.quantize_all([dense[m.name] for m, _ in work], self.moments(weight), weight.name, runs)
+        for (member, p), one in zip(work, packed, strict=True):
+            _store(self._path(member, p), one, {})
 
     def _dense(self, weight: Weight) -> Tensor:
         return self.checkpoint.tensor(f"{weight.name}.weight").float()

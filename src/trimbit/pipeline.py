@@ -182,7 +182,9 @@ class Session:
     def candidates(self) -> CandidateWeights:
         """The weights of every choice."""
         key = digest([self.stats_key if self.stats is not None else self.model.weights_hash, self._step(self.recipe.quant)])
-        return CandidateWeights(self.checkpoint, self.layout, self.stats, self.method, self.cache / "candidates" / key, self.rankings)
+        return CandidateWeights(
+            self.checkpoint, self.layout, self.stats, self.method, self.cache / "candidates" / key, self.rankings, self.recipe.space
+        )
 
     @cached_property
     def judges(self) -> tuple[Judge, Judge]:

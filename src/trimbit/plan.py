@@ -91,7 +91,9 @@ def first_problem(err: ValidationError) -> str:
     first, *rest = err.errors(include_url=False, include_input=False)
     where = ".".join(str(part) for part in first["loc"]) or "document"
     what = "unknown key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
-    return f"{where}: {what}" + (f" (and {len(rest)} more {'problem' if len(rest) == 1 else 'problems'})" if rest else "")
+    return f"{where}: {what}" + (
+        f" (and {len(rest)} more {'problem' if len(rest) == 1 else 'problems'})" if rest else ""
+    )
 
 
 def digest(value: object) -> str:
@@ -119,7 +121,9 @@ class Budget(Data):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]+)\s*", text)
         if match is None or match[2] not in (*_UNITS, "bpw", "x") or float(match[1]) == 0:
             units = ", ".join((*_UNITS, "bpw", "x"))
-            raise BudgetError(f"cannot read the budget {text!r}: give a positive number and one of {units}, such as 45MB")
+            raise BudgetError(
+                f"cannot read the budget {text!r}: give a positive number and one of {units}, such as 45MB"
+            )
         return cls(value=float(match[1]), unit=match[2])
 
     def nbytes(self, parameters: int) -> int:

@@ -1,7 +1,8 @@
 """Number formats and what a weight costs in bytes. No torch here: these are data.
 
-A format has a short name, used in recipes, plans and tables: `int4g64` is symmetric, 4 bits, one fp16 scale per 64 input
-channels; `uint4g64` has a zero point as well, stored in 4 bits; `int4row` has one group per row; `bf16` is unquantised.
+A format has a short name, used in recipes, plans and tables: `int4g64` is symmetric, 4 bits, one fp16 scale per 64
+input channels; `uint4g64` has a zero point as well, stored in 4 bits; `int4row` has one group per row; `bf16` is not
+quantised.
 """
 
 import re
@@ -56,7 +57,7 @@ class BFloat16(Data):
     bits: Literal[16] = 16
     name: Literal["bf16"] = "bf16"
 
-    def groups(self, count: int) -> int:  # noqa: ARG002
+    def groups(self, count: int) -> int:
         """There are no scales."""
         return 0
 
@@ -64,7 +65,7 @@ class BFloat16(Data):
         """Bytes of the values of `count` channels of one row."""
         return 2 * count
 
-    def zero_nbytes(self, count: int) -> int:  # noqa: ARG002
+    def zero_nbytes(self, count: int) -> int:
         """There are no zero points."""
         return 0
 

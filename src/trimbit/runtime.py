@@ -1,13 +1,12 @@
 """What runs a compressed model: packed layers, sub-blocks of any width, and no-ops where a sub-block is gone.
 
-`restructure` gives a model of the original architecture the shapes of a `Structure`; weights stay packed in memory and are
-dequantised layer by layer while computing.
+`restructure` gives a model of the original architecture the shapes of a `Structure`; weights stay packed in memory and
+are dequantised layer by layer while computing.
 """
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from trimbit.errors import ArtifactError
 from trimbit.kernels.reference import dequantize
 from trimbit.model.layout import Layout, Unit
 from trimbit.plan import Plan
@@ -81,18 +81,20 @@ class PackedLinear(Packed):
 class PackedEmbedding(Packed):
     """Rows of a packed table, times a constant where the family scales its embedding."""
 
-    def __init__(self, rows: int, runs: tuple[Run, ...], *, dtype: torch.dtype, scale: Tensor | None) -> None:
+    anchor: Tensor
+
+    def __init__(self, rows: int, runs: tuple[Run, ...], *, dtype: torch.dtype, scale: float | None) -> None:
         super().__init__(rows, runs)
         self.num_embeddings = rows
         self.embedding_dim = sum(run.count for run in runs)
         self.register_buffer("anchor", torch.zeros(0, dtype=dtype), persistent=False)  # follows the model's dtype
-        self.register_buffer("embed_scale", scale, persistent=False)
+        self.embed_scale = scale  # no buffer: nothing would fill it after a load from the meta device
 
     def forward(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch cols"]:
         """Look rows up and dequantise them alone."""
-        dtype = self.anchor.dtype  # type: ignore[union-attr]
-        rows = self.dense(dtype, tokens.flatten()).view(*tokens.shape, -1)  # type: ignore[arg-type]
-        return rows if self.embed_scale is None else rows * self.embed_scale.to(dtype)  # type: ignore[operator]
+        dtype = self.anchor.dtype
+        rows = self.dense(dtype, tokens.flatten()).view(*tokens.shape, -1)
+        return rows if self.embed_scale is None else rows * torch.tensor(self.embed_scale, dtype=dtype)
 
 
 class TiedHead(nn.Module):
@@ -142,8 +144,8 @@ def set_module(root: nn.Module, name: str, module: nn.Module) -> None:
 
 def drop_unit(root: nn.Module, unit: Unit, prefix: str = "") -> None:
     """Replace a whole sub-block by a no-op and its norms by the identity; `prefix` is cut off the unit's names."""
-    assert unit.module is not None  # noqa: S101
-    assert unit.block is not None  # noqa: S101
+    assert unit.module is not None
+    assert unit.block is not None
     gone = NoAttention(unit.block) if unit.name.endswith(".attn") else NoFeedForward()
     set_module(root, unit.module.removeprefix(prefix), gone)
     for norm in unit.norms:
@@ -153,7 +155,7 @@ def drop_unit(root: nn.Module, unit: Unit, prefix: str = "") -> None:
 @contextmanager
 def only_half(block: nn.Module, layout: Layout, unit: Unit) -> Iterator[None]:
     """Make a block run one sub-block alone: x + f(norm(x)), with the other one a no-op."""
-    assert unit.block is not None  # noqa: S101
+    assert unit.block is not None
     attention = unit.name.endswith(".attn")
     other = (layout.family.mlp if attention else layout.family.attn).module
     module = block.get_submodule(other)
@@ -168,7 +170,7 @@ def set_width(root: nn.Module, layout: Layout, unit: Unit, width: int, prefix: s
     """Tell an attention module how many KV groups it has left; feed-forward modules need not know."""
     if not unit.name.endswith(".attn"):
         return
-    assert unit.module is not None  # noqa: S101
+    assert unit.module is not None
     module: Any = root.get_submodule(unit.module.removeprefix(prefix))
     heads = width * layout.sizes["g"]
     for name, value in (("num_heads", heads), ("num_key_value_heads", width)):
@@ -180,7 +182,19 @@ def set_width(root: nn.Module, layout: Layout, unit: Unit, width: int, prefix: s
 
 
 def restructure(model: PreTrainedModel, layout: Layout, structure: Structure) -> None:
-    """Give a model of the original architecture (usually on the meta device) the modules that a structure asks for."""
+    """Give a model of the original architecture (usually on the meta device) the modules that a structure asks for.
+
+    Raises:
+        ArtifactError: if the structure belongs to another model.
+    """
+    alive = {
+        name for unit in layout.units.values() if structure.widths.get(unit.dim or "") != 0 for name in unit.weights
+    }
+    if odd := sorted(alive ^ structure.weights.keys()):
+        raise ArtifactError(
+            f"structure and model disagree on {len(odd)} weights, the first is {odd[0]}; "
+            "config.json was edited or is damaged"
+        )
     for unit in layout.units.values():
         width = structure.widths.get(unit.dim or "", unit.size) if unit.dim else None
         if width == 0:
@@ -204,11 +218,9 @@ def _install(model: PreTrainedModel, layout: Layout, structure: Structure, name:
     with torch.device(device):
         if isinstance(old, nn.Embedding):
             if not plain:
-                scale = getattr(old, "embed_scale", None)
+                scale = getattr(old, "scalar_embed_scale", None)
                 set_module(model, name, PackedEmbedding(rows, runs, dtype=dtype, scale=scale))
         elif plain:
             set_module(model, name, nn.Linear(cols, rows, bias=bias, dtype=dtype))
         else:
             set_module(model, name, PackedLinear(rows, runs, bias=bias, dtype=dtype))
-
-

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -50,7 +51,7 @@ class Accumulator:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, x: Float[Tensor, "tokens n"], dense: Float[Tensor, "tokens m"] | None = None) -> None:
-        """Add the inputs of some tokens, as the matrix product reads them: rounded to bf16 where it computes in bf16."""
+        """Add the inputs of some tokens as the matrix product reads them: in bf16 where it computes in bf16."""
         self.count += x.shape[0]
         x = x.float()
         self._sum("h", lambda: torch.zeros(x.shape[1], x.shape[1])).add_(product(x, x))
@@ -79,7 +80,7 @@ class Accumulator:
 
 def product(x: Float[Tensor, "tokens n"], y: Float[Tensor, "tokens m"]) -> Float[Tensor, "n m"]:
     """x^T y with bf16 factors summed in fp32: exact for what a bf16 layer reads, at several times the speed of fp32."""
-    backend = torch.backends.mkldnn.matmul
+    backend: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined] # made at run time
     before = backend.fp32_precision
     backend.fp32_precision = "bf16"
     try:
@@ -168,7 +169,7 @@ def collect(stream: BlockStream, tokens: Int[Tensor, "rows length"], folder: Pat
 
 
 def _store(path: Path, sums: Mapping[str, Accumulator]) -> None:
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for site, total in sums.items():
         moments = total.moments()
         tensors |= {f"{site}.h": moments.h, f"{site}.mean": moments.mean}

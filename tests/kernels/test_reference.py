@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from plans import FORMATS, runs
 
+from plans import FORMATS, runs
 from trimbit.kernels.reference import dequantize
 from trimbit.precision import code_row_nbytes, group_count, zero_row_nbytes
 

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from plans import make_plan
-from tiny import MODEL_TYPES, VOCAB, randomize, tiny_config, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from plans import make_plan
+from tiny import MODEL_TYPES, VOCAB, randomize, tiny_config, tiny_model
 from trimbit.apply import cut_unit
 from trimbit.errors import LayoutError
 from trimbit.model.families import FAMILIES, family_of
@@ -88,7 +88,9 @@ def test_a_row_that_does_not_fit_is_refused(monkeypatch, change, message):
         build_layout(tiny_config("llama"))
 
 
-@pytest.mark.parametrize(("model_type", "near"), [("qwen2_moe", "qwen2"), ("gemma3n_text", "gemma3_text"), ("llama4", "llama")])
+@pytest.mark.parametrize(
+    ("model_type", "near"), [("qwen2_moe", "qwen2"), ("gemma3n_text", "gemma3_text"), ("llama4", "llama")]
+)
 def test_an_unknown_family_names_the_nearest(model_type, near):
     with pytest.raises(LayoutError, match=f"'{model_type}'.*nearest known family is '{near}'"):
         family_of(model_type)
@@ -128,7 +130,9 @@ def test_permuting_changes_nothing_and_can_be_undone(make, generator):
     before, state = logits(model), {k: v.clone() for k, v in model.state_dict().items()}
     cut(model, layout, {dim: tuple(order.tolist()) for dim, order in orders.items()})
     moved = model.state_dict()
-    assert not any(torch.equal(moved[f"{w}.weight"], state[f"{w}.weight"]) for w in layout.units["blocks.0.attn"].weights)
+    assert not any(
+        torch.equal(moved[f"{w}.weight"], state[f"{w}.weight"]) for w in layout.units["blocks.0.attn"].weights
+    )
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
     cut(model, layout, {dim: tuple(order.argsort().tolist()) for dim, order in orders.items()})
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

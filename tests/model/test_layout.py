@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plans import make_plan, random_plan, runs
 from safetensors.torch import save_file
-from tiny import tiny_config
 
+from plans import make_plan, random_plan, runs
+from tiny import tiny_config
 from trimbit.errors import PlanError
 from trimbit.model.layout import METADATA, build_layout, header_bound, shard_nbytes, shards
 
@@ -26,12 +26,16 @@ LAYOUTS = {
     "qwen2": layout_of("qwen2", tied=True),
 }
 LLAMA = LAYOUTS["llama"]
-O = "model.layers.0.self_attn.o_proj"
-Q = "model.layers.0.self_attn.q_proj"
+O_PROJ = "model.layers.0.self_attn.o_proj"
+Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 
 def write(specs, path):
-    save_file({name: torch.zeros(spec.shape, dtype=DTYPES[spec.dtype]) for name, spec in specs.items()}, path, metadata=METADATA)
+    save_file(
+        {name: torch.zeros(spec.shape, dtype=DTYPES[spec.dtype]) for name, spec in specs.items()},
+        path,
+        metadata=METADATA,
+    )
     return path.stat().st_size
 
 
@@ -70,7 +74,7 @@ def test_a_shard_is_filled_to_the_last_byte():
 def test_a_tied_table_and_biases_count_once():
     tied, untied = (LAYOUTS[name].tensor_nbytes(make_plan(LAYOUTS[name])) for name in ("tied", "llama"))
     assert untied - tied == 96 * 48 * 2
-    biased = make_plan(LLAMA, biases=(O,))
+    biased = make_plan(LLAMA, biases=(O_PROJ,))
     assert LLAMA.tensor_nbytes(biased) - untied == 48 * 2
     qwen = LAYOUTS["qwen2"]
     assert qwen.tensor_nbytes(make_plan(qwen)) - tied == 3 * (48 + 24 + 24) * 2
@@ -79,7 +83,7 @@ def test_a_tied_table_and_biases_count_once():
 def test_uniform_runs_follow_the_cut():
     down = LLAMA.weights["model.layers.0.mlp.down_proj"]
     assert LLAMA.uniform_runs(down, runs((1, "int4g32"))[0], 50) == runs((50, "int4g32"))
-    assert LLAMA.uniform_runs(LLAMA.weights[Q], width=1) == runs((48, "bf16"))
+    assert LLAMA.uniform_runs(LLAMA.weights[Q_PROJ], width=1) == runs((48, "bf16"))
 
 
 @pytest.mark.parametrize(
@@ -92,11 +96,11 @@ def test_uniform_runs_follow_the_cut():
         ({"cuts": {"blocks.0.attn.kv": (0, 1, 3)}}, "distinct and below 3"),
         ({"cuts": {"blocks.0.attn.kv": (0, 1, -1)}}, "distinct and below 3"),
         ({"cuts": {"blocks.0.attn.kv": ()}}, r"k_proj .*does not exist.*dropped"),
-        ({"weights": {Q: None}}, "q_proj has no runs"),
+        ({"weights": {Q_PROJ: None}}, "q_proj has no runs"),
         ({"weights": {"model.other": runs((1, "bf16"))}}, r"model\.other does not exist"),
-        ({"weights": {Q: runs((47, "bf16"))}}, "q_proj: runs cover 47 input channels, but 48 are kept"),
+        ({"weights": {Q_PROJ: runs((47, "bf16"))}}, "q_proj: runs cover 47 input channels, but 48 are kept"),
         ({"cuts": {"blocks.0.attn.kv": (0, 2)}}, "o_proj: runs cover 48 input channels, but 32 are kept"),
-        ({"biases": (Q,)}, "q_proj cannot gain a bias"),
+        ({"biases": (Q_PROJ,)}, "q_proj cannot gain a bias"),
         ({"biases": ("lm_head",)}, "lm_head cannot gain a bias"),
         ({"biases": ("nothing",)}, "nothing cannot gain a bias"),
     ],

@@ -34,9 +34,7 @@ def tiny(config: PreTrainedConfig) -> State:
     torch.manual_seed(0)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return {
-        name: torch.randint(-64, 65, p.shape).float() / 64 for name, p in model.named_parameters()
-    }
+    return {name: torch.randint(-64, 65, p.shape).float() / 64 for name, p in model.named_parameters()}
 
 
 def write(path: Path, *, tied: bool = False, dtype: torch.dtype = torch.bfloat16) -> State:
@@ -329,9 +327,7 @@ def test_pickles_are_refused(model: Path, name: str) -> None:
         ({"hidden_size": "many"}, "transformers refuses it", CheckpointError),
     ],
 )
-def test_configs_that_are_refused(
-    model: Path, changes: dict[str, object], match: str, error: type[Exception]
-) -> None:
+def test_configs_that_are_refused(model: Path, changes: dict[str, object], match: str, error: type[Exception]) -> None:
     edit(model / "config.json", **changes)
     refuses(model, match, error)
 

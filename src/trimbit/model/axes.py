@@ -26,9 +26,7 @@ def mentions(axis: str, dim: str) -> bool:
     return any(dim in part for part in parts(axis))
 
 
-def kept_indices(
-    axis: str, sizes: Mapping[str, int], dim: str, keep: Sequence[int]
-) -> Int[Tensor, " kept"]:
+def kept_indices(axis: str, sizes: Mapping[str, int], dim: str, keep: Sequence[int]) -> Int[Tensor, " kept"]:
     """Flat indices along `axis` that stay, in stored order, when `dim` keeps the indices `keep`."""
     keep_index = torch.tensor(keep, dtype=torch.long)
     offset, pieces = 0, []

@@ -1,8 +1,8 @@
 """The table of model families: one strict row each, executed by tests/model/test_families.py.
 
-A row maps each input site of a sub-block to the weights that read it, with their axes as `rows columns`. Cutting a KV group
-or an FFN channel along these axes equals masking it (the tests show it for every row), so both dims are exact here.
-A family where that does not hold, such as OLMo-2 with its norm over the whole q projection, cannot be a row.
+A row maps each input site of a sub-block to the weights that read it, with their axes as `rows columns`. Cutting a KV
+group or an FFN channel along these axes equals masking it (the tests show it for every row), so both dims are exact
+here. A family where that does not hold, such as OLMo-2 with its norm over the whole q projection, cannot be a row.
 """
 
 import difflib
@@ -20,9 +20,7 @@ class SubBlock:
     dim: Literal["kv", "mid"]  # what a cut shortens
     sites: dict[str, dict[str, str]]  # site -> weight -> "rows columns"
     norms: tuple[str, ...]  # modules that serve this sub-block alone and vanish with it
-    vectors: dict[str, str] = field(
-        default_factory=dict
-    )  # other parameters of the sub-block -> axis
+    vectors: dict[str, str] = field(default_factory=dict)  # other parameters of the sub-block -> axis
     out_site: str  # the site whose weight writes to the residual stream
     sizes_in_config: bool = False  # the module's forward reads its head counts from its config
 
@@ -61,9 +59,7 @@ def _attention(
     )
 
 
-def _feed_forward(
-    *, norms: tuple[str, ...] = ("post_attention_layernorm",), fused: bool = False
-) -> SubBlock:
+def _feed_forward(*, norms: tuple[str, ...] = ("post_attention_layernorm",), fused: bool = False) -> SubBlock:
     separate = {"mlp.gate_proj": "mid hidden", "mlp.up_proj": "mid hidden"}
     return SubBlock(
         module="mlp",
@@ -86,9 +82,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family(attn=_attention(), mlp=_feed_forward()),
     "qwen3": Family(attn=_attention(qk_norm=True), mlp=_feed_forward()),
     "gemma2": Family(attn=_attention(norms=_SANDWICH_ATTN), mlp=_feed_forward(norms=_SANDWICH_MLP)),
-    "gemma3_text": Family(
-        attn=_attention(norms=_SANDWICH_ATTN, qk_norm=True), mlp=_feed_forward(norms=_SANDWICH_MLP)
-    ),
+    "gemma3_text": Family(attn=_attention(norms=_SANDWICH_ATTN, qk_norm=True), mlp=_feed_forward(norms=_SANDWICH_MLP)),
     "phi3": Family(attn=_attention(fused=True), mlp=_feed_forward(fused=True)),
 }
 

@@ -10,7 +10,9 @@ from transformers import PreTrainedModel
 LOGIT_TOKENS = 256
 
 
-def logit_slices(model: PreTrainedModel, hidden: Float[Tensor, "tokens hidden"]) -> Iterator[tuple[slice, Float[Tensor, "part vocab"]]]:
+def logit_slices(
+    model: PreTrainedModel, hidden: Float[Tensor, "tokens hidden"]
+) -> Iterator[tuple[slice, Float[Tensor, "part vocab"]]]:
     """Logits in fp32 of the final hidden states, `LOGIT_TOKENS` at a time, with the family's soft cap."""
     head = model.get_output_embeddings()
     cap = getattr(model.config, "final_logit_softcapping", None)

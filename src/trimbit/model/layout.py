@@ -143,9 +143,7 @@ class Layout:
         specs: dict[str, TensorSpec] = {}
         for name in unit.weights:
             weight = self.weights[name]
-            specs |= self.weight_tensors(
-                weight, runs[name], width, bias=weight.bias or name in biases
-            )
+            specs |= self.weight_tensors(weight, runs[name], width, bias=weight.bias or name in biases)
         sizes = self.cut_sizes(unit, width)
         specs |= {name: TensorSpec("BF16", (axes.length(axis, sizes),)) for name, axis in unit.kept}
         return specs
@@ -154,9 +152,7 @@ class Layout:
         """All tensors that a plan writes, in the order of the model."""
         specs: dict[str, TensorSpec] = {}
         for unit in self.units.values():
-            specs |= self.unit_tensors(
-                unit, plan.weights, self.width(unit, plan), biases=plan.biases
-            )
+            specs |= self.unit_tensors(unit, plan.weights, self.width(unit, plan), biases=plan.biases)
         return specs | {name: TensorSpec("BF16", self.shapes[name]) for name in self.fixed}
 
     def tensor_nbytes(self, plan: Plan) -> int:
@@ -167,9 +163,7 @@ class Layout:
         """Bytes of the weight files that a plan writes, headers included."""
         return sum(shard_nbytes(shard) for shard in shards(self.tensors(plan)))
 
-    def uniform_runs(
-        self, weight: Weight, precision: "Run | None" = None, width: int | None = None
-    ) -> tuple[Run, ...]:
+    def uniform_runs(self, weight: Weight, precision: "Run | None" = None, width: int | None = None) -> tuple[Run, ...]:
         """One run over all stored input channels of a weight (bf16 unless `precision` says otherwise)."""
         cols = self.weight_shape(weight, width)[1]
         return (Run(count=cols, precision=precision.precision if precision else BF16),)
@@ -186,19 +180,13 @@ class Layout:
                 raise PlanError(f"{dim}: kept indices must be distinct and below {unit.size}")
         alive = {w: u for u in self.units.values() if not self.dropped(u, plan) for w in u.weights}
         for name in sorted(alive.keys() ^ plan.weights.keys()):
-            why = (
-                "has no runs"
-                if name in alive
-                else "does not exist in this model, or its sub-block is dropped"
-            )
+            why = "has no runs" if name in alive else "does not exist in this model, or its sub-block is dropped"
             raise PlanError(f"weight {name} {why}")
         for name, unit in alive.items():
             cols = self.weight_shape(self.weights[name], self.width(unit, plan))[1]
             count = sum(run.count for run in plan.weights[name])
             if count != cols:
-                raise PlanError(
-                    f"weight {name}: runs cover {count} input channels, but {cols} are kept"
-                )
+                raise PlanError(f"weight {name}: runs cover {count} input channels, but {cols} are kept")
         for name in plan.biases:
             if name not in alive or alive[name].out_weight != name:
                 raise PlanError(
@@ -225,9 +213,7 @@ def build_layout(config: PreTrainedConfig) -> Layout:
     _add_matrix(family.embed, "embed", "head_in" if tied else "embed", shapes, weights, units)
     for index in range(config.num_hidden_layers):
         for kind, sub in (("attn", family.attn), ("mlp", family.mlp)):
-            _add_sub_block(
-                f"{family.blocks}.{index}", index, kind, sub, shapes, sizes, weights, units
-            )
+            _add_sub_block(f"{family.blocks}.{index}", index, kind, sub, shapes, sizes, weights, units)
     if not tied:
         _add_matrix(family.head, "head", "head_in", shapes, weights, units)
     fixed = (f"{family.final_norm}.weight",)
@@ -238,11 +224,7 @@ def build_layout(config: PreTrainedConfig) -> Layout:
     }
     named |= {name for unit in units.values() for name, _ in unit.kept}
     for name in sorted(named ^ shapes.keys()):
-        why = (
-            "is not described by the family row"
-            if name in shapes
-            else "is in the family row, but not in the model"
-        )
+        why = "is not described by the family row" if name in shapes else "is in the family row, but not in the model"
         raise LayoutError(f"parameter {name} {why} {config.model_type!r}")
     return Layout(
         config=config, family=family, sizes=sizes, weights=weights, units=units, fixed=fixed, tied=tied,
@@ -321,9 +303,7 @@ METADATA = {"format": "pt"}
 _RANK = {"BF16": 0, "F16": 1, "U8": 2}  # the order in which safetensors stores types
 
 
-def shards(
-    specs: Mapping[str, TensorSpec], limit: int = MAX_SHARD_NBYTES
-) -> list[dict[str, TensorSpec]]:
+def shards(specs: Mapping[str, TensorSpec], limit: int = MAX_SHARD_NBYTES) -> list[dict[str, TensorSpec]]:
     """Split tensors into files of at most `limit` bytes of data, in order."""
     files: list[dict[str, TensorSpec]] = [{}]
     size = 0
@@ -361,8 +341,6 @@ def header_bound(layout: Layout) -> int:
     names += [name for unit in layout.units.values() for name, _ in unit.kept] + list(layout.fixed)
     digits = len(str(2 * layout.parameters + 10**6))
     entry = (
-        len('"":{"dtype":"BF16","shape":[,],"data_offsets":[,]},')
-        + 2 * len(str(layout.parameters)) // 2
-        + 2 * digits
+        len('"":{"dtype":"BF16","shape":[,],"data_offsets":[,]},') + 2 * len(str(layout.parameters)) // 2 + 2 * digits
     )
     return 8 + sum(len(name) + entry + 8 for name in names) + 64

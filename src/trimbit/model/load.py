@@ -254,9 +254,7 @@ def _damaged(where: Path, error: Exception, problem: str) -> CheckpointError:
 def _open_directory(path: Path) -> Checkpoint:
     raw = _read_config(path)
     try:
-        config = AutoConfig.from_pretrained(
-            str(path), local_files_only=True, trust_remote_code=False
-        )
+        config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:
         problem = f"transformers refuses it ({_first_line(error)})"
         raise _bad(path / "config.json", problem, "correct the config") from error
@@ -419,14 +417,10 @@ def _read_gguf_header(file: Path) -> tuple[dict[str, Any], list[_Blocks]]:
     try:
         reader = GGUFReader(file)
         fields = {
-            key: field.contents()
-            for key, field in reader.fields.items()
-            if key.startswith(("general.", "split."))
+            key: field.contents() for key, field in reader.fields.items() if key.startswith(("general.", "split."))
         }
         blocks = [
-            _Blocks(
-                t.name, t.tensor_type, tuple(t.shape[::-1].tolist()), t.data_offset, int(t.n_bytes)
-            )
+            _Blocks(t.name, t.tensor_type, tuple(t.shape[::-1].tolist()), t.data_offset, int(t.n_bytes))
             for t in reader.tensors
         ]
     except Exception as error:
@@ -491,9 +485,7 @@ def _read_blocks(file: Path, block: _Blocks, processor: hf_gguf.TensorProcessor)
     return torch.from_numpy(np.ascontiguousarray(values))
 
 
-def _check_complete(
-    file: Path, entries: Mapping[str, _Entry], needed: Mapping[str, tuple[int, ...]]
-) -> None:
+def _check_complete(file: Path, entries: Mapping[str, _Entry], needed: Mapping[str, tuple[int, ...]]) -> None:
     if odd := sorted(needed.keys() ^ entries.keys()):
         state = "is missing" if odd[0] in needed else "is not a parameter of the model"
         raise _bad(file, f"tensor {odd[0]!r} {state} ({len(odd)} such)", "fetch it again")

@@ -1,7 +1,7 @@
 """A causal LM run one block at a time: the skeleton holds the embedding and the final norm, blocks come and go.
 
-Hidden states are fp32; matrix products run in `compute` (bfloat16 by default) under autocast, so that the residual stream
-keeps its precision.
+Hidden states are fp32; matrix products run in `compute` (bfloat16 by default) under autocast, so that the residual
+stream keeps its precision.
 """
 
 from collections.abc import Iterator
@@ -17,22 +17,24 @@ from trimbit.model.layout import Layout
 from trimbit.model.load import Checkpoint, materialize
 
 CHUNK_TOKENS = 2048  # tokens run at a time: bounds activations
-Chunks = list[Float[Tensor, "rows length hidden"]]
+Chunks = list[Float[Tensor, "_ length hidden"]]  # the last may have fewer rows
 
 
 def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a config with all parameters on the meta device and all its computed buffers (such as RoPE's) real."""
+    """The model of a config, parameters on the meta device and computed buffers (such as RoPE's) real.
+
+    Attention is sdpa where the family has it; Gemma 2 runs eager.
+    """
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, attn_implementation="sdpa"
-        )
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     for module in model.modules():
         names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         for name in names:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")  # type: ignore[arg-type]  # noqa: SLF001
+            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")  # type: ignore[arg-type]
         if names:
-            model._init_weights(module)  # noqa: SLF001
-    return model.eval()
+            model._init_weights(module)
+    model.eval()
+    return model
 
 
 @contextmanager
@@ -40,9 +42,7 @@ def computing(compute: torch.dtype) -> Iterator[None]:
     """No gradients, and matrix products in `compute`."""
     with (
         torch.no_grad(),
-        torch.autocast(
-            "cpu", dtype=torch.bfloat16, enabled=compute is torch.bfloat16, cache_enabled=False
-        ),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=compute is torch.bfloat16, cache_enabled=False),
     ):
         yield
 
@@ -76,9 +76,7 @@ def block_arguments(model: PreTrainedModel, rows: int, length: int) -> list[dict
     try:
         decoder.layers = recorders
         with torch.no_grad():
-            decoder(
-                inputs_embeds=torch.zeros(rows, length, model.config.hidden_size), use_cache=False
-            )
+            decoder(inputs_embeds=torch.zeros(rows, length, model.config.hidden_size), use_cache=False)
     finally:
         decoder.layers = blocks
     return [recorder.kwargs for recorder in recorders]  # type: ignore[misc]
@@ -87,9 +85,7 @@ def block_arguments(model: PreTrainedModel, rows: int, length: int) -> list[dict
 class BlockStream:
     """The dense model of a checkpoint, one block at a time."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, layout: Layout, compute: torch.dtype = torch.bfloat16
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, layout: Layout, compute: torch.dtype = torch.bfloat16) -> None:
         self.checkpoint = checkpoint
         self.layout = layout
         self.compute = compute

@@ -4,6 +4,8 @@ Legend: W weight [rows, cols]; H second moment of the inputs [cols, cols]; U upp
 U^T U = H^-1. Column j is rounded to q_j; its error (w_j - q_j) / U_jj times U_j,j: is taken off columns j: .
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from pydantic import Field
@@ -17,6 +19,7 @@ from trimbit.stats import Moments
 
 PAPER = "Frantar et al. 2022, arXiv:2210.17323"
 NEEDS_MOMENTS = True
+CHUNK = 8_000_000  # elements swept at a time
 
 
 class Config(Data):
@@ -24,9 +27,10 @@ class Config(Data):
 
     scales: ScaleSearch = "mse"
     weighted_scales: bool = True  # ours: the squared error of a scale counts each column by diag H
-    act_order: bool = True  # code (IST-DASLab/gptq): columns of large diag H first, here inside each run; groups stay where they are
+    act_order: bool = True  # code (IST-DASLab/gptq): columns of large diag H first; ours: inside each run, groups stay
     damping: float = Field(default=0.01, ge=0)  # code (IST-DASLab/gptq): added to diag H, as a share of its mean
-    block: int = Field(default=128, ge=1)  # code (IST-DASLab/gptq): columns whose updates to the rest are applied together
+    block: int = Field(default=128, ge=1)  # code (IST-DASLab/gptq): columns whose updates go to the rest together
+
 
 
 def quantize(w: Float[Tensor, "rows cols"], moments: Moments | None, runs: tuple[Run, ...], config: Config) -> QTensor:
@@ -35,44 +39,81 @@ def quantize(w: Float[Tensor, "rows cols"], moments: Moments | None, runs: tuple
     Raises:
         NumericsError: if the damped H is not positive definite; says the damping that would work.
     """
-    assert moments is not None, "GPTQ needs moments"  # noqa: S101
+    return quantize_all([w], moments, [runs], config)[0]
+
+
+def quantize_all(
+    ws: Sequence[Float[Tensor, "rows cols"]], moments: Moments | None, runs: Sequence[tuple[Run, ...]], config: Config
+) -> list[QTensor]:
+    """Quantise weights that read the same input, in one sweep over its channels: rows do not depend on one another.
+
+    Raises:
+        NumericsError: if the damped H is not positive definite; says the damping that would work.
+    """
+    assert moments is not None, "GPTQ needs moments"
     h = moments.h.double()
-    order = _order(h.diagonal(), runs) if config.act_order else torch.arange(w.shape[1])
+    counts = [run.count for run in runs[0]]
+    if any([run.count for run in other] != counts for other in runs):  # columns go in another order
+        return [quantize(w, moments, own, config) for w, own in zip(ws, runs, strict=True)]
+    order = _order(h.diagonal(), counts) if config.act_order else torch.arange(h.shape[0])
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
     u = inverse_factor(h[order][:, order], config.damping).float()
     weighting = h.diagonal().float().clamp(min=1e-12) if config.weighted_scales else None
-    grid = fit_grid(w, runs, config.scales, weighting)
-    scale, zero, top = (t[..., order] for t in grid.columns(w.shape[0]))
-    codes = _sweep(w[:, order].T.contiguous(), u, scale.T.contiguous(), zero.T.contiguous(), top, config.block)
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
-    return pack_columns(codes.T[:, inverse].contiguous(), grid.scales, grid.zeros, runs)
+    grids = [fit_grid(w, own, config.scales, weighting) for w, own in zip(ws, runs, strict=True)]
+    codes = [torch.empty_like(w) for w in ws]
+    for batch in _batches(ws):
+        parts = [(ws[at][rows], *grids[at].columns(rows)) for at, rows in batch]
+        w, scale, zero, top = (torch.cat([part[i] for part in parts])[:, order].T.contiguous() for i in range(4))
+        done = _sweep(w, u, scale, zero, top, config.block).T[:, inverse]
+        for (at, rows), piece in zip(batch, done.split([rows.stop - rows.start for _, rows in batch]), strict=True):
+            codes[at][rows] = piece
+    return [pack_columns(c, grid.scales, grid.zeros, own) for c, grid, own in zip(codes, grids, runs, strict=True)]
 
 
-def _order(diagonal: Tensor, runs: tuple[Run, ...]) -> Tensor:
+def _batches(ws: Sequence[Tensor]) -> list[list[tuple[int, slice]]]:
+    """Pieces of the weights, (which, rows), in batches of at most `CHUNK` elements: bounds memory."""
+    limit = max(1, CHUNK // ws[0].shape[1])
+    batches: list[list[tuple[int, slice]]] = [[]]
+    room = limit
+    for at, w in enumerate(ws):
+        start = 0
+        while start < w.shape[0]:
+            if room == 0:
+                batches.append([])
+                room = limit
+            stop = min(w.shape[0], start + room)
+            batches[-1].append((at, slice(start, stop)))
+            room -= stop - start
+            start = stop
+    return batches
+
+
+def _order(diagonal: Tensor, counts: Sequence[int]) -> Tensor:
     """Columns by falling diagonal inside each run, runs in their order."""
     pieces, at = [], 0
-    for run in runs:
-        pieces.append(at + diagonal[at : at + run.count].argsort(descending=True, stable=True))
-        at += run.count
+    for count in counts:
+        pieces.append(at + diagonal[at : at + count].argsort(descending=True, stable=True))
+        at += count
     return torch.cat(pieces)
 
 
 def _sweep(wt: Tensor, u: Tensor, scale: Tensor, zero: Tensor, top: Tensor, block: int) -> Tensor:
-    """Round the rows of the transposed weight one after the other; returns their codes, [cols, rows]."""
+    """Round the rows of the transposed weights one after the other; all but u are [cols, rows], so is the result."""
     codes = torch.empty_like(wt)
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)
+    plain = (top == 0).any(1).tolist()  # columns that hold bf16 values
     for start in range(0, wt.shape[0], block):
         stop = min(start + block, wt.shape[0])
         errors = torch.empty_like(wt[start:stop])
         for j in range(start, stop):
             column = wt[j]
-            if top[j] == 0:
-                codes[j] = value = column.to(torch.bfloat16).float()
-            else:
-                code = (column / safe[j]).round_().add_(zero[j]).clamp_(0, float(top[j]))
-                codes[j] = code
-                value = (code - zero[j]).mul_(scale[j])
-            error = (column - value).div_(u[j, j])
-            errors[j - start] = error
+            code = torch.minimum((column / safe[j]).round_().add_(zero[j]).clamp_(min=0), top[j])
+            value = (code - zero[j]).mul_(scale[j])
+            if plain[j]:
+                rounded = column.to(torch.bfloat16).float()
+                code, value = torch.where(top[j] == 0, rounded, code), torch.where(top[j] == 0, rounded, value)
+            codes[j] = code
+            error = torch.div(column - value, u[j, j], out=errors[j - start])
             if j + 1 < stop:
                 wt[j + 1 : stop].addr_(u[j, j + 1 : stop], error, alpha=-1)
         if stop < wt.shape[0]:

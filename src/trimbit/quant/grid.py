@@ -1,6 +1,7 @@
 """The quantisation grid of a weight: scale and zero point of each group, by absmax or by least squared error.
 
-Codes are numbered 0 .. 2^b - 1 for every integer format, so that value = s * (c - z), with z = 2^(b-1) for symmetric ones.
+Codes are numbered 0 .. 2^b - 1 for every integer format, so that value = s * (c - z), with z = 2^(b-1) for
+symmetric ones.
 """
 
 from dataclasses import dataclass
@@ -25,31 +26,35 @@ class Grid:
     """Scales and zero points of every run of a weight, fp16-exact; None for bf16 runs."""
 
     runs: tuple[Run, ...]
-    scales: list[Float[Tensor, "rows groups"] | None]
-    zeros: list[Float[Tensor, "rows groups"] | None]
+    scales: list[Float[Tensor, "rows _"] | None]
+    zeros: list[Float[Tensor, "rows _"] | None]
 
-    def columns(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Scale and zero point of every element, [rows, cols], and the top code of every column, [cols] (0: bf16)."""
+    def columns(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale, zero point and top code (0: bf16) of each element of some rows, [rows, cols] each."""
+        count = rows.stop - rows.start
         scales, zeros, tops = [], [], []
         for run, scale, zero in zip(self.runs, self.scales, self.zeros, strict=True):
             if scale is None or zero is None or isinstance(run.precision, BFloat16):
-                scales.append(torch.ones(rows, run.count))
-                zeros.append(torch.zeros(rows, run.count))
-                tops.append(torch.zeros(run.count))
+                scales.append(torch.ones(count, run.count))
+                zeros.append(torch.zeros(count, run.count))
+                tops.append(torch.zeros(count, run.count))
                 continue
-            scales.append(per_column(scale, run.precision.group, run.count))
-            zeros.append(per_column(zero, run.precision.group, run.count))
-            tops.append(torch.full((run.count,), float(2**run.precision.bits - 1)))
-        return torch.cat(scales, 1), torch.cat(zeros, 1), torch.cat(tops)
+            scales.append(per_column(scale[rows], run.precision.group, run.count))
+            zeros.append(per_column(zero[rows], run.precision.group, run.count))
+            tops.append(torch.full((count, run.count), float(2**run.precision.bits - 1)))
+        return torch.cat(scales, 1), torch.cat(zeros, 1), torch.cat(tops, 1)
 
 
 def fit_grid(
-    w: Float[Tensor, "rows cols"], runs: tuple[Run, ...], search: ScaleSearch, weighting: Float[Tensor, " cols"] | None = None
+    w: Float[Tensor, "rows cols"],
+    runs: tuple[Run, ...],
+    search: ScaleSearch,
+    weighting: Float[Tensor, " cols"] | None = None,
 ) -> Grid:
     """Choose the grid of each group of each run.
 
-    `absmax` spans the group's range; `mse` shrinks that range to the least squared error, with each column's squared error
-    multiplied by `weighting` (the diagonal of H, where given).
+    `absmax` spans the group's range; `mse` shrinks that range to the least squared error, with each column's squared
+    error multiplied by `weighting` (the diagonal of H, where given).
 
     Raises:
         NumericsError: if a scale does not fit fp16.
@@ -78,7 +83,9 @@ def _fit_run(w: Tensor, precision: Int, search: ScaleSearch, weighting: Tensor |
     pad = -count % group
     x = torch.nn.functional.pad(w, (0, pad)).view(rows, -1, group)
     cost = torch.nn.functional.pad(torch.ones(count) if weighting is None else weighting, (0, pad)).view(1, -1, group)
-    candidates = [(shrink, side) for shrink in (SHRINKS if search == "mse" else (1.0,)) for side in _sides(precision, search)]
+    candidates = [
+        (shrink, side) for shrink in (SHRINKS if search == "mse" else (1.0,)) for side in _sides(precision, search)
+    ]
     best: tuple[Tensor, Tensor, Tensor] | None = None
     for shrink, side in candidates:
         scale, zero = _grid(x, precision, shrink, side)
@@ -92,7 +99,7 @@ def _fit_run(w: Tensor, precision: Int, search: ScaleSearch, weighting: Tensor |
             torch.where(better, scale, best[1]),
             torch.where(better, zero, best[2]),
         )
-    assert best is not None  # noqa: S101 - there is at least one candidate
+    assert best is not None
     return best[1].squeeze(-1), best[2].squeeze(-1)
 
 
@@ -117,7 +124,9 @@ def _grid(x: Tensor, precision: Int, shrink: float, side: float) -> tuple[Tensor
 
 def _float16(scale: Tensor) -> Tensor:
     if not bool((scale <= FLOAT16_MAX).all()):
-        raise NumericsError(f"a scale of {scale.max():.3g} does not fit fp16 (largest {FLOAT16_MAX:g}); weights are too large")
+        raise NumericsError(
+            f"a scale of {scale.max():.3g} does not fit fp16 (largest {FLOAT16_MAX:g}); weights are too large"
+        )
     return scale.to(torch.float16).to(torch.float32)
 
 

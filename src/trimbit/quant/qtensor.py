@@ -16,8 +16,8 @@ class QTensor:
     """A `rows x cols` weight, packed.
 
     Always: `runs` cover all columns; `codes` has `code_row_nbytes(runs)` bytes a row, `scales` has `group_count(runs)`
-    values a row, `zeros` is None exactly if no run has zero points, else `zero_row_nbytes(runs)` bytes a row; each run starts
-    at a whole byte. The weight is s * c for symmetric runs (c signed) and s * (c - z) for the others.
+    values a row, `zeros` is None exactly if no run has zero points, else `zero_row_nbytes(runs)` bytes a row; each run
+    starts at a whole byte. The weight is s * c for symmetric runs (c signed) and s * (c - z) for the others.
     """
 
     codes: UInt8[Tensor, "rows code_nbytes"]
@@ -55,11 +55,11 @@ class QTensor:
 
 def pack_columns(
     codes: Float[Tensor, "rows cols"],
-    scales: list[Float[Tensor, "rows groups"] | None],
-    zeros: list[Float[Tensor, "rows groups"] | None],
+    scales: list[Float[Tensor, "rows _"] | None],
+    zeros: list[Float[Tensor, "rows _"] | None],
     runs: tuple[Run, ...],
 ) -> QTensor:
-    """Pack codes as they are numbered in `Grid` (0 .. 2^b - 1; values themselves for bf16), one entry of scales and zeros a run."""
+    """Pack codes as `Grid` numbers them (0 .. 2^b - 1; values where bf16); scales and zeros have one entry a run."""
     code_parts, zero_parts, at = [], [], 0
     for run, zero in zip(runs, zeros, strict=True):
         part = codes[:, at : at + run.count]

@@ -1,5 +1,7 @@
 """Round to nearest: every weight to the closest point of its group's grid."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -19,11 +21,18 @@ class Config(Data):
     scales: ScaleSearch = "absmax"
 
 
-def quantize(w: Float[Tensor, "rows cols"], moments: Moments | None, runs: tuple[Run, ...], config: Config) -> QTensor:  # noqa: ARG001
+def quantize(w: Float[Tensor, "rows cols"], moments: Moments | None, runs: tuple[Run, ...], config: Config) -> QTensor:
     """Round each element of w to the grid of its group; the moments are not used."""
     grid = fit_grid(w, runs, config.scales)
-    scale, zero, top = grid.columns(w.shape[0])
+    scale, zero, top = grid.columns(slice(0, w.shape[0]))
     return pack_columns(round_columns(w, scale, zero, top), grid.scales, grid.zeros, runs)
+
+
+def quantize_all(
+    ws: Sequence[Float[Tensor, "rows cols"]], moments: Moments | None, runs: Sequence[tuple[Run, ...]], config: Config
+) -> list[QTensor]:
+    """Round weights that read the same input."""
+    return [quantize(w, moments, own, config) for w, own in zip(ws, runs, strict=True)]
 
 
 def round_columns(w: Tensor, scale: Tensor, zero: Tensor, top: Tensor) -> Tensor:

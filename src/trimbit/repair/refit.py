@@ -15,14 +15,22 @@ from torch import Tensor
 from trimbit.precision import Data
 from trimbit.stats import Moments
 
-PAPER = "OSSCAR (arXiv:2403.12983) for the refit; FLAP (arXiv:2312.11983) for the bias; the centred, shrunken form is ours"
+PAPER = (
+    "OSSCAR (arXiv:2403.12983) for the refit; FLAP (arXiv:2312.11983) for the bias; the centred, shrunken form is ours"
+)
 
 
 class Config(Data):
     """Where a refit happens and which ridges are tried."""
 
     when: str = Field(default="cut", pattern="^(never|cut|always)$")  # `cut`: where the unit lost channels
-    ridges: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # ours; shares of mean(diag H); keeping W_K is always tried too
+    ridges: tuple[float, ...] = (
+        1e-4,
+        1e-3,
+        1e-2,
+        1e-1,
+        1.0,
+    )  # ours; shares of mean(diag H); keeping W_K is always tried too
     held_out: float = Field(default=0.125, gt=0, lt=1)  # ours: share of the calibration rows that choose the ridge
 
 
@@ -50,8 +58,8 @@ def refit(
         held: the same on held-out tokens.
         config: ridges to try.
     """
-    assert train.cross is not None  # noqa: S101 - the caller ran both paths
-    assert train.dense_mean is not None  # noqa: S101
+    assert train.cross is not None
+    assert train.dense_mean is not None
     w, w_kept, mean, dense_mean = w.double(), w_kept.double(), train.mean.double(), train.dense_mean.double()
     h = train.h.double() - mean.outer(mean)
     target = w @ (train.cross.double() - dense_mean.outer(mean)) - w_kept @ h
@@ -70,14 +78,14 @@ def refit(
         error = _held_out_error(w, weight, shift, held)
         if best is None or error < best.error:
             best = Refit(weight=weight.float(), bias=(offset + shift).float(), ridge=ridge, error=error)
-    assert best is not None  # noqa: S101
+    assert best is not None
     return best
 
 
 def _held_out_error(w: Tensor, weight: Tensor, shift: Tensor, held: Moments) -> float:
     """E |W x_d - W' x - s|^2 on the held-out tokens, less the part that does not depend on W' and s."""
-    assert held.cross is not None  # noqa: S101
-    assert held.dense_mean is not None  # noqa: S101
+    assert held.cross is not None
+    assert held.dense_mean is not None
     quadratic = ((weight @ held.h.double()) * weight).sum()
     linear = ((w @ held.cross.double()) * weight).sum()
     gap = w @ held.dense_mean.double() - weight @ held.mean.double()
@@ -85,9 +93,12 @@ def _held_out_error(w: Tensor, weight: Tensor, shift: Tensor, held: Moments) -> 
 
 
 def bias_for(
-    w: Float[Tensor, "rows m"], quantised: Float[Tensor, "rows k"], bias: Float[Tensor, " rows"] | None, moments: Moments
+    w: Float[Tensor, "rows m"],
+    quantised: Float[Tensor, "rows k"],
+    bias: Float[Tensor, " rows"] | None,
+    moments: Moments,
 ) -> Float[Tensor, " rows"]:
     """The bias that keeps the mean output, now that the weight is quantised: b + W E[x_d] - Q E[x]."""
-    assert moments.dense_mean is not None  # noqa: S101
+    assert moments.dense_mean is not None
     shift = w @ moments.dense_mean - quantised @ moments.mean
     return shift if bias is None else bias + shift

@@ -6,7 +6,9 @@ budget.
 Additive damage is only a model, so several plans are evaluated for real and the best one is returned.
 """
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 
@@ -26,14 +28,19 @@ from trimbit.search.problem import Problem
 
 PAPER = "this project; HiGHS through scipy.optimize.milp"
 
+TABLE_WEIGHT = 16  # ours: the embedding and the head suffer more from rounding than a block's weight of their size
+
 
 class Config(Data):
     """What is tried."""
 
-    pruning_costs: tuple[float, ...] = Field(default=(1.0, 2.0, 4.0), min_length=1)  # ours: factors on D(width), a plan each
+    pruning_costs: tuple[float, ...] = Field(
+        default=(1.0, 2.0, 4.0), min_length=1
+    )  # ours: factors on D(width), a plan each
     no_pruning: bool = True  # try a plan that prunes nothing, too
     uniform: bool = True  # try the best uniform plan, too
-    gap: float = 1e-5  # relative optimality gap of the solver
+    gap: float = Field(default=1e-4, ge=0)  # relative optimality gap at which the solver may stop
+    nodes: int = Field(default=2000, ge=1)  # branch-and-bound nodes at which it stops: blocks alike make proofs endless
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +78,14 @@ def search(problem: Problem, config: Config) -> Plan:
         except BudgetError:
             pass  # no uniform plan fits; the knapsack's do
     if problem.evaluate is None:
-        return min(plans.values(), key=lambda plan: plan.found_by.predicted_damage if plan.found_by.predicted_damage is not None else np.inf)
+        return min(
+            plans.values(),
+            key=lambda plan: plan.found_by.predicted_damage if plan.found_by.predicted_damage is not None else np.inf,
+        )
     tried = [plan if plan.found_by.measured_damage is not None else problem.measured(plan) for plan in plans.values()]
-    best = min(tried, key=lambda plan: plan.found_by.measured_damage if plan.found_by.measured_damage is not None else np.inf)
+    best = min(
+        tried, key=lambda plan: plan.found_by.measured_damage if plan.found_by.measured_damage is not None else np.inf
+    )
     notes = tuple(f"tried {plan.found_by.method}: {plan.found_by.measured_damage:.4f} nats" for plan in tried)
     pruned = any(len(keep) < problem.layout.unit_of_dim(dim).size for dim, keep in best.cuts.items())
     notes += () if pruned else ("no pruning was chosen",)
@@ -100,18 +112,26 @@ def background(problem: Problem, config: Config) -> Background:
         found = []
         for site, names in sites_of(layout, unit).items():
             size = sum(layout.weights[name].rows * layout.weights[name].cols for name in names)
+            size *= TABLE_WEIGHT if unit.block is None else 1
             found.append([(site, p, size * 4.0 ** -_bits(problem, unit, p)) for p in menu_of(unit, problem.space)])
         groups.append(
             pareto(
                 [
-                    Choice(unit, None, formats, _nbytes(problem, unit, unit.size if unit.dim else None, dict(formats), cut=False), damage)
+                    Choice(
+                        unit,
+                        None,
+                        formats,
+                        _nbytes(problem, unit, unit.size if unit.dim else None, dict(formats), cut=False),
+                        damage,
+                    )
                     for formats, damage in (
-                        (tuple((site, p) for site, p, _ in combination), sum(d for _, _, d in combination)) for combination in product(*found)
+                        (tuple((site, p) for site, p, _ in combination), sum(d for _, _, d in combination))
+                        for combination in product(*found)
                     )
                 ]
             )
         )
-    picked = knapsack([[(c.nbytes, c.damage) for c in group] for group in groups], _limit(problem), config.gap)
+    picked = knapsack([[(c.nbytes, c.damage) for c in group] for group in groups], _limit(problem), config)
     chosen = [group[at] for group, at in zip(groups, picked or [0] * len(groups), strict=True)]
     return Background(widths={}, formats={site: precision for c in chosen for site, precision in c.formats})
 
@@ -136,11 +156,13 @@ def solve(problem: Problem, config: Config, pruning_cost: float | None, method: 
     """The knapsack's optimum with D(width) multiplied by `pruning_cost` (None: full widths only); None if nothing fits."""
     layout = problem.layout
     groups = [pareto(choices(problem, unit, pruning_cost)) for unit in layout.units.values()]
-    picked = knapsack([[(c.nbytes, c.damage) for c in group] for group in groups], _limit(problem), config.gap)
+    picked = knapsack([[(c.nbytes, c.damage) for c in group] for group in groups], _limit(problem), config)
     if picked is None:
         return None
     chosen = [group[at] for group, at in zip(groups, picked, strict=True)]
-    widths = {c.unit.dim: c.width for c in chosen if c.unit.dim is not None and c.width is not None and c.width != c.unit.size}
+    widths = {
+        c.unit.dim: c.width for c in chosen if c.unit.dim is not None and c.width is not None and c.width != c.unit.size
+    }
     formats = {site: precision for c in chosen for site, precision in c.formats}
     base = problem.measurements.background_damage if problem.measurements else 0.0
     return problem.plan(widths, formats, method, base + sum(c.damage for c in chosen))
@@ -158,7 +180,11 @@ def choices(problem: Problem, unit: Unit, pruning_cost: float | None) -> list[Ch
         cut = width is not None and width != unit.size
         if cut and pruning_cost is None:
             continue
-        shape = by_width[unit.dim or "", width] * (pruning_cost if cut and pruning_cost is not None else 1.0) if width is not None else 0.0
+        shape = (
+            by_width[unit.dim or "", width] * (pruning_cost if cut and pruning_cost is not None else 1.0)
+            if width is not None
+            else 0.0
+        )
         if width == 0:
             found.append(Choice(unit, 0, tuple((site, menu_of(unit, problem.space)[0]) for site in sites), 0, shape))
             continue
@@ -166,7 +192,9 @@ def choices(problem: Problem, unit: Unit, pruning_cost: float | None) -> list[Ch
         for combination in product(menu_of(unit, problem.space), repeat=len(sites)):
             formats = dict(zip(sites, combination, strict=True))
             damage = shape + share * sum(by_format[site, p.name] for site, p in formats.items())
-            found.append(Choice(unit, width, tuple(formats.items()), _nbytes(problem, unit, width, formats, cut=cut), damage))
+            found.append(
+                Choice(unit, width, tuple(formats.items()), _nbytes(problem, unit, width, formats, cut=cut), damage)
+            )
     return found
 
 
@@ -190,7 +218,7 @@ def pareto(found: list[Choice]) -> list[Choice]:
     return front
 
 
-def knapsack(groups: list[list[tuple[int, float]]], limit: int, gap: float) -> list[int] | None:
+def knapsack(groups: list[list[tuple[int, float]]], limit: int, config: Config) -> list[int] | None:
     """One item (bytes, damage) of each group, of least total damage within `limit` bytes; None if that is impossible."""
     if sum(min(nbytes for nbytes, _ in group) for group in groups) > limit:
         return None
@@ -200,8 +228,9 @@ def knapsack(groups: list[list[tuple[int, float]]], limit: int, gap: float) -> l
     rows = np.repeat(np.arange(len(groups)), sizes)
     one_each = csr_array((np.ones(len(rows)), (rows, np.arange(len(rows)))), shape=(len(groups), len(rows)))
     unit = max(limit, 1) / 1e4  # bytes are scaled for the solver's tolerances; the sum is checked in whole bytes
-    result = milp(
-        damage, integrality=np.ones(len(rows)), bounds=Bounds(0, 1), options={"mip_rel_gap": gap},
+    with _silenced_stdout():
+        result = milp(
+        damage, integrality=np.ones(len(rows)), bounds=Bounds(0, 1), options={"mip_rel_gap": config.gap, "node_limit": config.nodes},
         constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(csr_array(nbytes[None] / unit), -np.inf, limit / unit - 1e-6)],
     )  # fmt: skip
     if result.x is None:
@@ -212,3 +241,16 @@ def knapsack(groups: list[list[tuple[int, float]]], limit: int, gap: float) -> l
     if total > limit:
         raise BudgetError(f"the solver returned {total} bytes for a limit of {limit}")
     return picked
+
+
+@contextmanager
+def _silenced_stdout() -> Iterator[None]:
+    """HiGHS prints debugging lines to the C standard output, which belongs to results."""
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)

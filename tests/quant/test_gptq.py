@@ -1,0 +1,167 @@
+"""GPTQ: against RTN where the two must agree, and against OBQ column by column."""
+
+import re
+
+import pytest
+import torch
+
+from plans import runs
+from trimbit.errors import NumericsError
+from trimbit.quant import gptq, rtn
+from trimbit.quant.grid import fit_grid
+from trimbit.stats import Moments
+
+SAME_GRID = gptq.Config(scales="absmax", weighted_scales=False)
+FORMATS = [
+    runs((80, "int3g32")),
+    runs((80, "uint2g64")),
+    runs((40, "int4row"), (8, "bf16"), (32, "uint3g32")),
+]
+
+
+def moments(h):
+    return Moments(count=1000, h=h.float(), mean=torch.zeros(h.shape[0]))
+
+
+def correlated(n, generator, tokens=2000):
+    """Neighbours correlate, and channels differ in size."""
+    x = torch.randn(tokens, n, generator=generator, dtype=torch.float64)
+    x = x @ torch.linalg.matrix_power(
+        torch.eye(n, dtype=torch.float64) + 0.4 * torch.randn(n, n, generator=generator, dtype=torch.float64) / n**0.5,
+        2,
+    )
+    x *= torch.exp(torch.randn(n, generator=generator))
+    return x.T @ x / tokens
+
+
+def output_error(dw, h):
+    return float(torch.einsum("ri,ij,rj->", dw.double(), h, dw.double()))
+
+
+@pytest.mark.parametrize("formats", FORMATS)
+@pytest.mark.parametrize("scales", ["absmax", "mse"])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("dead", [False, True])
+def test_a_diagonal_h_gives_rtn(formats, scales, act_order, dead, generator):
+    w = torch.randn(6, 80, generator=generator)
+    h = torch.diag(torch.rand(80, generator=generator) + 0.1) * (not dead)
+    config = gptq.Config(scales=scales, weighted_scales=False, act_order=act_order, block=32)
+    q, r = gptq.quantize(w, moments(h), formats, config), rtn.quantize(w, None, formats, rtn.Config(scales=scales))
+    assert q.tensors().keys() == r.tensors().keys()
+    assert all(torch.equal(tensor, r.tensors()[name]) for name, tensor in q.tensors().items())
+
+
+@pytest.mark.parametrize("formats", FORMATS)
+@pytest.mark.parametrize("act_order", [False, True])
+def test_a_correlated_h_trades_weight_error_for_output_error(formats, act_order, generator):
+    w, h = torch.randn(6, 80, generator=generator), correlated(80, generator)
+    q = gptq.quantize(w, moments(h), formats, SAME_GRID.model_copy(update={"act_order": act_order})).dequantize()
+    r = rtn.quantize(w, None, formats, rtn.Config()).dequantize()
+    assert output_error(q - w, h) < 0.8 * output_error(r - w, h)
+    assert (q - w).square().sum() > (r - w).square().sum()
+
+
+@pytest.mark.parametrize("formats", FORMATS)
+@pytest.mark.parametrize("act_order", [False, True])
+def test_the_block_size_changes_nothing(formats, act_order, generator):
+    w, h = torch.randn(6, 80, generator=generator), correlated(80, generator)
+    all_codes = [
+        gptq.quantize(w, moments(h), formats, gptq.Config(act_order=act_order, block=block)).codes
+        for block in (1, 7, 16, 80, 128)
+    ]
+    assert all(torch.equal(codes, all_codes[0]) for codes in all_codes)
+
+
+def obq(w, h, order, scale, zero, top):
+    """Optimal brain quantisation: round a column, make up for it with all that are left, take it out of H^-1."""
+    w, q = w.double().clone(), torch.zeros_like(w, dtype=torch.float64)
+    inverse = torch.linalg.inv(h)
+    left, step = list(order), torch.where(scale == 0, 1.0, scale)
+    while left:
+        j = left.pop(0)
+        code = ((w[:, j] / step[:, j]).round() + zero[:, j]).clamp(0, float(top[j]))
+        q[:, j] = (code - zero[:, j]) * scale[:, j] if top[j] else w[:, j].to(torch.bfloat16).double()
+        error = (w[:, j] - q[:, j]) / inverse[j, j]
+        w[:, left] -= error[:, None] * inverse[j, left]
+        inverse = inverse - inverse[:, j : j + 1] @ inverse[j : j + 1] / inverse[j, j]
+    return q
+
+
+@pytest.mark.parametrize(
+    "formats", [runs((16, "int3row")), runs((4, "uint2row"), (5, "int2row"), (2, "bf16"), (5, "int4row"))]
+)
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_equals_obq(formats, act_order, seed):
+    generator = torch.Generator().manual_seed(seed)
+    w, h = torch.randn(16, 16, generator=generator), correlated(16, generator).float().double()
+    w[:8, 4:9] = 0  # in the second case whole groups, so that their scale is zero
+    config = SAME_GRID.model_copy(update={"act_order": act_order, "block": 4})
+    order, at = [], 0
+    for run in formats:
+        columns = range(at, at + run.count)
+        order += sorted(columns, key=lambda j: -float(h[j, j])) if act_order else columns
+        at += run.count
+    damped = h + 0.01 * h.diagonal().mean() * torch.eye(16, dtype=torch.float64)
+    columns = fit_grid(w, formats, "absmax").columns(16)
+    want = obq(w, damped, order, *(t.double() for t in columns))
+    got = gptq.quantize(w, moments(h), formats, config).dequantize()
+    bf16 = columns[2] == 0
+    torch.testing.assert_close(got[:, ~bf16], want[:, ~bf16].float(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got[:, bf16], want[:, bf16].float(), rtol=2**-7, atol=1e-4)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_each_run_stays_on_its_own_grid(act_order, generator):
+    formats = runs((33, "int3g32"), (6, "bf16"), (40, "uint2g32"), (1, "int8row"))
+    w, h = torch.randn(6, 80, generator=generator), correlated(80, generator)
+    q = gptq.quantize(w, moments(h), formats, gptq.Config(act_order=act_order))
+    dense = q.dequantize()
+    at = group = 0
+    for run in formats:
+        part = dense[:, at : at + run.count]
+        at += run.count
+        if run.precision.name == "bf16":
+            assert torch.equal(part, part.to(torch.bfloat16).float())
+            assert not torch.equal(
+                part, w[:, at - run.count : at].to(torch.bfloat16).float()
+            )  # it made up for the run before
+            continue
+        for piece in part.split(run.precision.group or run.count, 1):
+            steps = piece / q.scales[:, group : group + 1].float()
+            group += 1
+            torch.testing.assert_close(steps, steps.round())
+            half = 2 ** (run.precision.bits - 1)
+            if run.precision.symmetric:
+                assert -half <= steps.min()
+                assert steps.max() < half
+            else:
+                assert (steps.amax(1) - steps.amin(1)).max() < 2 * half
+    assert group == q.scales.shape[1]
+
+
+def test_damping_that_the_error_suggests_works(generator):
+    w, h = torch.randn(6, 80, generator=generator), correlated(80, generator)
+    h -= 0.05 * h.diagonal().mean() * torch.eye(80, dtype=torch.float64)
+    formats = runs((80, "int4g32"))
+    with pytest.raises(NumericsError, match=r"not positive definite with damping 0\.01") as error:
+        gptq.quantize(w, moments(h), formats, gptq.Config())
+    damping = float(re.search(r"a damping of (\S+) would work", str(error.value))[1])
+    assert 0.02 < damping < 0.2
+    assert gptq.quantize(w, moments(h), formats, gptq.Config(damping=damping)).dequantize().isfinite().all()
+
+
+def test_a_singular_h_works_with_the_default_damping(generator):
+    w, h = torch.randn(6, 80, generator=generator), correlated(80, generator, tokens=20)
+    q = gptq.quantize(w, moments(h), runs((80, "int4g32")), SAME_GRID).dequantize()
+    assert output_error(q - w, h) < output_error(
+        rtn.quantize(w, None, runs((80, "int4g32")), rtn.Config()).dequantize() - w, h
+    )
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_an_h_that_is_not_finite_is_refused(value):
+    h = torch.eye(80)
+    h[3, 3] = value
+    with pytest.raises(NumericsError, match="not finite"):
+        gptq.quantize(torch.ones(2, 80), moments(h), runs((80, "int4g32")), gptq.Config())

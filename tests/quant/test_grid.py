@@ -1,0 +1,131 @@
+"""Scales and zero points of each group."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plans import FORMATS, runs
+from trimbit.errors import NumericsError
+from trimbit.quant import gptq, rtn
+from trimbit.quant.grid import fit_grid
+from trimbit.quant.qtensor import QTensor
+from trimbit.stats import Moments
+
+INTEGERS = [name for name in FORMATS if name != "bf16"]
+
+
+def errors(w, formats, search, weighting):
+    """Weighted squared error of each row's groups, one run, by rounding to every point of the grid."""
+    (run,) = formats
+    grid = fit_grid(w, formats, search, weighting)
+    scale, zero, top = grid.columns(w.shape[0])
+    points = torch.arange(top[0] + 1).view(-1, 1, 1)
+    nearest = (w - (points - zero) * scale).square().amin(0) * weighting
+    return torch.stack([part.sum(1) for part in nearest.split(run.precision.group or run.count, 1)], 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(INTEGERS), st.integers(1, 70), st.booleans(), st.booleans(), st.integers(0, 10**6))
+def test_mse_is_never_worse_than_absmax(name, cols, tails, weighted, seed):
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(3, cols, generator=generator) ** (3 if tails else 1)
+    weighting = torch.rand(cols, generator=generator) + 0.01 if weighted else torch.ones(cols)
+    mse, absmax = (errors(w, runs((cols, name)), search, weighting) for search in ("mse", "absmax"))
+    assert bool((mse <= absmax * (1 + 1e-5) + 1e-12).all())
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_absmax_reaches_the_ends_and_rounds_to_half_a_step(name, generator):
+    w = torch.randn(4, 100, generator=generator)
+    q = rtn.quantize(w, None, runs((100, name)), rtn.Config())
+    scale, _, _ = fit_grid(w, q.runs, "absmax").columns(4)
+    off = (q.dequantize() - w).abs()
+    # a zero point is rounded as well: the range moves by up to half a step
+    assert bool((off <= scale * (0.51 if name.startswith("int") else 1.01)).all())
+    assert bool((off[w.abs() == w.abs().amax(1, keepdim=True)] < 0.01 * w.abs().amax()).all()) or name.startswith(
+        "uint"
+    )
+
+
+def test_mse_weighs_columns():
+    w = torch.tensor([[1.0, *[0.25] * 31]])
+    dear = torch.ones(32)
+    dear[0] = 1e3
+    even, outlier = (fit_grid(w, runs((32, "int2row")), "mse", c).scales[0].abs() for c in (torch.ones(32), dear))
+    assert even < 0.5 < outlier
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+@pytest.mark.parametrize("search", ["absmax", "mse"])
+def test_zero_groups_stay_zero(name, search, generator):
+    w = torch.randn(4, 128, generator=generator)
+    w[1] = 0
+    w[2, :64] = 0
+    x = torch.randn(300, 128, generator=generator) @ torch.randn(128, 128, generator=generator)
+    moments = Moments(count=300, h=x.T @ x / 300, mean=x.mean(0))
+    for q in (
+        rtn.quantize(w, None, runs((128, name)), rtn.Config(scales=search)),
+        gptq.quantize(w, moments, runs((128, name)), gptq.Config(scales=search)),
+    ):
+        dense = q.dequantize()
+        assert not dense[1].any()
+        assert dense[0].any()
+        if "row" not in name:
+            assert not dense[2, :64].any()
+
+
+@pytest.mark.parametrize("value", [1e7, float("inf"), float("nan")])
+@pytest.mark.parametrize("name", ["int4g32", "uint4row"])
+def test_a_scale_beyond_fp16_is_refused(value, name):
+    w = torch.ones(2, 40)
+    w[1, 3] = value
+    with pytest.raises(NumericsError, match="does not fit fp16"):
+        rtn.quantize(w, None, runs((40, name)), rtn.Config())
+
+
+def test_scales_below_fp16_give_zero():
+    w = torch.full((2, 40), 1e-9)
+    for name in ("int4g32", "uint4g32"):
+        assert not rtn.quantize(w, None, runs((40, name)), rtn.Config(scales="mse")).dequantize().any()
+
+
+MIXED = runs((33, "int4g32"), (5, "bf16"), (40, "uint3g32"))
+
+
+def test_qtensor(generator):
+    w = torch.randn(3, 78, generator=generator)
+    q = rtn.quantize(w, None, MIXED, rtn.Config())
+    assert q.shape == (3, 78)
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in q.tensors().items()} == {
+        "codes": (torch.uint8, (3, 17 + 10 + 15)),
+        "scales": (torch.float16, (3, 4)),
+        "zeros": (torch.uint8, (3, 1)),
+    }
+    assert q.nbytes == 3 * (42 + 8 + 1)
+
+
+def test_an_unquantised_qtensor_is_one_bf16_weight(generator):
+    w = torch.randn(3, 7, generator=generator)
+    q = rtn.quantize(w, None, runs((7, "bf16")), rtn.Config())
+    assert q.tensors().keys() == {"weight"}
+    assert torch.equal(q.tensors()["weight"], w.to(torch.bfloat16))
+    assert torch.equal(q.dequantize(torch.bfloat16), w.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("part", ["codes", "scales", "zeros"])
+def test_a_qtensor_of_other_sizes_is_refused(part, generator):
+    q = rtn.quantize(torch.randn(3, 78, generator=generator), None, MIXED, rtn.Config())
+    tensors = {**q.tensors(), part: q.tensors()[part][:, 1:]}
+    with pytest.raises(ValueError, match="the runs ask for"):
+        QTensor(**tensors, runs=MIXED)
+
+
+def test_zero_points_without_a_run_that_has_them_are_refused():
+    codes, scales, zeros = (
+        torch.zeros(3, 4, dtype=torch.uint8),
+        torch.zeros(3, 1).half(),
+        torch.zeros(3, 1, dtype=torch.uint8),
+    )
+    with pytest.raises(ValueError, match="the runs ask for"):
+        QTensor(codes=codes, scales=scales, zeros=zeros, runs=runs((8, "int4row")))

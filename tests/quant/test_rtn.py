@@ -1,0 +1,41 @@
+"""Round to nearest against a search over every point of the grid."""
+
+import pytest
+import torch
+
+from plans import FORMATS, runs
+from trimbit.quant import rtn
+from trimbit.quant.grid import fit_grid
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("search", ["absmax", "mse"])
+def test_every_element_goes_to_the_nearest_point(name, search, generator):
+    w = torch.randn(5, 77, generator=generator)
+    q = rtn.quantize(w, None, runs((77, name)), rtn.Config(scales=search)).dequantize()
+    if name == "bf16":
+        assert torch.equal(q, w.to(torch.bfloat16).float())
+        return
+    scale, zero, top = fit_grid(w, runs((77, name)), search).columns(5)
+    points = (torch.arange(top[0] + 1).view(-1, 1, 1) - zero) * scale
+    torch.testing.assert_close((w - q).abs(), (w - points).abs().amin(0))
+
+
+def test_each_run_is_quantised_alone(generator):
+    w = torch.randn(5, 100, generator=generator)
+    parts = [(40, "int3g32"), (9, "bf16"), (51, "uint4row")]
+    whole = rtn.quantize(w, None, runs(*parts), rtn.Config(scales="mse")).dequantize()
+    alone = [
+        rtn.quantize(part, None, runs(pair), rtn.Config(scales="mse")).dequantize()
+        for part, pair in zip(w.split([40, 9, 51], 1), parts, strict=True)
+    ]
+    assert torch.equal(whole, torch.cat(alone, 1))
+
+
+def test_a_large_weight_is_searched_in_chunks(monkeypatch, generator):
+    w = torch.randn(50, 64, generator=generator)
+    one = rtn.quantize(w, None, runs((64, "int3g32")), rtn.Config(scales="mse"))
+    monkeypatch.setattr("trimbit.quant.grid.CHUNK", 7 * 64)
+    assert torch.equal(
+        rtn.quantize(w, None, runs((64, "int3g32")), rtn.Config(scales="mse")).dequantize(), one.dequantize()
+    )

@@ -1,0 +1,102 @@
+"""Applying a plan: what rounding loses, GPTQ and the refit win back; errors name the weight."""
+
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from plans import make_plan, runs
+from tiny import VOCAB, save_tiny, tiny_model
+from trimbit.apply import Method, apply_plan
+from trimbit.artifact import Writer
+from trimbit.errors import NumericsError, PlanError
+from trimbit.model.layout import build_layout
+from trimbit.model.load import open_checkpoint
+from trimbit.model.stream import BlockStream
+from trimbit.quant import gptq, rtn
+from trimbit.repair import refit
+from trimbit.stats import collect
+
+RTN, GPTQ = Method(module=rtn, config=rtn.Config(scales="mse")), Method(module=gptq, config=gptq.Config())
+CUTS = {f"blocks.{i}.mlp.mid": tuple(range(0, 80, 2)) for i in range(3)} | {"blocks.1.attn.kv": (0, 2)}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def original(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("original")
+    save_tiny(tiny_model("llama", tied=request.param), path)
+    return path
+
+
+def sample(rows, seed):
+    return torch.randint(3, VOCAB, (rows, 64), generator=torch.Generator().manual_seed(seed))
+
+
+def run(original, out, method, *, plan=None, bits="int3g32", cuts=None, when=None, rows=80):
+    """Compress, and give the mean squared error of the logits on other tokens."""
+    checkpoint = open_checkpoint(original)
+    layout = build_layout(checkpoint.config)
+    biases = tuple(u.out_weight for u in layout.units.values() if u.dim in (cuts or {})) if when else ()
+    plan = plan or make_plan(layout, lambda w, n: runs((n, "bf16" if w.row_axis == "vocab" else bits)), cuts, biases)
+    stream, done = BlockStream(checkpoint, layout, torch.float32), []
+    stats = collect(stream, sample(rows, 0), out.parent / f"{out.name}-stats", lambda *_: None)
+    with Writer(out, layout, plan) as writer:
+        repair = refit.Config(when=when or "never")
+        apply_plan(stream, plan, sample(rows, 0), method, repair, stats, writer, lambda *step: done.append(step))
+    assert done == [(1, 3), (2, 3), (3, 3)]
+    with torch.no_grad():
+        small, large = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (out, original))
+        return float((small(sample(8, 1)).logits - large(sample(8, 1)).logits).square().mean())
+
+
+def test_gptq_beats_rtn(original, tmp_path):
+    assert run(original, tmp_path / "gptq", GPTQ) < 0.9 * run(original, tmp_path / "rtn", RTN)
+
+
+@pytest.mark.parametrize("method", [RTN, GPTQ], ids=["rtn", "gptq"])
+def test_a_refit_makes_up_for_a_cut(original, tmp_path, method):
+    kept = run(original, tmp_path / "kept", method, bits="int8g32", cuts=CUTS)
+    assert run(original, tmp_path / "refit", method, bits="int8g32", cuts=CUTS, when="cut") < 0.9 * kept
+
+
+@pytest.mark.parametrize(("chunks", "held"), [(1, 1), (2, 1), (3, 1), (9, 1), (16, 2)])
+def test_a_refit_is_judged_on_what_it_did_not_see(original, tmp_path, monkeypatch, chunks, held):
+    counts, real = [], refit.refit
+
+    def spy(w, w_kept, bias, train, held, config):
+        counts.append((train.count, held.count))
+        return real(w, w_kept, bias, train, held, config)
+
+    monkeypatch.setattr(refit, "refit", spy)
+    cuts = {"blocks.0.mlp.mid": (1, 2, 3)}
+    run(original, tmp_path / "out", RTN, cuts=cuts, when="cut", rows=32 * chunks)
+    train = chunks - held if chunks > 1 else 1  # a lone chunk has to do for both
+    assert counts == [(2048 * train, 2048 * held)]
+
+
+def test_same_input_same_bytes(original, tmp_path):
+    for name in ("a", "b"):
+        run(original, tmp_path / name, GPTQ, cuts=CUTS, when="cut", rows=40)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
+    assert files[0] == files[1]
+
+
+def test_a_bad_plan_is_refused_before_anything_is_written(original, tmp_path):
+    layout = build_layout(open_checkpoint(original).config)
+    plan = make_plan(layout).model_copy(update={"biases": ("nothing",)})
+    with pytest.raises(PlanError, match="nothing cannot gain a bias"):
+        run(original, tmp_path / "out", RTN, plan=plan)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failing_quantiser_names_the_weight(original, tmp_path):
+    def quantize(*_):
+        raise NumericsError("no")
+
+    broken = ModuleType("broken")
+    broken.quantize, broken.NEEDS_MOMENTS = quantize, False
+    method = Method(module=broken, config=rtn.Config())
+    with pytest.raises(NumericsError, match=r"^model\.layers\.0\.self_attn\.q_proj: no$"):
+        run(original, tmp_path / "out", method)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,139 @@
+"""The writer: all or nothing, and exactly the plan's tensors."""
+
+import errno
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from plans import make_plan, random_plan, runs
+from tiny import tiny_config
+from trimbit import artifact
+from trimbit.artifact import Writer, weight_nbytes
+from trimbit.errors import ArtifactError
+from trimbit.model.layout import build_layout, shards
+from trimbit.plan import load_plan
+
+LAYOUT = build_layout(tiny_config("llama"))
+PLAN = random_plan(LAYOUT, 0)
+DTYPES = {"U8": torch.uint8, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def tensors(plan=PLAN):
+    return {name: torch.zeros(spec.shape, dtype=DTYPES[spec.dtype]) for name, spec in LAYOUT.tensors(plan).items()}
+
+
+def test_a_directory_appears_whole(tmp_path):
+    out = tmp_path / "deep" / "out"
+    with Writer(out, LAYOUT, PLAN) as writer:
+        for item in reversed(tensors().items()):  # in any order
+            writer.add(dict([item]))
+        writer.write("recipe.yaml", "a: 1\n")
+        assert not out.exists()
+    assert {file.name for file in out.iterdir()} == {"config.json", "model.safetensors", "plan.json", "recipe.yaml"}
+    assert load_plan(out / "plan.json") == PLAN
+    assert weight_nbytes(out) == LAYOUT.file_nbytes(PLAN)
+    config = json.loads((out / "config.json").read_text())
+    assert (config["model_type"], config["base"]["model_type"], config["vocab_size"]) == ("trimbit", "llama", 96)
+    assert [*tmp_path.iterdir(), *out.parent.iterdir()] == [out.parent, out]
+
+
+def test_shards_have_an_index(tmp_path, monkeypatch):
+    monkeypatch.setattr(artifact, "shards", lambda specs: shards(specs, 20_000))
+    with Writer(tmp_path / "out", LAYOUT, PLAN) as writer:
+        names = [*tensors()]
+        writer.add(dict([*tensors().items()][:-1]))
+        assert len([*writer.partial.glob("*.safetensors")]) == len(writer.files) - 1  # written as soon as complete
+        writer.add({names[-1]: tensors()[names[-1]]})
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 2
+    assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    assert index["weight_map"] == {name: file.name for file in files for name in load_file(file)}
+    assert index["metadata"]["total_size"] == PLAN.nbytes(LAYOUT)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_nothing_is_left_after_an_error(tmp_path, error):
+    def run():
+        with Writer(tmp_path / "out", LAYOUT, PLAN) as writer:
+            writer.add(tensors())
+            raise error
+
+    with pytest.raises(error):
+        run()
+    assert not [*tmp_path.iterdir()]
+
+
+def test_missing_tensors_leave_nothing(tmp_path):
+    some = tensors()
+    del some["model.norm.weight"]
+
+    def run():
+        with Writer(tmp_path / "out", LAYOUT, PLAN) as writer:
+            writer.add(some)
+
+    with pytest.raises(ArtifactError, match="never written"):
+        run()
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("model.norm.weight", torch.zeros(47, dtype=torch.bfloat16)),
+        ("model.norm.weight", torch.zeros(48, dtype=torch.float16)),
+        ("model.norm.weight", torch.zeros(48)),
+        ("model.other.weight", torch.zeros(48, dtype=torch.bfloat16)),
+    ],
+)
+def test_a_tensor_that_is_not_the_plan_s_is_refused(tmp_path, name, tensor):
+    with Writer(tmp_path / "out", LAYOUT, PLAN) as writer:
+        with pytest.raises(ArtifactError, match=f"tensor {name} is .*but the plan says"):
+            writer.add({name: tensor})
+        writer.add(tensors())
+
+
+def test_an_output_that_exists_is_refused(tmp_path):
+    full, file, empty = tmp_path / "full", tmp_path / "file", tmp_path / "empty"
+    full.mkdir()
+    empty.mkdir()
+    (full / "x").touch()
+    file.touch()
+    for out in (full, file):
+        with pytest.raises(ArtifactError, match="exists already"):
+            Writer(out, LAYOUT, PLAN)
+    with Writer(empty, LAYOUT, PLAN) as writer:
+        writer.add(tensors())
+    assert weight_nbytes(empty)
+
+
+def test_an_output_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ArtifactError, match="cannot write"), Writer(tmp_path / "file" / "out", LAYOUT, PLAN):
+        pass
+
+
+@pytest.mark.parametrize("where", ["trimbit.artifact.save_file", "pathlib.Path.write_bytes", "pathlib.Path.write_text"])
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, where):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def run():
+        with Writer(tmp_path / "out", LAYOUT, PLAN) as writer:
+            writer.add(tensors())
+            writer.write("recipe.yaml", "a: 1\n")
+
+    monkeypatch.setattr(where, full)
+    with pytest.raises(ArtifactError, match=r"cannot write .*out.*No space left on device"):
+        run()
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_structure_has_no_index_lists(tmp_path):
+    plan = make_plan(LAYOUT, lambda _, cols: runs((cols, "int4row")), {"blocks.0.mlp.mid": (7, 3)})
+    fields = artifact.config_fields(LAYOUT.config, plan)
+    assert fields["structure"]["widths"] == {"blocks.0.mlp.mid": 2}
+    assert fields["structure"]["weights"]["lm_head"] == [{"count": 48, "precision": "int4row"}]
+    assert fields["eos_token_id"] == 2
