@@ -89,28 +89,32 @@ def load(source: Path) -> tuple[Any, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
 
 
+def write_off_grid(source: Path, out: Path, seed: int) -> None:
+    """Write the off-grid model as a directory in bf16 and print how far its logits moved."""
+    model, tokenizer = load(source)
+    probe = torch.tensor([tokenizer(PROBE, add_special_tokens=False).input_ids])
+    with torch.no_grad():
+        before = model(probe).logits
+        take_off_grid(model, seed)
+        scaled = model(probe).logits
+        model.to(torch.bfloat16).save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        written, _ = load(out)
+        cast = written(probe).logits
+    print(f"seed {seed}, {probe.numel()} tokens, max |logit| {before.abs().max():.2f}")
+    print("max |logit difference|, computed in float32:")
+    print(f"  before the cast {(scaled - before).abs().max():.2e}")
+    print(f"  after the cast to bf16 {(cast - before).abs().max():.2e}")
+
+
 def main() -> None:
-    """Write the off-grid model and print how far its logits moved."""
+    """Write one off-grid model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="model directory or .gguf file")
     parser.add_argument("out", type=Path, help="directory to write")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-
-    model, tokenizer = load(args.source)
-    probe = torch.tensor([tokenizer(PROBE, add_special_tokens=False).input_ids])
-    with torch.no_grad():
-        before = model(probe).logits
-        take_off_grid(model, args.seed)
-        scaled = model(probe).logits
-        model.to(torch.bfloat16).save_pretrained(args.out)
-        tokenizer.save_pretrained(args.out)
-        written, _ = load(args.out)
-        cast = written(probe).logits
-    print(f"seed {args.seed}, {probe.numel()} tokens, max |logit| {before.abs().max():.2f}")
-    print("max |logit difference|, computed in float32:")
-    print(f"  before the cast {(scaled - before).abs().max():.2e}")
-    print(f"  after the cast to bf16 {(cast - before).abs().max():.2e}")
+    write_off_grid(args.source, args.out, args.seed)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,8 @@ def evaluate(
         started = time.perf_counter()
         hidden = final_hidden(model, window)
         seconds += time.perf_counter() - started
-        totals += score(model, hidden, window, reference)
+        beside = (reference, final_hidden(reference, window)) if reference is not None else None
+        totals += score(model, hidden, window, beside)
         progress(at + 1, len(windows))
     scored = windows.shape[0] * (context - 1)
     nll, kl, top1 = (totals / scored).tolist()
@@ -123,11 +124,16 @@ def final_hidden(model: PreTrainedModel, window: Int[Tensor, " length"]) -> Tens
 
 
 @torch.inference_mode()
-def score(model: PreTrainedModel, hidden: Tensor, window: Int[Tensor, " length"], reference: PreTrainedModel | None) -> Tensor:
-    """Sums over a window's tokens: negative log-likelihood, KL(reference || model), and agreement of the first choice."""
+def score(
+    model: PreTrainedModel, hidden: Tensor, window: Int[Tensor, " length"], reference: tuple[PreTrainedModel, Tensor] | None
+) -> Tensor:
+    """Sums over a window's tokens: negative log-likelihood, KL(reference || model), agreement of the first choice.
+
+    `reference` is the original model and the final hidden states that it has for the window.
+    """
     total = torch.zeros(3, dtype=torch.float64)
     slices = logit_slices(model, hidden[:-1])
-    beside = logit_slices(reference, final_hidden(reference, window)[:-1]) if reference is not None else None
+    beside = logit_slices(reference[0], reference[1][:-1]) if reference is not None else None
     for part, logits in slices:
         if not bool(logits.isfinite().all()):
             raise NumericsError("a logit is not finite: the model overflows on this text; try --dtype float32")

@@ -6,19 +6,20 @@ Each result is appended to a journal, so that an interrupted measurement goes on
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from trimbit.measurements import Background, FormatDamage, Measurements, Space, WidthDamage
 from trimbit.model.layout import Layout, Unit
 from trimbit.model.whole import Judge, WholeModel
-from trimbit.plan import ModelRef
+from trimbit.plan import ModelRef, digest
 from trimbit.precision import Precision
 
 Progress = Callable[[int, int], None]
 
 
+@runtime_checkable
 class Candidates(Protocol):
     """What gives the weights of a choice, in full shape, with what is cut set to zero."""
 
@@ -63,12 +64,16 @@ def measure(
     judge: Judge, layout: Layout, candidates: Candidates, space: Space, background: Background, journal: Path,
     model: ModelRef, data_digest: str, seed: int, progress: Progress,
 ) -> Measurements:  # fmt: skip
-    """Measure every format of every site and every width of every dim, one at a time, in the background."""
+    """Measure every format of every site and every width of every dim, one at a time, in the background.
+
+    The journal knows changes by what they do, so that other spaces and rankings share it.
+    """
     whole = judge.whole
     known = _read(journal)
-    work = [(unit, key, width, formats) for unit in layout.units.values() for key, width, formats in _changes(layout, unit, space, background)]
+    work = [(unit, key, width, formats) for unit in layout.units.values() for key, width, formats in _changes(layout, unit, space, background, candidates.rankings)]
     if any(key not in known for _, key, _, _ in work):
         install(whole, layout, candidates, background)
+        judge.refresh()
         base = judge.damage(None)
         for at, (unit, key, width, formats) in enumerate(work):
             if key not in known:
@@ -84,8 +89,8 @@ def measure(
     return Measurements(
         model=model, data_digest=data_digest, seed=seed, background=background, background_damage=known["background"],
         rankings=dict(candidates.rankings),
-        formats=tuple(_formats(layout, space, background, known)),
-        widths=tuple(_widths(layout, space, background, known)),
+        formats=tuple(_formats(layout, space, background, candidates.rankings, known)),
+        widths=tuple(_widths(layout, space, candidates.rankings, known)),
     )  # fmt: skip
 
 
@@ -99,7 +104,9 @@ def reference_width(unit: Unit, background: Background) -> int | None:
     return background.widths.get(unit.dim, unit.size) or unit.size
 
 
-def _changes(layout: Layout, unit: Unit, space: Space, background: Background) -> list[Change]:
+def _changes(
+    layout: Layout, unit: Unit, space: Space, background: Background, rankings: Mapping[str, tuple[int, ...]]
+) -> list[Change]:
     """All single changes of a unit: (key, width, formats of its sites)."""
     base = {site: background.formats[site] for site in sites_of(layout, unit)}
     width = reference_width(unit, background)
@@ -108,25 +115,38 @@ def _changes(layout: Layout, unit: Unit, space: Space, background: Background) -
         others = (other for other in menu_of(unit, space) if other != precision)
         changes += [(f"{site}={other.name}", width, {**base, site: other}) for other in others]
     here = background.widths.get(unit.dim or "", unit.size)
-    changes += [(f"{unit.dim}={width}", width, base) for width in widths_of(layout, unit, space) if width != here]
+    changes += [(_cut(unit, width, rankings), width, base) for width in widths_of(layout, unit, space) if width != here]
     return changes
 
 
-def _formats(layout: Layout, space: Space, background: Background, known: Mapping[str, float]) -> list[FormatDamage]:
+def _cut(unit: Unit, width: int, rankings: Mapping[str, tuple[int, ...]]) -> str:
+    """The journal's name of a cut: which members of the dim are kept."""
+    if width in {0, unit.size}:
+        return f"{unit.dim}={width}"
+    assert unit.dim is not None
+    return f"{unit.dim}={width}:{digest(sorted(rankings[unit.dim][:width]))}"
+
+
+def _formats(
+    layout: Layout, space: Space, background: Background, rankings: Mapping[str, tuple[int, ...]], known: Mapping[str, float]
+) -> list[FormatDamage]:
     found = []
     for unit in layout.units.values():
-        dropped = background.widths.get(unit.dim or "", 1) == 0
-        put_back = known[f"{unit.dim}={unit.size}"] if dropped else 0.0  # the formats of a dropped unit were measured with it put back
+        # the formats of a unit that the background drops were measured with it put back
+        put_back = known[_cut(unit, unit.size, rankings)] if background.widths.get(unit.dim or "") == 0 else 0.0
         for site in sites_of(layout, unit):
             for precision in dict.fromkeys((*menu_of(unit, space), background.formats[site])):
-                damage = known.get(f"{site}={precision.name}", put_back) - put_back
+                same = precision == background.formats[site]
+                damage = 0.0 if same else known[f"{site}={precision.name}"] - put_back
                 found.append(FormatDamage(site=site, precision=precision, damage=damage))
     return found
 
 
-def _widths(layout: Layout, space: Space, background: Background, known: Mapping[str, float]) -> list[WidthDamage]:
+def _widths(
+    layout: Layout, space: Space, rankings: Mapping[str, tuple[int, ...]], known: Mapping[str, float]
+) -> list[WidthDamage]:
     return [
-        WidthDamage(dim=unit.dim, width=width, damage=known.get(f"{unit.dim}={width}", 0.0))
+        WidthDamage(dim=unit.dim, width=width, damage=known.get(_cut(unit, width, rankings), 0.0))
         for unit in layout.units.values()
         if unit.dim is not None
         for width in widths_of(layout, unit, space)

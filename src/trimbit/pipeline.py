@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -32,11 +32,12 @@ from trimbit.plan import Budget, ModelRef, Plan, digest
 from trimbit.precision import Data
 from trimbit.recipe import Recipe, Step, step_config
 from trimbit.search.problem import Problem
-from trimbit.stats import Stats, collect
+from trimbit.stats import Stats, collect, stored
 
 Progress = Callable[[int, int], None]
 
 
+@runtime_checkable
 class Reporter(Protocol):
     """Where progress goes."""
 
@@ -143,9 +144,13 @@ class Session:
         """Moments of the dense model, where any stage needs them."""
         if not self.quant[0].NEEDS_MOMENTS and self.criterion is None:
             return None
-        tokens = self.tokens.tokens
+        tokens, folder = self.tokens.tokens, self.cache / "stats" / self.stats_key
+        known = stored(folder, self.layout.blocks, tokens.numel())
+        if known is not None:
+            return known
+        stream = self.stream
         with self.reporter.stage("statistics") as progress:
-            return collect(self.stream, tokens, self.cache / "stats" / self.stats_key, progress)
+            return collect(stream, tokens, folder, progress)
 
     @cached_property
     def rankings(self) -> dict[str, tuple[int, ...]]:
@@ -258,17 +263,16 @@ class Session:
         space, want = self.recipe.space, self.recipe.measure
         assert space is not None  # noqa: S101
         assert want is not None  # noqa: S101
-        key = digest(
-            [self.stats_key, self._step(self.recipe.quant), self._step(self.recipe.criterion), space.model_dump(mode="json"),
-             want.model_dump(mode="json", exclude={"rounds"}), background.model_dump(mode="json"), self.seed]
-        )  # fmt: skip
+        tokens = self.judges[0].tokens
+        key = digest([self.stats_key, self._step(self.recipe.quant), background.model_dump(mode="json"), list(tokens.shape)])
         journal = self.cache / "measurements" / f"{key}.jsonl"
         with self.reporter.stage("damage of each choice" + (f", round {number + 1}" if number else "")) as progress:
             found = measure(
                 self.judges[0], self.layout, self.candidates, space, background, journal,
                 self.model, self.tokens.digest, self.seed, progress,
             )  # fmt: skip
-        _save_whole(journal.with_suffix(".json"), lambda beside: beside.write_text(found.model_dump_json(), encoding="utf-8"))
+        stored = self.cache / "measurements" / f"{digest(found.model_dump(mode='json'))}.json"
+        _save_whole(stored, lambda beside: beside.write_text(found.model_dump_json(), encoding="utf-8"))
         return found
 
     def write(self, plan: Plan, out: Path) -> None:

@@ -137,17 +137,22 @@ def _file(site: str) -> str:
     return f"block-{int(parts[1]):04d}.safetensors" if parts[0] == "blocks" else f"{site}.safetensors"
 
 
+def _files(blocks: int) -> list[str]:
+    return [_file(f"blocks.{index}") for index in range(blocks)] + [_file("head_in")]
+
+
+def stored(folder: Path, blocks: int, count: int) -> Stats | None:
+    """The statistics under `folder`, if a sweep over `count` tokens has finished there."""
+    return Stats(folder, count) if all((folder / name).exists() for name in _files(blocks)) else None
+
+
 def collect(stream: BlockStream, tokens: Int[Tensor, "rows length"], folder: Path, progress: Progress) -> Stats:
     """Run the dense model over the tokens block by block and store the moments of every site under `folder`.
 
-    What is already stored there is reused; each file appears whole or not at all, so an interrupted sweep loses nothing
-    but the hidden states in between.
+    Each file appears whole or not at all; the last one is the head's, so that its presence means all are there.
     """
-    stats = Stats(folder, tokens.numel())
     layout = stream.layout
-    files = [_file(f"blocks.{i}") for i in range(layout.blocks)] + [_file("head_in")]
-    if all((folder / name).exists() for name in files):
-        return stats
+    files = _files(layout.blocks)
     folder.mkdir(parents=True, exist_ok=True)
     hidden = embed_chunks(stream, tokens)
     for index in range(layout.blocks):
@@ -165,7 +170,7 @@ def collect(stream: BlockStream, tokens: Int[Tensor, "rows length"], folder: Pat
     for chunk in hidden:
         final.add(stream.final_norm(chunk).flatten(0, -2))
     _store(folder / files[-1], {"head_in": final})
-    return stats
+    return Stats(folder, tokens.numel())
 
 
 def _store(path: Path, sums: Mapping[str, Accumulator]) -> None:

@@ -6,7 +6,7 @@ Only the measurement of damage needs this; everything else streams block by bloc
 from collections.abc import Iterator, Mapping
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from trimbit.model.head import logit_slices
@@ -59,12 +59,14 @@ class Judge:
         self.before: Chunks = []
         self.reference = [torch.log_softmax(logits, -1).to(torch.float16) for logits in self._logits(self.refresh())]
 
-    def refresh(self) -> Tensor:
-        """Run the model as it is now from the start, keeping the hidden states before each block; returns the last ones."""
-        with torch.no_grad():
-            hidden = self.whole.model.get_input_embeddings()(self.tokens).float()
+    def refresh(self) -> Float[Tensor, "rows length hidden"]:
+        """Take the model as it is now for what lies before a change; returns the last hidden states."""
         self.before = []
-        return self._run(hidden, 0, keep=True)
+        return self._run(self._embedded(), 0, keep=True)
+
+    def _embedded(self) -> Tensor:
+        with torch.no_grad():
+            return self.whole.model.get_input_embeddings()(self.tokens).float()  # type: ignore[no-any-return]
 
     def _run(self, hidden: Tensor, start: int, *, keep: bool = False) -> Tensor:
         with computing(self.whole.compute):
@@ -82,8 +84,8 @@ class Judge:
                 yield logits
 
     def damage(self, start: int | None) -> float:
-        """KL of the model as it is now, if nothing before block `start` changed since `refresh` (None: anything may have)."""
-        hidden = self.refresh() if start is None else self._run(self.before[start], start)
+        """KL of the model as it is now; nothing before block `start` has changed since `refresh` (None: anything may)."""
+        hidden = self._run(self._embedded(), 0) if start is None else self._run(self.before[start], start)
         total = 0.0
         for reference, logits in zip(self.reference, self._logits(hidden), strict=True):
             expected = reference.float()

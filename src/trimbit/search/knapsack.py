@@ -22,13 +22,11 @@ from trimbit.measure import menu_of, reference_width, sites_of, widths_of
 from trimbit.measurements import Background
 from trimbit.model.layout import Unit, header_bound
 from trimbit.plan import Plan
-from trimbit.precision import Data, Precision, Run, row_nbytes
+from trimbit.precision import Data, Precision, Run
 from trimbit.search import uniform
 from trimbit.search.problem import Problem
 
 PAPER = "this project; HiGHS through scipy.optimize.milp"
-
-TABLE_WEIGHT = 16  # ours: the embedding and the head suffer more from rounding than a block's weight of their size
 
 
 class Config(Data):
@@ -38,6 +36,8 @@ class Config(Data):
         default=(1.0, 2.0, 4.0), min_length=1
     )  # ours: factors on D(width), a plan each
     no_pruning: bool = True  # try a plan that prunes nothing, too
+    anchors: tuple[Precision, ...] = ()  # formats of the backgrounds to measure in; none: every format of the blocks
+    table_bits: int = 4  # ours: the embedding and the head suffer more from rounding than a block's weights
     uniform: bool = True  # try the best uniform plan, too
     gap: float = Field(default=1e-4, ge=0)  # relative optimality gap at which the solver may stop
     nodes: int = Field(default=2000, ge=1)  # branch-and-bound nodes at which it stops: blocks alike make proofs endless
@@ -77,6 +77,9 @@ def search(problem: Problem, config: Config) -> Plan:
             plans.setdefault(_content(plan), plan)
         except BudgetError:
             pass  # no uniform plan fits; the knapsack's do
+    if not plans:  # so near the smallest budget that the bound on the header leaves no room
+        plan = problem.smallest()
+        plans[_content(plan)] = plan
     if problem.evaluate is None:
         return min(
             plans.values(),
@@ -102,44 +105,18 @@ def require_feasible(problem: Problem, config: Config) -> None:  # noqa: ARG001
 
 
 def background(problem: Problem, config: Config) -> Background:
-    """A plan near the budget to measure around, before anything is measured: damage of a weight as its size times 4^-bits.
+    """The plan to measure around: one format for all blocks, the anchor whose uniform model is nearest to the budget.
 
-    Ours: the error of rounding falls by 4 a bit. Nothing is pruned; where that cannot fit, every format is the smallest.
+    Budgets between the same anchors share a measurement. A table takes the format of its menu that is nearest to the
+    anchor's bits, but not below `table_bits`.
     """
     layout = problem.layout
-    groups = []
-    for unit in layout.units.values():
-        found = []
-        for site, names in sites_of(layout, unit).items():
-            size = sum(layout.weights[name].rows * layout.weights[name].cols for name in names)
-            size *= TABLE_WEIGHT if unit.block is None else 1
-            found.append([(site, p, size * 4.0 ** -_bits(problem, unit, p)) for p in menu_of(unit, problem.space)])
-        groups.append(
-            pareto(
-                [
-                    Choice(
-                        unit,
-                        None,
-                        formats,
-                        _nbytes(problem, unit, unit.size if unit.dim else None, dict(formats), cut=False),
-                        damage,
-                    )
-                    for formats, damage in (
-                        (tuple((site, p) for site, p, _ in combination), sum(d for _, _, d in combination))
-                        for combination in product(*found)
-                    )
-                ]
-            )
-        )
-    picked = knapsack([[(c.nbytes, c.damage) for c in group] for group in groups], _limit(problem), config)
-    chosen = [group[at] for group, at in zip(groups, picked or [0] * len(groups), strict=True)]
-    return Background(widths={}, formats={site: precision for c in chosen for site, precision in c.formats})
-
-
-def _bits(problem: Problem, unit: Unit, precision: Precision) -> float:
-    """Bits a weight of a format, scales and zero points included."""
-    weight = problem.layout.weights[unit.weights[0]]
-    return 8 * row_nbytes((Run(count=weight.cols, precision=precision),)) / weight.cols
+    sizes = {anchor: problem.uniform(anchor, "background").found_by.nbytes for anchor in config.anchors or problem.space.formats}
+    anchor = min(sizes, key=lambda p: abs(sizes[p] - problem.limit))
+    want = max(anchor.bits, config.table_bits)
+    table = min(problem.space.table_formats, key=lambda p: (abs(p.bits - want), p.name))
+    formats = {site: anchor if unit.block is not None else table for unit in layout.units.values() for site in sites_of(layout, unit)}
+    return Background(widths={}, formats=formats)
 
 
 def _limit(problem: Problem) -> int:
@@ -228,19 +205,25 @@ def knapsack(groups: list[list[tuple[int, float]]], limit: int, config: Config) 
     rows = np.repeat(np.arange(len(groups)), sizes)
     one_each = csr_array((np.ones(len(rows)), (rows, np.arange(len(rows)))), shape=(len(groups), len(rows)))
     unit = max(limit, 1) / 1e4  # bytes are scaled for the solver's tolerances; the sum is checked in whole bytes
-    with _silenced_stdout():
-        result = milp(
-        damage, integrality=np.ones(len(rows)), bounds=Bounds(0, 1), options={"mip_rel_gap": config.gap, "node_limit": config.nodes},
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(csr_array(nbytes[None] / unit), -np.inf, limit / unit - 1e-6)],
-    )  # fmt: skip
-    if result.x is None:
-        return None
     starts = np.cumsum([0, *sizes[:-1]])
-    picked = [int(np.argmax(result.x[start : start + size])) for start, size in zip(starts, sizes, strict=True)]
-    total = sum(group[at][0] for group, at in zip(groups, picked, strict=True))
-    if total > limit:
-        raise BudgetError(f"the solver returned {total} bytes for a limit of {limit}")
-    return picked
+    target = limit
+    while True:
+        constraints = [
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(csr_array(nbytes[None] / unit), -np.inf, target / unit),
+        ]
+        options = {"mip_rel_gap": config.gap, "node_limit": config.nodes}
+        with _silenced_stdout():
+            result = milp(
+                damage, integrality=np.ones(len(rows)), bounds=Bounds(0, 1), options=options, constraints=constraints
+            )
+        if result.x is None:
+            return None
+        picked = [int(np.argmax(result.x[start : start + size])) for start, size in zip(starts, sizes, strict=True)]
+        over = sum(group[at][0] for group, at in zip(groups, picked, strict=True)) - limit
+        if over <= 0:
+            return picked
+        target -= over  # within the solver's tolerances, but not within the limit
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from trimbit.errors import BudgetError
 from trimbit.measure import menu_of, sites_of, widths_of
@@ -14,6 +14,7 @@ from trimbit.precision import Data, Precision, Run
 Evaluate = Callable[[Plan], float]
 
 
+@runtime_checkable
 class Method(Protocol):
     """A search module."""
 

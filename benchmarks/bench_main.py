@@ -1,0 +1,187 @@
+"""The main job's figures: round to nearest against GPTQ, and uniform against knapsack at five file sizes.
+
+    python benchmarks/bench_main.py .models/SmolLM2-135M-Instruct.Q4_1.gguf --data ../shared/data [--only grid|budgets]
+
+Each cell is stored in benchmarks/results/main.json as soon as it is done, and a cell that is there is not run again;
+docs/benchmarks.md is drawn from that file at the end. Models are taken off their 4-bit grid first (benchmarks/offgrid.py);
+perplexity is on WikiText-2 test, context 2048, the first 16 windows; calibration is on WikiText-2 train.
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from offgrid import write_off_grid
+
+from trimbit import data
+from trimbit.artifact import weight_nbytes
+from trimbit.evaluate import final_hidden, hardware, load_model, load_tokenizer, score
+from trimbit.pipeline import Session, background_of, open_session
+from trimbit.plan import Budget, Plan
+from trimbit.precision import BF16, parse_precision
+from trimbit.recipe import load_recipe
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "main.json"
+WORK = HERE / ".work"
+CONTEXT, WINDOWS = 2048, 16
+BUDGETS = ("90MB", "72MB", "55MB", "45MB", "36MB")
+RECIPES = ("uniform-gptq", "knapsack-nopruning", "knapsack")
+METHODS = {"rtn": ("uniform-rtn", ()), "gptq": ("uniform-gptq", ())}
+
+
+class Bench:
+    """Runs cells and keeps their results."""
+
+    def __init__(self, source: Path, folder: Path) -> None:
+        self.source, self.folder = source, folder
+        self.results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+    def off_grid(self, seed: int) -> Path:
+        path = WORK / f"offgrid-{seed}"
+        if not path.exists():
+            write_off_grid(self.source, path, seed)
+        return path
+
+    def cell(self, key: str, run) -> None:
+        if key in self.results:
+            return
+        started = time.perf_counter()
+        found = run()
+        found |= {
+            "seconds": round(time.perf_counter() - started, 1),
+            "hardware": hardware(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+        }
+        self.results[key] = found
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(self.results, indent=1, sort_keys=True) + "\n")
+        print(key, json.dumps(found), flush=True)
+
+    def quality(self, path: Path, original: Path) -> dict:
+        """ppl@2048, KL and agreement on WikiText-2 test, in bf16."""
+        windows = data.evaluation_windows(
+            self.folder / "wikitext-2" / "wiki.test.raw", load_tokenizer(original), context=CONTEXT, limit=WINDOWS
+        )
+        dense = load_model(original, torch.bfloat16)
+        cached = WORK / f"dense-{original.name}.pt"
+        if not cached.exists():
+            torch.save([final_hidden(dense, window) for window in windows], cached)
+        reference = torch.load(cached, weights_only=True)
+        model = load_model(path, torch.bfloat16)
+        totals = torch.zeros(3, dtype=torch.float64)
+        for window, hidden in zip(windows, reference, strict=True):
+            totals += score(model, final_hidden(model, window), window, (dense, hidden))
+        nll, kl, top1 = (totals / (len(windows) * (CONTEXT - 1))).tolist()
+        return {"ppl@2048": math.exp(nll), "kl": kl, "top1": top1}
+
+    def session(self, model: Path, recipe: str, seed: int) -> Session:
+        text = self.folder / "wikitext-2" / "wiki.train.prefix.raw"
+        return open_session(model, load_recipe(recipe), calibration=str(text), seed=seed)
+
+    def write(self, session: Session, plan: Plan, original: Path) -> dict:
+        out = WORK / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        started = time.perf_counter()
+        session.write(plan, out)
+        found = {"apply_seconds": round(time.perf_counter() - started, 1), "nbytes": weight_nbytes(out)}
+        return found | self.quality(out, original)
+
+    def dense(self, seed: int) -> dict:
+        original = self.off_grid(seed)
+        return {"nbytes": weight_nbytes(original)} | self.quality(original, original)
+
+    def grid(self, method: str, bits: int, seed: int) -> dict:
+        """Block linears only, group 64, with a zero point."""
+        original = self.off_grid(seed)
+        session = self.session(original, METHODS[method][0], seed)
+        problem = session.problem(0, ready=False)
+        plan = problem.uniform(parse_precision(f"uint{bits}g64"), f"{method} {bits}")
+        formats = {site: p if site.startswith("blocks.") else BF16 for site, p in background_of(plan, session.layout).formats.items()}
+        return self.write(session, problem.plan({}, formats, f"{method} {bits}, blocks only"), original)
+
+    def budget(self, recipe: str, budget: str, seed: int) -> dict:
+        original = self.off_grid(seed)
+        session = self.session(original, recipe, seed)
+        limit = Budget.parse(budget)
+        started = time.perf_counter()
+        plan = session.find_plan(limit)
+        search_seconds = round(time.perf_counter() - started, 1)
+        found = self.write(session, plan, original)
+        cut = {dim: len(keep) for dim, keep in plan.cuts.items()}
+        bits = {}
+        for name, runs in plan.weights.items():
+            for run in runs:
+                bits[run.precision.name] = bits.get(run.precision.name, 0) + session.layout.weights[name].rows * run.count
+        return found | {
+            "limit": limit.nbytes(session.layout.parameters), "used": found["nbytes"] / limit.nbytes(session.layout.parameters),
+            "search_seconds": search_seconds, "method": plan.found_by.method, "measured_damage": plan.found_by.measured_damage,
+            "predicted_damage": plan.found_by.predicted_damage, "notes": list(plan.found_by.notes), "cut": cut,
+            "weights_by_format": bits, "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }  # fmt: skip
+
+
+def tables(results: dict) -> str:
+    """The results as Markdown tables."""
+    lines = ["| block weights, group 64 with zero point | bits | seed 0 | seed 1 | seed 2 |", "|---|---|---|---|---|"]
+    seeds = (0, 1, 2)
+
+    def ppl(key: str) -> str:
+        return f"{results[key]['ppl@2048']:.2f}" if key in results else "not run"
+
+    lines.append("| dense | 16 | " + " | ".join(ppl(f"dense/seed {seed}") for seed in seeds) + " |")
+    for method in METHODS:
+        for bits in (4, 3, 2):
+            cells = " | ".join(ppl(f"grid/{method}/{bits} bits/seed {seed}") for seed in seeds)
+            lines.append(f"| {method} | {bits} | {cells} |")
+    lines += ["", "| budget | recipe | ppl@2048 | KL | same first choice | bytes used | chosen | sub-blocks cut |", "|---|---|---|---|---|---|---|---|"]
+    for budget in BUDGETS:
+        for recipe in RECIPES:
+            cell = results.get(f"budget/{recipe}/{budget}")
+            if cell is None:
+                lines.append(f"| {budget} | {recipe} | not run | | | | | |")
+                continue
+            lines.append(
+                f"| {budget} | {recipe} | {cell['ppl@2048']:.2f} | {cell['kl']:.3f} | {100 * cell['top1']:.1f} % | "
+                f"{100 * cell['used']:.2f} % | {cell['method']} | {len(cell['cut'])} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def write_tables(results: dict) -> None:
+    """Replace the part of docs/benchmarks.md between its markers."""
+    path = HERE.parent / "docs" / "benchmarks.md"
+    before, _, rest = path.read_text(encoding="utf-8").partition("<!-- tables -->")
+    after = rest.partition("<!-- end of tables -->")[2]
+    path.write_text(f"{before}<!-- tables -->\n{tables(results)}<!-- end of tables -->{after}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--only", choices=("grid", "budgets"))
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    options = parser.parse_args()
+    os.environ.setdefault("TRIMBIT_CACHE", str(WORK / "cache"))
+    bench = Bench(options.source, options.data)
+    if options.only != "budgets":
+        for seed in options.seeds:
+            bench.cell(f"dense/seed {seed}", lambda seed=seed: bench.dense(seed))
+            for method in METHODS:
+                for bits in (4, 3, 2):
+                    bench.cell(f"grid/{method}/{bits} bits/seed {seed}", lambda m=method, b=bits, s=seed: bench.grid(m, b, s))
+    if options.only != "grid":
+        for budget in BUDGETS[::-1]:
+            for recipe in RECIPES:
+                bench.cell(f"budget/{recipe}/{budget}", lambda r=recipe, b=budget: bench.budget(r, b, 0))
+    write_tables(bench.results)
+
+
+if __name__ == "__main__":
+    main()

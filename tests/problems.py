@@ -1,0 +1,100 @@
+"""Search problems on a tiny llama with invented, additive damage: no model is run."""
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tiny import tiny_config
+from trimbit.measure import menu_of, reference_width, sites_of, widths_of
+from trimbit.measurements import Background, FormatDamage, Measurements, Space, WidthDamage
+from trimbit.model.layout import build_layout
+from trimbit.plan import ModelRef, Plan
+from trimbit.precision import Precision, parse_precision
+from trimbit.search.problem import Problem
+
+REF = ModelRef(id="tiny", config_hash="0", weights_hash="0")
+LAYOUT = build_layout(tiny_config("llama"))
+
+
+def formats(*names: str) -> tuple[Precision, ...]:
+    return tuple(parse_precision(name) for name in names)
+
+
+SPACE = Space(
+    formats=formats("uint2g32", "int3row", "int4g32", "uint8row"),
+    table_formats=formats("uint2g32", "int4g32", "uint8row"),
+    widths=(1.0, 0.5, 0.0),
+    groups=True,
+    multiple=16,
+)
+
+
+def of_format(site: str, precision: Precision) -> float:
+    """A quarter of the damage for each further bit; sites differ up to elevenfold; a group a row is worse."""
+    weight = 1 + zlib.crc32(site.encode()) % 11
+    return weight * 4.0**-precision.bits * (1.5 if precision.name.endswith("row") else 1.0)
+
+
+def of_width(dim: str, width: int) -> float:
+    """Grows with the square of what is cut, up to 0.05 times the dim's weight."""
+    size = LAYOUT.unit_of_dim(dim).size
+    return 0.05 * (1 + zlib.crc32(dim.encode()) % 7) * ((size - width) / size) ** 2
+
+
+def additive(plan: Plan, *, width_damage: Callable[[str, int], float] = of_width) -> float:
+    """The damage of a whole plan as the search models it, in a background that cuts nothing."""
+    total = 0.0
+    for unit in LAYOUT.units.values():
+        width = LAYOUT.width(unit, plan)
+        share = width / unit.size if unit.dim else 1.0
+        total += width_damage(unit.dim, width) if unit.dim else 0.0
+        for site, names in sites_of(LAYOUT, unit).items() if share else ():
+            total += share * of_format(site, plan.weights[names[0]][0].precision)
+    return total
+
+
+def measurements(
+    space: Space = SPACE,
+    width_damage: Callable[[str, int], float] = of_width,
+    widths: Mapping[str, int] | None = None,
+) -> Measurements:
+    sites = {site: unit for unit in LAYOUT.units.values() for site in sites_of(LAYOUT, unit)}
+    background = Background(
+        widths=dict(widths or {}), formats={site: menu_of(unit, space)[-1] for site, unit in sites.items()}
+    )
+    share = {unit.name: (reference_width(unit, background) or 1) / (unit.size or 1) for unit in sites.values()}
+    return Measurements(
+        model=REF,
+        data_digest="0",
+        seed=0,
+        background=background,
+        background_damage=0.0,
+        rankings={unit.dim: tuple(range(unit.size)) for unit in LAYOUT.units.values() if unit.dim},
+        formats=tuple(
+            FormatDamage(site=site, precision=p, damage=share[unit.name] * of_format(site, p))
+            for site, unit in sites.items()
+            for p in menu_of(unit, space)
+        ),
+        widths=tuple(
+            WidthDamage(dim=unit.dim, width=width, damage=width_damage(unit.dim, width))
+            for unit in LAYOUT.units.values()
+            if unit.dim
+            for width in widths_of(LAYOUT, unit, space)
+        ),
+    )
+
+
+def problem(limit: int, **fields: Any) -> Problem:
+    space = fields.setdefault("space", SPACE)
+    found = fields.pop("measurements", None) or measurements(space)
+    return Problem(
+        layout=LAYOUT,
+        model=REF,
+        limit=limit,
+        rankings=found.rankings,
+        recipe_hash="0",
+        seed=0,
+        measurements=found,
+        measurement_hash="0",
+        **fields,
+    )

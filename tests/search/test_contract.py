@@ -1,0 +1,74 @@
+"""What every search method, quantiser and criterion offers; new files are found by themselves."""
+
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+
+import trimbit.criteria
+import trimbit.quant
+import trimbit.search
+from trimbit.precision import Data
+
+SHARED = {"trimbit.search.problem"}
+
+
+def modules(package):
+    names = [f"{package.__name__}.{found.name}" for found in pkgutil.iter_modules(package.__path__)]
+    return [importlib.import_module(name) for name in names if name not in SHARED]
+
+
+SEARCHES = modules(trimbit.search)
+QUANTS = [module for module in modules(trimbit.quant) if hasattr(module, "quantize")]
+CRITERIA = modules(trimbit.criteria)
+
+
+def name(module):
+    return module.__name__.removeprefix("trimbit.")
+
+
+def arguments(function):
+    return list(inspect.signature(function).parameters)
+
+
+def test_the_walk_finds_what_there_is():
+    found = {name(module) for module in (*SEARCHES, *QUANTS, *CRITERIA)}
+    assert found >= {
+        "search.knapsack",
+        "search.uniform",
+        "quant.rtn",
+        "quant.gptq",
+        "criteria.obs",
+        "criteria.activation",
+    }
+
+
+@pytest.mark.parametrize("module", [*SEARCHES, *QUANTS, *CRITERIA], ids=name)
+def test_has_a_paper_and_a_configuration_with_defaults(module):
+    assert isinstance(module.PAPER, str)
+    assert module.PAPER
+    assert issubclass(module.Config, Data)
+    assert module.Config is not Data
+    assert module.Config.model_validate_json("{}") == module.Config()
+    assert module.Config.model_config["extra"] == "forbid"
+    assert module.Config.model_config["frozen"]
+    assert module.__doc__
+
+
+@pytest.mark.parametrize("module", SEARCHES, ids=name)
+def test_a_search(module):
+    assert arguments(module.search) == ["problem", "config"]
+    assert arguments(module.require_feasible) == ["problem", "config"]
+
+
+@pytest.mark.parametrize("module", QUANTS, ids=name)
+def test_a_quantiser(module):
+    assert arguments(module.quantize) == ["w", "moments", "runs", "config"]
+    assert arguments(module.quantize_all) == ["ws", "moments", "runs", "config"]
+    assert isinstance(module.NEEDS_MOMENTS, bool)
+
+
+@pytest.mark.parametrize("module", CRITERIA, ids=name)
+def test_a_criterion(module):
+    assert arguments(module.score) == ["w", "moments", "size", "config"]

@@ -1,0 +1,230 @@
+"""The knapsack: exact on small instances, within the budget always, and never worse than a uniform plan."""
+
+import itertools
+import os
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from problems import LAYOUT, SPACE, additive, formats, measurements, of_width, problem
+from trimbit.errors import BudgetError
+from trimbit.search import knapsack
+from trimbit.search.knapsack import Choice, Config
+from trimbit.search.problem import Problem
+
+EXACT = Config(gap=0)
+SMALLEST = problem(0).smallest().found_by.nbytes
+LARGEST = problem(0).plan({}, {site: formats("uint8row")[0] for site in measurements().background.formats}, "largest")
+
+items = st.tuples(st.integers(0, 5000), st.integers(0, 1000).map(lambda n: n / 250))
+instances = st.lists(st.lists(items, min_size=1, max_size=4), min_size=1, max_size=6)
+
+
+def brute_force(groups, limit):
+    """The least damage of all combinations that fit; None if none does."""
+    sums = [(sum(n for n, _ in one), sum(d for _, d in one)) for one in itertools.product(*groups)]
+    return min((damage for nbytes, damage in sums if nbytes <= limit), default=None)
+
+
+def total(groups, picked):
+    chosen = [group[at] for group, at in zip(groups, picked, strict=True)]
+    return sum(n for n, _ in chosen), sum(d for _, d in chosen)
+
+
+@settings(deadline=None, max_examples=150)
+@given(instances, st.data())
+def test_equals_brute_force(groups, data):
+    most = sum(max(n for n, _ in group) for group in groups)
+    limit = data.draw(st.integers(0, most + 100))
+    picked, best = knapsack.knapsack(groups, limit, EXACT), brute_force(groups, limit)
+    assert (picked is None) == (best is None)
+    if picked is not None:
+        nbytes, damage = total(groups, picked)
+        assert nbytes <= limit
+        assert damage == pytest.approx(best, abs=1e-6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(instances, st.data())
+def test_a_limit_that_is_met_to_the_byte(groups, data):
+    chosen = [data.draw(st.sampled_from(group)) for group in groups]
+    limit = sum(n for n, _ in chosen)
+    picked = knapsack.knapsack(groups, limit, EXACT)
+    assert picked is not None
+    assert total(groups, picked)[1] <= sum(d for _, d in chosen) + 1e-6
+
+
+def test_impossible_is_none():
+    assert knapsack.knapsack([[(10, 0.0), (7, 1.0)], [(5, 0.0)]], 11, EXACT) is None
+    assert knapsack.knapsack([[(10, 0.0), (7, 1.0)], [(5, 0.0)]], 12, EXACT) == [1, 0]
+    assert knapsack.knapsack([[(10, 0.0), (7, 1.0)], [(5, 0.0)]], 15, EXACT) == [0, 0]
+
+
+def test_negative_damage_is_taken():
+    """Measured damage may be below zero by noise."""
+    assert knapsack.knapsack([[(1, 0.0), (9, -0.5)], [(1, 0.2), (9, 0.1)]], 10, EXACT) == [1, 0]
+
+
+def test_damage_never_rises_with_the_budget():
+    rng = random.Random(0)
+    groups = [[(rng.randrange(10**6), rng.random()) for _ in range(5)] for _ in range(8)]
+    least = sum(min(n for n, _ in group) for group in groups)
+    limits = range(least, 6 * 10**6, 250_000)
+    damages = [total(groups, knapsack.knapsack(groups, limit, EXACT))[1] for limit in limits]
+    assert len(set(damages)) > 3
+    assert all(later <= earlier + 1e-6 for earlier, later in itertools.pairwise(damages))
+
+
+def test_nothing_reaches_stdout(capfd):
+    rng = random.Random(1)
+    groups = [[(rng.randrange(10**5), rng.random()) for _ in range(8)] for _ in range(60)]
+    assert knapsack.knapsack(groups, 60 * 40_000, Config(nodes=1)) is not None
+    with knapsack._silenced_stdout():
+        os.write(1, b"from the solver")
+    assert capfd.readouterr().out == ""
+    os.write(1, b"after it")
+    assert capfd.readouterr().out == "after it"
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=30))
+def test_pareto_keeps_exactly_the_non_dominated(pairs):
+    unit = LAYOUT.units["embed"]
+    front = knapsack.pareto([Choice(unit, None, (), nbytes, float(damage)) for nbytes, damage in pairs])
+    best = {
+        one for one in pairs if not any(other != one and other[0] <= one[0] and other[1] <= one[1] for other in pairs)
+    }
+    assert [(c.nbytes, c.damage) for c in front] == sorted(best)
+
+
+# --- search on a tiny llama ------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=12)
+@given(st.integers(SMALLEST, LARGEST.found_by.nbytes + 5000), st.sampled_from([0.0, 1.0, 30.0]))
+def test_a_plan_is_never_over_the_budget(limit, cost_of_width):
+    found = measurements(width_damage=lambda dim, width: cost_of_width * of_width(dim, width))
+    plan = knapsack.search(problem(limit, measurements=found), Config(pruning_costs=(1.0,), uniform=False))
+    LAYOUT.check(plan)
+    assert LAYOUT.file_nbytes(plan) == plan.found_by.nbytes <= limit
+
+
+def test_sub_blocks_are_dropped_and_cut_where_that_is_cheapest():
+    """Width costs nothing: the whole of every sub-block goes. Width costs everything: nothing does."""
+    free = measurements(width_damage=lambda _dim, _width: 0.0)
+    plan = knapsack.search(problem(LARGEST.found_by.nbytes, measurements=free), Config(no_pruning=False))
+    assert plan.cuts == {unit.dim: () for unit in LAYOUT.units.values() if unit.dim}
+    dear = measurements(width_damage=lambda dim, width: 100 * of_width(dim, width))
+    plan = knapsack.search(problem(LARGEST.found_by.nbytes, measurements=dear), Config())
+    assert plan.cuts == {}
+    between = knapsack.search(problem((SMALLEST + LARGEST.found_by.nbytes) // 3), Config())
+    widths = {len(keep) for keep in between.cuts.values()}
+    assert widths & {1, 2, 32, 40, 48}, between.cuts
+    assert set(between.biases) == {LAYOUT.unit_of_dim(dim).out_weight for dim, keep in between.cuts.items() if keep}
+
+
+def test_keeps_the_best_ranked():
+    asked = problem(10**6)
+    dim = "blocks.1.mlp.mid"
+    ranking = tuple(reversed(range(80)))
+    sites = measurements().background.formats
+    ranked = Problem(**{**vars(asked), "rankings": {**asked.rankings, dim: ranking}})
+    assert ranked.plan({dim: 32}, sites, "by hand").cuts == {dim: tuple(range(48, 80))}
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_predicted_damage_is_the_least_of_all(share):
+    """On an additive problem the prediction is exact, and no plan made at random does better."""
+    limit = int(SMALLEST + share * (LARGEST.found_by.nbytes - SMALLEST))
+    plan = knapsack.search(problem(limit), Config(gap=0, pruning_costs=(1.0,)))
+    assert plan.found_by.predicted_damage == pytest.approx(additive(plan), rel=1e-6)
+    rng, widths = random.Random(0), {"attn": (3, 2, 1, 0), "mlp": (80, 32, 0)}
+    beaten = 0
+    for _ in range(300):
+        pruned = rng.random()
+        cut = {u.dim: rng.choice(widths[u.name[-4:].strip(".")]) for u in LAYOUT.units.values() if u.dim}
+        cut = {dim: width for dim, width in cut.items() if rng.random() < pruned}
+        menu = {site: rng.choice(SPACE.formats if "." in site else SPACE.table_formats) for site in sites()}
+        other = problem(limit).plan(cut, menu, "random")
+        if other.found_by.nbytes <= limit - 2000:  # the search reckons with the longest header
+            beaten += 1
+            assert plan.found_by.predicted_damage <= additive(other) + 1e-9
+    assert beaten > 5
+
+
+def sites():
+    return measurements().background.formats
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.7])
+def test_at_least_as_good_as_uniform(share):
+    limit = int(SMALLEST + share * (LARGEST.found_by.nbytes - SMALLEST))
+    asked = problem(limit, evaluate=additive)
+    plan = knapsack.search(asked, Config())
+    assert plan.found_by.measured_damage == pytest.approx(additive(plan))
+    for precision in knapsack.uniform.MENU:
+        uniform = asked.uniform(precision, "uniform")
+        if uniform.found_by.nbytes <= limit:
+            assert plan.found_by.measured_damage <= additive(uniform)
+
+
+def test_the_uniform_plan_wins_where_it_measures_better():
+    def evaluate(plan):
+        return 0.1 if plan.found_by.method.startswith("uniform") else 0.2
+
+    plan = knapsack.search(problem(LARGEST.found_by.nbytes, evaluate=evaluate), Config())
+    assert plan.found_by.method.startswith("uniform")
+    assert plan.found_by.measured_damage == 0.1
+    plan = knapsack.search(problem(LARGEST.found_by.nbytes, evaluate=evaluate), Config(uniform=False))
+    assert plan.found_by.method.startswith("knapsack")
+
+
+def test_same_input_same_plan():
+    limit = (SMALLEST + LARGEST.found_by.nbytes) // 2
+    first, second = (knapsack.search(problem(limit, evaluate=additive), Config()) for _ in range(2))
+    assert first == second
+
+
+def test_the_smallest_budget_to_the_byte():
+    plan = knapsack.search(problem(SMALLEST), Config())
+    assert LAYOUT.file_nbytes(plan) == SMALLEST
+    with pytest.raises(BudgetError, match=rf"--budget {SMALLEST}B"):
+        knapsack.search(problem(SMALLEST - 1), Config())
+
+
+def test_says_that_nothing_was_pruned():
+    dear = measurements(width_damage=lambda dim, width: 1000 * of_width(dim, width))
+    limit = LARGEST.found_by.nbytes
+    note = "no pruning was chosen"
+    plan = knapsack.search(problem(limit, measurements=dear, evaluate=lambda _: 0.1), Config())
+    assert note in plan.found_by.notes
+    free = measurements(width_damage=lambda _dim, _width: 0.0)
+    asked = problem(limit, measurements=free, evaluate=lambda _: 0.1)
+    plan = knapsack.search(asked, Config(no_pruning=False, uniform=False))
+    assert note not in plan.found_by.notes
+
+
+def test_formats_measured_at_a_cut_width_scale_with_the_width():
+    """A background that keeps 32 of 80 channels measured 32/80 of a format's damage: choices are the same."""
+    cut = {"blocks.0.mlp.mid": 32, "blocks.2.attn.kv": 1, "blocks.1.mlp.mid": 0}
+    unit = LAYOUT.units["blocks.0.mlp"]
+    full, there = (problem(10**6, measurements=measurements(widths=widths)) for widths in ({}, cut))
+    for a, b in zip(knapsack.choices(full, unit, 1.0), knapsack.choices(there, unit, 1.0), strict=True):
+        assert (a.width, a.formats, a.nbytes) == (b.width, b.formats, b.nbytes)
+        assert a.damage == pytest.approx(b.damage)
+
+
+def test_the_background_is_the_uniform_plan_nearest_to_the_budget():
+    for name in ("uint2g32", "int4g32", "uint8row"):
+        precision = formats(name)[0]
+        near = problem(0).uniform(precision, "").found_by.nbytes
+        for limit in (near - 500, near + 500):
+            found = knapsack.background(problem(limit), Config())
+            assert found.widths == {}
+            assert found.formats.keys() == sites().keys()
+            assert {p for site, p in found.formats.items() if "." in site} == {precision}
+            tables = {p.name for site, p in found.formats.items() if "." not in site}
+            assert tables == {"int4g32" if name == "uint2g32" else name}  # never below `table_bits`
+    anchored = knapsack.background(problem(SMALLEST), Config(anchors=formats("uint8row"), table_bits=8))
+    assert set(anchored.formats.values()) == set(formats("uint8row"))
