@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers.utils import logging
 
+from jobs import Job
+
 logging.disable_progress_bar()
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -26,6 +28,12 @@ def cache():
             del os.environ["TRIMBIT_CACHE"]
         else:
             os.environ["TRIMBIT_CACHE"] = previous
+
+
+@pytest.fixture(scope="session")
+def job(tmp_path_factory):
+    """A tiny model, a text and a recipe for whole runs; nothing may change them."""
+    return Job(tmp_path_factory.mktemp("job"))
 
 
 @pytest.fixture

@@ -33,9 +33,7 @@ def make_tokenizer(*, chat: bool = False, add_bos: bool = False) -> PreTrainedTo
     core.pre_tokenizer = WhitespaceSplit()
     if add_bos:
         core.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", model_max_length=16
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", model_max_length=16)
     tokenizer.chat_template = TEMPLATE if chat else None
     return tokenizer
 
@@ -202,9 +200,7 @@ def test_digest_and_split() -> None:
 
 def test_self_is_repeatable_and_trainable(model: LlamaForCausalLM) -> None:
     tokenizer, steps = make_tokenizer(), []
-    one = data.sample_self(
-        model, tokenizer, rows=5, length=24, seed=1, batch=2, progress=lambda *s: steps.append(s)
-    )
+    one = data.sample_self(model, tokenizer, rows=5, length=24, seed=1, batch=2, progress=lambda *s: steps.append(s))
     again = data.sample_self(model, tokenizer, rows=5, length=24, seed=1, batch=2)
     other = data.sample_self(model, tokenizer, rows=5, length=24, seed=2, batch=2)
     assert one.name == "self"

@@ -34,7 +34,7 @@ def collected(stream, tmp_path_factory):
 
 
 @torch.no_grad()
-def inputs(model, layout):
+def inputs(model, layout, embedded):
     """What each weight reads, in the plain model."""
     seen, handles = {}, []
     for weight in layout.weights.values():
@@ -42,14 +42,16 @@ def inputs(model, layout):
             module = model.get_submodule("lm_head" if weight.site == "head_in" else weight.name)
             see = lambda _module, args, site=weight.site: seen.__setitem__(site, args[0].flatten(0, -2))  # noqa: E731
             handles.append(module.register_forward_pre_hook(see))
-    model(input_ids=TOKENS, use_cache=False)
+    model(inputs_embeds=embedded, use_cache=False)
     for handle in handles:
         handle.remove()
     return seen
 
 
 def test_equal_a_direct_computation(stream, collected):
-    seen = inputs(stream.model, stream.layout)
+    embedded = stream.embed(TOKENS)  # Gemma scales it in bf16
+    torch.testing.assert_close(embedded, stream.model.get_input_embeddings()(TOKENS), atol=1e-6, rtol=2**-7)
+    seen = inputs(stream.model, stream.layout, embedded)
     sites = {weight.site for weight in stream.layout.weights.values()} - {"embed"}
     assert seen.keys() == sites
     for site, x in seen.items():

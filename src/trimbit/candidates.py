@@ -1,8 +1,9 @@
-"""The weights of every choice, made from the dense model's statistics and kept on disk, for measuring and for trying plans.
+"""The weights of every choice, made from the dense model's statistics and kept on disk, to measure and to try plans.
 
 A candidate has the full shape: what is cut is zero, which computes the same as being gone.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +52,10 @@ class CandidateWeights:
                 if name != unit.out_weight:
                     state[f"{name}.weight"] = self.quantised(weight, formats[site]).dequantize(torch.bfloat16)
                 elif cut and width == 0:
-                    state |= {f"{name}.weight": torch.zeros(weight.rows, weight.cols), f"{name}.bias": torch.zeros(weight.rows)}
+                    state |= {
+                        f"{name}.weight": torch.zeros(weight.rows, weight.cols),
+                        f"{name}.bias": torch.zeros(weight.rows),
+                    }
                 elif cut:
                     state |= self._cut(unit, weight, width or 0, formats[site])
                 else:
@@ -97,8 +101,8 @@ class CandidateWeights:
 
     def _cut(self, unit: Unit, weight: Weight, width: int, precision: Precision) -> dict[str, Tensor]:
         """The output weight of a cut unit: refitted, quantised, and spread over the full shape."""
-        assert self.stats is not None  # noqa: S101 - cuts are ranked from statistics
-        assert unit.dim is not None  # noqa: S101
+        assert self.stats is not None
+        assert unit.dim is not None
         keep = sorted(self.rankings[unit.dim][:width])
         index = axes.kept_indices(weight.col_axis, self.layout.sizes, unit.dim.rsplit(".", 1)[1], keep)
         runs = (Run(count=len(index), precision=precision),)
@@ -119,12 +123,14 @@ class CandidateWeights:
 def _store(path: Path, packed: QTensor, more: dict[str, Tensor]) -> None:
     zeros = {} if packed.zeros is None else {"zeros": packed.zeros}
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
     save_file({"codes": packed.codes, "scales": packed.scales, **zeros, **more}, beside)
     beside.replace(path)
 
 
 def _stored(path: Path, runs: tuple[Run, ...]) -> tuple[QTensor, dict[str, Tensor]]:
     tensors = load_file(path)
-    packed = QTensor(codes=tensors.pop("codes"), scales=tensors.pop("scales"), zeros=tensors.pop("zeros", None), runs=runs)
+    packed = QTensor(
+        codes=tensors.pop("codes"), scales=tensors.pop("scales"), zeros=tensors.pop("zeros", None), runs=runs
+    )
     return packed, tensors

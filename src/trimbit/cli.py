@@ -4,36 +4,45 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from safetensors import SafetensorError
 
 from trimbit.errors import TrimbitError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from trimbit.model.layout import Layout
     from trimbit.pipeline import Session
     from trimbit.plan import Plan
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Fit a language model to a budget.")
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Fit a language model to a budget."
+)
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
 stdout, stderr = Console(), Console(stderr=True)
 
 Model = Annotated[Path, typer.Argument(help="a directory with config.json and safetensors, or a .gguf file")]
 Out = Annotated[Path, typer.Argument(help="the directory or file to write")]
 BudgetText = Annotated[str, typer.Option("--budget", help="limit on the weight files: 45MB, 45MiB, 2.5bpw or 0.2x")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="the name of a recipe, or a .yaml file")]
-Calibration = Annotated[str, typer.Option("--calibration", help="`self` (sampled from the model) or a .txt, .jsonl or .jsonl.gz file")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a recipe's parameter: stage.parameter=value")]
+Calibration = Annotated[
+    str, typer.Option("--calibration", help="`self` (sampled from the model) or a .txt, .jsonl or .jsonl.gz file")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="override a recipe's parameter: stage.parameter=value")
+]
 Seed = Annotated[int, typer.Option("--seed", help="of everything random")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything and estimate size, memory and time; write nothing")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="check everything and estimate size, memory and time; write nothing")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -43,7 +52,13 @@ class Bars:
     @contextmanager
     def stage(self, name: str) -> "Iterator[Callable[[int, int], None]]":
         """A bar for one stage."""
-        columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description:<32}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=stderr) as progress:
             task = progress.add_task(name, total=None)
 
@@ -61,7 +76,9 @@ def _session(model: Path, recipe: str, calibration: str, overrides: list[str] | 
     from trimbit.pipeline import open_session
     from trimbit.recipe import load_recipe
 
-    return open_session(model, load_recipe(recipe, tuple(overrides or ())), calibration=calibration, seed=seed, reporter=Bars())
+    return open_session(
+        model, load_recipe(recipe, tuple(overrides or ())), calibration=calibration, seed=seed, reporter=Bars()
+    )
 
 
 @app.command()
@@ -126,7 +143,7 @@ def eval_command(
     model: Annotated[Path, typer.Argument(help="an original model or a compressed directory")],
     text: Annotated[Path, typer.Option("--text", help="a .txt, .raw, .jsonl or .jsonl.gz file")],
     context: Annotated[int, typer.Option("--context", help="tokens in a window; part of the perplexity's name")] = 2048,
-    windows: Annotated[int | None, typer.Option("--windows", help="how many windows from the start; default all")] = None,
+    windows: Annotated[int | None, typer.Option("--windows", help="how many, from the start; default all")] = None,
     against: Annotated[Path | None, typer.Option("--against", help="the original model, for KL and agreement")] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="bfloat16 or float32")] = "bfloat16",
     as_json: AsJson = False,
@@ -154,14 +171,14 @@ def eval_command(
         table.add_row("bits per weight", f"{found.bits_per_weight:.2f}")
     table.add_row("weight files", f"{found.weight_nbytes:,} bytes")
     table.add_row("peak memory", f"{found.peak_rss_nbytes / 1e6:.0f} MB")
-    table.add_row("prefill, decode", f"{found.prefill_tokens_per_second:.0f}, {found.decode_tokens_per_second:.1f} tokens/s")
+    table.add_row(
+        "prefill, decode", f"{found.prefill_tokens_per_second:.0f}, {found.decode_tokens_per_second:.1f} tokens/s"
+    )
     stdout.print(table)
 
 
 @app.command()
-def show(
-    path: Annotated[Path, typer.Argument(help="a compressed directory")], as_json: AsJson = False
-) -> None:
+def show(path: Annotated[Path, typer.Argument(help="a compressed directory")], as_json: AsJson = False) -> None:
     """Print the plan: kept heads and channels, the bits of each weight, bytes."""
     from transformers import AutoConfig
 
@@ -189,16 +206,21 @@ def show(
         stdout.print(note, highlight=False)
 
 
-def plan_rows(layout: "Layout", plan: "Plan") -> list[dict[str, "str | int | float"]]:  # type: ignore[type-arg]
+def plan_rows(layout: "Layout", plan: "Plan") -> list[dict[str, Any]]:
     """One row a unit: what is kept of it, in which formats, in how many bytes."""
     total = layout.tensor_nbytes(plan)
-    rows: list[dict[str, str | int | float]] = []
+    rows: list[dict[str, Any]] = []
     for unit in layout.units.values():
         width = layout.width(unit, plan)
-        nbytes = sum(spec.nbytes for spec in layout.unit_tensors(unit, plan.weights, width, biases=plan.biases).values())
+        nbytes = sum(
+            spec.nbytes for spec in layout.unit_tensors(unit, plan.weights, width, biases=plan.biases).values()
+        )
         formats: dict[str, list[str]] = {}
         for name in unit.weights if not layout.dropped(unit, plan) else ():
-            label = "+".join(f"{run.count}x{run.precision.name}" if len(plan.weights[name]) > 1 else run.precision.name for run in plan.weights[name])
+            label = "+".join(
+                f"{run.count}x{run.precision.name}" if len(plan.weights[name]) > 1 else run.precision.name
+                for run in plan.weights[name]
+            )
             formats.setdefault(label, []).append(layout.weights[name].role.removesuffix("_proj"))
         rows.append(
             {
@@ -218,10 +240,14 @@ def print_summary(layout: "Layout", plan: "Plan", limit: int, out: Path) -> None
     nbytes = layout.file_nbytes(plan)
     cut = [dim for dim in plan.cuts if len(plan.cuts[dim]) < layout.unit_of_dim(dim).size]
     pruned = f"{len(cut)} of {2 * layout.blocks} sub-blocks cut" if cut else "no pruning was chosen"
-    stdout.print(f"{out}: {nbytes:,} bytes of {limit:,} ({100 * nbytes / limit:.2f} %), {8 * nbytes / layout.parameters:.2f} bits a parameter", highlight=False)
+    share, bits = 100 * nbytes / limit, 8 * nbytes / layout.parameters
+    stdout.print(f"{out}: {nbytes:,} bytes of {limit:,} ({share:.2f} %), {bits:.2f} bits a parameter", highlight=False)
     stdout.print(f"{found.method}; {pruned}", highlight=False)
     if found.measured_damage is not None:
-        stdout.print(f"KL to the original on held-out calibration tokens: {found.measured_damage:.4f} nats a token", highlight=False)
+        stdout.print(
+            f"KL to the original on held-out calibration tokens: {found.measured_damage:.4f} nats a token",
+            highlight=False,
+        )
     for note in found.notes:
         stdout.print(note, highlight=False)
 
@@ -231,7 +257,7 @@ def _estimate(session: "Session", budget: "object") -> None:
     from trimbit.estimate import estimate
     from trimbit.plan import Budget
 
-    assert isinstance(budget, Budget)  # noqa: S101
+    assert isinstance(budget, Budget)
     table = Table(show_header=False, title="dry run: nothing was written")
     for what, value in estimate(session, budget):
         table.add_row(what, value)
@@ -243,15 +269,24 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        if code == INTERRUPTED:  # typer catches Ctrl-C
+            raise KeyboardInterrupt
+        if code:
+            sys.exit(code)
     except TrimbitError as err:
         _fail(str(err), err.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted; finished stages are kept in the cache and are reused", 130)
-    except typer.Exit as err:
-        sys.exit(err.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; finished stages are kept in the cache and are reused", INTERRUPTED)
     except OSError as err:
         _fail(f"{err.filename or 'file'}: {err.strerror or err}", 1)
+    except SafetensorError as err:
+        from trimbit.pipeline import cache_root
+
+        _fail(
+            f"the cache {cache_root()} cannot be written, or a file in it is damaged ({err}); free space or remove it",
+            1,
+        )
     except Exception as err:
         if hasattr(err, "format_message"):  # click's own errors about the arguments
             _fail(err.format_message(), 2)

@@ -159,9 +159,7 @@ def evaluation_windows(
         raise DataError(msg) from error
 
 
-def from_file(
-    path: Path, tokenizer: PreTrainedTokenizerBase, *, rows: int, length: int, seed: int
-) -> TokenSet:
+def from_file(path: Path, tokenizer: PreTrainedTokenizerBase, *, rows: int, length: int, seed: int) -> TokenSet:
     """Draws `rows` different windows of `length` tokens from a file, in the order drawn.
 
     Raises:
@@ -261,9 +259,7 @@ class _Row:
         return sampled
 
 
-def _start_rows(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int, length: int
-) -> list[_Row]:
+def _start_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int, length: int) -> list[_Row]:
     """The chats, then the plain rows."""
     config = model.generation_config
     ends = config.eos_token_id if config and config.eos_token_id is not None else []

@@ -22,7 +22,11 @@ def estimate(session: Session, budget: Budget) -> list[tuple[str, str]]:
     streaming = 2 * 4 * block + 2 * hidden + 2 * table + 4 * table
     measuring = 2 * layout.parameters + 2 * 2048 * layout.sizes["vocab"] if recipe.measure else 0
     return [
-        ("model", f"{session.checkpoint.model_id}, {layout.parameters:,} parameters, {2 * layout.parameters / 1e6:.0f} MB in bf16"),
+        (
+            "model",
+            f"{session.checkpoint.model_id}, {layout.parameters:,} parameters, "
+            f"{2 * layout.parameters / 1e6:.0f} MB in bf16",
+        ),
         ("weight files", f"at most {limit:,} bytes ({8 * limit / layout.parameters:.2f} bits a parameter)"),
         ("calibration", f"{recipe.calibration.rows} rows of {recipe.calibration.length} tokens, {session.calibration}"),
         ("memory", f"about {max(streaming, measuring) / 1e6:.0f} MB above the libraries"),

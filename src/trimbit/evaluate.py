@@ -60,7 +60,8 @@ def load_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
         except (OSError, ValueError, RuntimeError) as err:
             raise ArtifactError(f"{path}: cannot load the compressed model: {str(err).splitlines()[0]}") from err
-        return model.eval()
+        model.eval()
+        return model
     checkpoint = open_checkpoint(path)
     model = build_skeleton(checkpoint.config)
     if model.config.tie_word_embeddings:
@@ -81,7 +82,8 @@ def load_tokenizer(path: Path):  # type: ignore[no-untyped-def]  # noqa: ANN201
 
 
 def evaluate(
-    path: Path, text: Path, *, context: int, limit: int | None, against: Path | None, dtype: torch.dtype, progress: Progress
+    path: Path, text: Path, *, context: int, limit: int | None, against: Path | None, dtype: torch.dtype,
+    progress: Progress,
 ) -> Evaluation:  # fmt: skip
     """Run a model over non-overlapping windows of a text; with `against`, beside the original model.
 
@@ -106,8 +108,9 @@ def evaluate(
     nbytes = artifact.weight_nbytes(path) if path.is_dir() else path.stat().st_size
     parameters = sum(p.numel() for p in reference.parameters()) if reference is not None else None
     return Evaluation(
-        model=str(path), against=str(against) if against else None, text=text.name, context=context, windows=len(windows),
-        tokens=scored, ppl=math.exp(nll), kl=kl if reference else None, top1_agreement=top1 if reference else None,
+        model=str(path), against=str(against) if against else None, text=text.name, context=context,
+        windows=len(windows), tokens=scored,
+        ppl=math.exp(nll), kl=kl if reference else None, top1_agreement=top1 if reference else None,
         weight_nbytes=nbytes, bits_per_weight=8 * nbytes / parameters if parameters else None,
         decode_tokens_per_second=decode_speed(model, windows[0, :16]),
         prefill_tokens_per_second=windows.numel() / seconds,
@@ -125,7 +128,10 @@ def final_hidden(model: PreTrainedModel, window: Int[Tensor, " length"]) -> Tens
 
 @torch.inference_mode()
 def score(
-    model: PreTrainedModel, hidden: Tensor, window: Int[Tensor, " length"], reference: tuple[PreTrainedModel, Tensor] | None
+    model: PreTrainedModel,
+    hidden: Tensor,
+    window: Int[Tensor, " length"],
+    reference: tuple[PreTrainedModel, Tensor] | None,
 ) -> Tensor:
     """Sums over a window's tokens: negative log-likelihood, KL(reference || model), agreement of the first choice.
 

@@ -70,7 +70,11 @@ def measure(
     """
     whole = judge.whole
     known = _read(journal)
-    work = [(unit, key, width, formats) for unit in layout.units.values() for key, width, formats in _changes(layout, unit, space, background, candidates.rankings)]
+    work = [
+        (unit, key, width, formats)
+        for unit in layout.units.values()
+        for key, width, formats in _changes(layout, unit, space, background, candidates.rankings)
+    ]
     if any(key not in known for _, key, _, _ in work):
         install(whole, layout, candidates, background)
         judge.refresh()
@@ -128,7 +132,11 @@ def _cut(unit: Unit, width: int, rankings: Mapping[str, tuple[int, ...]]) -> str
 
 
 def _formats(
-    layout: Layout, space: Space, background: Background, rankings: Mapping[str, tuple[int, ...]], known: Mapping[str, float]
+    layout: Layout,
+    space: Space,
+    background: Background,
+    rankings: Mapping[str, tuple[int, ...]],
+    known: Mapping[str, float],
 ) -> list[FormatDamage]:
     found = []
     for unit in layout.units.values():

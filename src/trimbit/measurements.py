@@ -25,7 +25,7 @@ class FormatDamage(Data):
 
 
 class WidthDamage(Data):
-    """Change of the whole model's KL when one dim keeps `width` channels or KV groups, all else as in the background."""
+    """Change of the whole model's KL when a dim keeps `width` channels or KV groups, all else as in the background."""
 
     dim: str
     width: int

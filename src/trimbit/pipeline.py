@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -29,10 +29,12 @@ from trimbit.model.load import Checkpoint, open_checkpoint
 from trimbit.model.stream import BlockStream
 from trimbit.model.whole import Judge, WholeModel
 from trimbit.plan import Budget, ModelRef, Plan, digest
-from trimbit.precision import Data
 from trimbit.recipe import Recipe, Step, step_config
 from trimbit.search.problem import Problem
 from trimbit.stats import Stats, collect, stored
+
+if TYPE_CHECKING:
+    from trimbit.precision import Precision
 
 Progress = Callable[[int, int], None]
 
@@ -51,7 +53,7 @@ class Reporter(Protocol):
 class Silent:
     """Reports nothing."""
 
-    def stage(self, name: str) -> AbstractContextManager[Progress]:  # noqa: ARG002
+    def stage(self, name: str) -> AbstractContextManager[Progress]:
         """Ignore progress."""
         return nullcontext(lambda _done, _total: None)
 
@@ -124,20 +126,40 @@ class Session:
         tokenizer = self.checkpoint.tokenizer()
         if self.calibration != "self":
             return data.from_file(Path(self.calibration), tokenizer, rows=want.rows, length=want.length, seed=self.seed)
-        key = digest([trimbit.__version__, self.model.weights_hash, want.rows, want.length, self.seed, torch.get_num_threads()])
+        key = digest(
+            [
+                trimbit.__version__,
+                self.model.weights_hash,
+                self.recipe.compute,
+                want.rows,
+                want.length,
+                self.seed,
+                torch.get_num_threads(),
+            ]
+        )
         path = self.cache / "tokens" / f"{key}.safetensors"
         if path.exists():
             return data.TokenSet(name="self", tokens=load_file(path)["tokens"], seed=self.seed)
         with self.reporter.stage("text sampled from the model") as progress:
             model = WholeModel(self.stream).model
-            found = data.sample_self(model, tokenizer, rows=want.rows, length=want.length, seed=self.seed, progress=progress)
+            found = data.sample_self(
+                model, tokenizer, rows=want.rows, length=want.length, seed=self.seed, progress=progress
+            )
         _save_whole(path, lambda beside: save_file({"tokens": found.tokens}, beside))
         return found
 
     @cached_property
     def stats_key(self) -> str:
         """Content key of the statistics."""
-        return digest([trimbit.__version__, self.model.weights_hash, self.model.config_hash, self.tokens.digest, self.recipe.compute])
+        return digest(
+            [
+                trimbit.__version__,
+                self.model.weights_hash,
+                self.model.config_hash,
+                self.tokens.digest,
+                self.recipe.compute,
+            ]
+        )
 
     @cached_property
     def stats(self) -> Stats | None:
@@ -161,12 +183,12 @@ class Session:
         path = self.cache / "rankings" / f"{digest([self.stats_key, self._step(self.recipe.criterion)])}.json"
         if path.exists():
             return {dim: tuple(order) for dim, order in json.loads(path.read_text(encoding="utf-8")).items()}
-        assert self.stats is not None  # noqa: S101
+        assert self.stats is not None
         found: dict[str, tuple[int, ...]] = {}
         units = [unit for unit in self.layout.units.values() if unit.dim is not None]
         with self.reporter.stage("ranking of channels and heads") as progress:
             for at, unit in enumerate(units):
-                assert unit.out_weight is not None  # noqa: S101
+                assert unit.out_weight is not None
                 weight = self.layout.weights[unit.out_weight]
                 w = self.checkpoint.tensor(f"{weight.name}.weight").float()
                 scores: Tensor = module.score(w, self.stats.moments(weight.site), weight.cols // unit.size, config)
@@ -186,16 +208,24 @@ class Session:
     @cached_property
     def candidates(self) -> CandidateWeights:
         """The weights of every choice."""
-        key = digest([self.stats_key if self.stats is not None else self.model.weights_hash, self._step(self.recipe.quant)])
+        key = digest(
+            [self.stats_key if self.stats is not None else self.model.weights_hash, self._step(self.recipe.quant)]
+        )
         return CandidateWeights(
-            self.checkpoint, self.layout, self.stats, self.method, self.cache / "candidates" / key, self.rankings, self.recipe.space
+            self.checkpoint,
+            self.layout,
+            self.stats,
+            self.method,
+            self.cache / "candidates" / key,
+            self.rankings,
+            self.recipe.space,
         )
 
     @cached_property
     def judges(self) -> tuple[Judge, Judge]:
         """KL on the tokens that damage is measured on, and on those that whole plans are tried on."""
         want = self.recipe.measure
-        assert want is not None  # noqa: S101
+        assert want is not None
         rows = self.tokens.tokens[:, : want.length]
         if len(rows) < want.rows + want.held_out_rows:
             raise RecipeError(
@@ -222,7 +252,8 @@ class Session:
         empty = {unit.dim: tuple(range(unit.size)) for unit in self.layout.units.values() if unit.dim is not None}
         return Problem(
             layout=self.layout, model=self.model, limit=limit, space=space, rankings=self.rankings if ready else empty,
-            recipe_hash=self.recipe.hash, seed=self.seed, evaluate=self.evaluate if ready and self.recipe.measure else None,
+            recipe_hash=self.recipe.hash, seed=self.seed,
+            evaluate=self.evaluate if ready and self.recipe.measure else None,
         )  # fmt: skip
 
     def limit(self, budget: Budget) -> int:
@@ -248,23 +279,36 @@ class Session:
                 progress(1, 1)
             return plan
         background: Background = module.background(problem, config)
-        plans = []
+        plans: list[Plan] = []
         for number in range(want.rounds):
             measurements = self.measure(background, number)
             with self.reporter.stage("search") as progress:
-                solved = Problem(**{**vars(problem), "measurements": measurements, "measurement_hash": digest(measurements.model_dump(mode="json"))})
+                solved = Problem(
+                    **{
+                        **vars(problem),
+                        "measurements": measurements,
+                        "measurement_hash": digest(measurements.model_dump(mode="json")),
+                    }
+                )
                 plans.append(module.search(solved, config))
                 progress(1, 1)
             background = background_of(plans[-1], self.layout)
-        return min(plans, key=lambda plan: plan.found_by.measured_damage if plan.found_by.measured_damage is not None else float("inf"))
+        return min(
+            plans,
+            key=lambda plan: (
+                plan.found_by.measured_damage if plan.found_by.measured_damage is not None else float("inf")
+            ),
+        )
 
     def measure(self, background: Background, number: int) -> Measurements:
         """Damage of every choice in a background; a stored measurement is reused, a broken-off one goes on."""
         space, want = self.recipe.space, self.recipe.measure
-        assert space is not None  # noqa: S101
-        assert want is not None  # noqa: S101
+        assert space is not None
+        assert want is not None
         tokens = self.judges[0].tokens
-        key = digest([self.stats_key, self._step(self.recipe.quant), background.model_dump(mode="json"), list(tokens.shape)])
+        key = digest(
+            [self.stats_key, self._step(self.recipe.quant), background.model_dump(mode="json"), list(tokens.shape)]
+        )
         journal = self.cache / "measurements" / f"{key}.jsonl"
         with self.reporter.stage("damage of each choice" + (f", round {number + 1}" if number else "")) as progress:
             found = measure(
@@ -327,7 +371,7 @@ def background_of(plan: Plan, layout: Layout) -> Background:
     Raises:
         PlanError: if a weight has several runs.
     """
-    formats: dict[str, Data] = {}
+    formats: dict[str, Precision] = {}
     for name, weight in layout.weights.items():
         unit = layout.units[weight.unit]
         runs = plan.weights.get(name)
@@ -337,7 +381,7 @@ def background_of(plan: Plan, layout: Layout) -> Background:
         known = [runs[0].precision] if runs else []
         fallback = next(run[0].precision for run in plan.weights.values())
         formats.setdefault(site, known[0] if known else fallback)
-    return Background(widths={dim: len(keep) for dim, keep in plan.cuts.items()}, formats=formats)  # type: ignore[arg-type]
+    return Background(widths={dim: len(keep) for dim, keep in plan.cuts.items()}, formats=formats)
 
 
 def model_card(checkpoint: Checkpoint, layout: Layout, plan: Plan, calibration: str) -> str:
@@ -345,13 +389,17 @@ def model_card(checkpoint: Checkpoint, layout: Layout, plan: Plan, calibration: 
     nbytes, found = layout.file_nbytes(plan), plan.found_by
     license_line = f"license: {checkpoint.license}\n" if checkpoint.license else ""
     damage = f"{found.measured_damage:.4f} nats a token" if found.measured_damage is not None else "not measured"
+    text = "text sampled from the model itself" if calibration == "self" else Path(calibration).name
     return (
-        f"---\nbase_model: {checkpoint.model_id}\nlibrary_name: trimbit\n{license_line}tags: [trimbit, quantized, pruned]\n---\n\n"
+        f"---\nbase_model: {checkpoint.model_id}\nlibrary_name: trimbit\n{license_line}"
+        "tags: [trimbit, quantized, pruned]\n---\n\n"
         f"# {checkpoint.model_id}, {nbytes / 1e6:.1f} MB\n\n"
         f"Compressed with trimbit {trimbit.__version__}: {found.method}. Weight file {nbytes:,} bytes, "
-        f"{8 * nbytes / layout.parameters:.2f} bits per original parameter; KL to the original on held-out calibration text: {damage}.\n"
-        f"Calibrated on {'text sampled from the model itself' if calibration == 'self' else Path(calibration).name}, seed {found.seed}.\n\n"
-        "```python\nimport trimbit  # makes transformers know this format\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"{8 * nbytes / layout.parameters:.2f} bits per original parameter; "
+        f"KL to the original on held-out calibration text: {damage}.\n"
+        f"Calibrated on {text}, seed {found.seed}.\n\n"
+        "```python\nimport trimbit  # makes transformers know this format\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("this directory")\n'
         'tokenizer = AutoTokenizer.from_pretrained("this directory")\n```\n\n'
         "`plan.json` says what was cut and how many bits each weight has, `recipe.yaml` how that was decided.\n"

@@ -21,9 +21,7 @@ class Config(Data):
     kind: Literal["wanda_sp", "flap"] = "flap"
 
 
-def score(
-    w: Float[Tensor, "rows channels"], moments: Moments, size: int, config: Config
-) -> Float[Tensor, " members"]:
+def score(w: Float[Tensor, "rows channels"], moments: Moments, size: int, config: Config) -> Float[Tensor, " members"]:
     """Score of each member of the dim, higher = keep.
 
     Wanda-sp: mean over rows of |W_ij| sqrt(E x_j^2). FLAP: Var(x_j) |W_:j|^2. Both summed over the member's channels.

@@ -21,7 +21,9 @@ class Config(Data):
     """Constants of the elimination."""
 
     damping: float = Field(default=0.01, gt=0)  # code (ZipLM): share of mean(diag H)
-    rounds: int = Field(default=96, ge=1)  # ours: members leave in at most this many rounds, the cheapest of each together
+    rounds: int = Field(
+        default=96, ge=1
+    )  # ours: members leave in at most this many rounds, the cheapest of each together
 
 
 def score(w: Float[Tensor, "rows channels"], moments: Moments, size: int, config: Config) -> Float[Tensor, " members"]:
@@ -57,7 +59,8 @@ def _costs(w: Tensor, inverse: Tensor, size: int) -> Tensor:
     index = torch.arange(members * size).view(members, size)
     blocks = inverse[index[:, :, None], index[:, None, :]]
     parts = w.T.reshape(members, size, -1)
-    return (parts * torch.linalg.solve(blocks, parts)).sum((1, 2))
+    solved: Tensor = torch.linalg.solve(blocks, parts)
+    return (parts * solved).sum((1, 2))
 
 
 def _remove(w: Tensor, inverse: Tensor, stay: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The whole model in bf16 memory: weights are swapped in place, and it runs on from any block.
+"""The whole model in memory, in the type it computes in: weights are swapped in place, and it runs on from any block.
 
 Only the measurement of damage needs this; everything else streams block by block.
 """
@@ -23,16 +23,22 @@ class WholeModel:
         self.model = build_skeleton(stream.checkpoint.config)
         self.blocks: nn.ModuleList = self.model.get_decoder().layers
         for index, block in enumerate(self.blocks):
-            materialize(block, stream.checkpoint, f"{self.layout.family.blocks}.{index}.", torch.bfloat16)
-        for name in (self.layout.family.embed, self.layout.family.final_norm, *(() if self.layout.tied else (self.layout.family.head,))):
-            materialize(self.model.get_submodule(name), stream.checkpoint, f"{name}.", torch.bfloat16)
+            materialize(block, stream.checkpoint, f"{self.layout.family.blocks}.{index}.", self.compute)
+        for name in (
+            self.layout.family.embed,
+            self.layout.family.final_norm,
+            *(() if self.layout.tied else (self.layout.family.head,)),
+        ):
+            materialize(self.model.get_submodule(name), stream.checkpoint, f"{name}.", self.compute)
         if self.layout.tied:
             self.model.tie_weights()
         for unit in self.layout.units.values():
             if unit.out_weight is not None:
                 linear = self.model.get_submodule(unit.out_weight)
                 if linear.bias is None:
-                    linear.bias = nn.Parameter(torch.zeros(linear.out_features, dtype=torch.bfloat16), requires_grad=False)
+                    linear.bias = nn.Parameter(
+                        torch.zeros(linear.out_features, dtype=self.compute), requires_grad=False
+                    )
 
     def install(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy tensors, by parameter name, into the model."""
@@ -48,8 +54,8 @@ class WholeModel:
 class Judge:
     """KL(dense || model) on fixed tokens, in nats a token; made while the model is still dense.
 
-    Keeps the dense log-probabilities in fp16 (their rounding adds less than 1e-5 nats) and the hidden states before each block,
-    so that a change in block i costs only the blocks from i on.
+    Keeps the dense log-probabilities in fp16 (their rounding adds less than 1e-5 nats) and the hidden states before
+    each block, so that a change in block i costs only the blocks from i on.
     """
 
     def __init__(self, whole: WholeModel, tokens: Int[Tensor, "rows length"]) -> None:
@@ -84,7 +90,7 @@ class Judge:
                 yield logits
 
     def damage(self, start: int | None) -> float:
-        """KL of the model as it is now; nothing before block `start` has changed since `refresh` (None: anything may)."""
+        """KL of the model as it is now; nothing before block `start` changed since `refresh` (None: anything may)."""
         hidden = self._run(self._embedded(), 0) if start is None else self._run(self.before[start], start)
         total = 0.0
         for reference, logits in zip(self.reference, self._logits(hidden), strict=True):

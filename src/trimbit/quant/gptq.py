@@ -32,7 +32,6 @@ class Config(Data):
     block: int = Field(default=128, ge=1)  # code (IST-DASLab/gptq): columns whose updates go to the rest together
 
 
-
 def quantize(w: Float[Tensor, "rows cols"], moments: Moments | None, runs: tuple[Run, ...], config: Config) -> QTensor:
     """Quantise w so that E |(w - q) x|^2 stays small, given H = E[x x^T] in `moments`; each column in its run's format.
 
@@ -43,7 +42,7 @@ def quantize(w: Float[Tensor, "rows cols"], moments: Moments | None, runs: tuple
 
 
 def quantize_all(
-    ws: Sequence[Float[Tensor, "rows cols"]], moments: Moments | None, runs: Sequence[tuple[Run, ...]], config: Config
+    ws: Sequence[Float[Tensor, "_ cols"]], moments: Moments | None, runs: Sequence[tuple[Run, ...]], config: Config
 ) -> list[QTensor]:
     """Quantise weights that read the same input, in one sweep over its channels: rows do not depend on one another.
 

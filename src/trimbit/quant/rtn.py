@@ -29,7 +29,7 @@ def quantize(w: Float[Tensor, "rows cols"], moments: Moments | None, runs: tuple
 
 
 def quantize_all(
-    ws: Sequence[Float[Tensor, "rows cols"]], moments: Moments | None, runs: Sequence[tuple[Run, ...]], config: Config
+    ws: Sequence[Float[Tensor, "_ cols"]], moments: Moments | None, runs: Sequence[tuple[Run, ...]], config: Config
 ) -> list[QTensor]:
     """Round weights that read the same input."""
     return [quantize(w, moments, own, config) for w, own in zip(ws, runs, strict=True)]

@@ -1,8 +1,8 @@
 """Choose a width and formats for every unit under the budget, exactly, from measured damage.
 
 Bytes are a sum over the chosen choices, so this is a multiple-choice knapsack; HiGHS solves it. Damage of a choice:
-D(width) + (width / width measured at) * sum over its sites of D(format), each measured in the background of a plan near the
-budget.
+D(width) + (width / width measured at) * sum over its sites of D(format), each measured in the background of a plan
+near the budget.
 Additive damage is only a model, so several plans are evaluated for real and the best one is returned.
 """
 
@@ -38,7 +38,7 @@ class Config(Data):
     no_pruning: bool = True  # try a plan that prunes nothing, too
     anchors: tuple[Precision, ...] = ()  # formats of the backgrounds to measure in; none: every format of the blocks
     table_bits: int = 4  # ours: the embedding and the head suffer more from rounding than a block's weights
-    uniform: bool = True  # try the best uniform plan, too
+    uniform: bool = True  # try the largest uniform plan of the space, too
     gap: float = Field(default=1e-4, ge=0)  # relative optimality gap at which the solver may stop
     nodes: int = Field(default=2000, ge=1)  # branch-and-bound nodes at which it stops: blocks alike make proofs endless
 
@@ -60,7 +60,7 @@ def search(problem: Problem, config: Config) -> Plan:
     Raises:
         BudgetError: if nothing in the space fits; names the smallest feasible budget.
     """
-    assert problem.measurements is not None, "the knapsack needs measurements"  # noqa: S101
+    assert problem.measurements is not None, "the knapsack needs measurements"
     require_feasible(problem, config)
     plans: dict[str, Plan] = {}
     for cost in config.pruning_costs:
@@ -73,7 +73,7 @@ def search(problem: Problem, config: Config) -> Plan:
             plans.setdefault(_content(plan), plan)
     if config.uniform:
         try:
-            plan = uniform.search(problem, uniform.Config())
+            plan = uniform.search(problem, uniform.Config(formats=problem.space.formats, tries=1))
             plans.setdefault(_content(plan), plan)
         except BudgetError:
             pass  # no uniform plan fits; the knapsack's do
@@ -95,7 +95,7 @@ def search(problem: Problem, config: Config) -> Plan:
     return best.model_copy(update={"found_by": best.found_by.model_copy(update={"notes": notes})})
 
 
-def require_feasible(problem: Problem, config: Config) -> None:  # noqa: ARG001
+def require_feasible(problem: Problem, config: Config) -> None:
     """Refuse, before anything long, a budget below the smallest plan in the space.
 
     Raises:
@@ -111,11 +111,18 @@ def background(problem: Problem, config: Config) -> Background:
     anchor's bits, but not below `table_bits`.
     """
     layout = problem.layout
-    sizes = {anchor: problem.uniform(anchor, "background").found_by.nbytes for anchor in config.anchors or problem.space.formats}
+    sizes = {
+        anchor: problem.uniform(anchor, "background").found_by.nbytes
+        for anchor in config.anchors or problem.space.formats
+    }
     anchor = min(sizes, key=lambda p: abs(sizes[p] - problem.limit))
     want = max(anchor.bits, config.table_bits)
     table = min(problem.space.table_formats, key=lambda p: (abs(p.bits - want), p.name))
-    formats = {site: anchor if unit.block is not None else table for unit in layout.units.values() for site in sites_of(layout, unit)}
+    formats = {
+        site: anchor if unit.block is not None else table
+        for unit in layout.units.values()
+        for site in sites_of(layout, unit)
+    }
     return Background(widths={}, formats=formats)
 
 
@@ -130,7 +137,7 @@ def _content(plan: Plan) -> str:
 
 
 def solve(problem: Problem, config: Config, pruning_cost: float | None, method: str) -> Plan | None:
-    """The knapsack's optimum with D(width) multiplied by `pruning_cost` (None: full widths only); None if nothing fits."""
+    """The knapsack's optimum with D(width) times `pruning_cost` (None: full widths only); None if nothing fits."""
     layout = problem.layout
     groups = [pareto(choices(problem, unit, pruning_cost)) for unit in layout.units.values()]
     picked = knapsack([[(c.nbytes, c.damage) for c in group] for group in groups], _limit(problem), config)
@@ -147,7 +154,7 @@ def solve(problem: Problem, config: Config, pruning_cost: float | None, method: 
 
 def choices(problem: Problem, unit: Unit, pruning_cost: float | None) -> list[Choice]:
     """All choices of a unit: every width times every combination of formats of its sites."""
-    assert problem.measurements is not None  # noqa: S101
+    assert problem.measurements is not None
     layout = problem.layout
     by_format = {(m.site, m.precision.name): m.damage for m in problem.measurements.formats}
     by_width = {(m.dim, m.width): m.damage for m in problem.measurements.widths}
@@ -196,7 +203,7 @@ def pareto(found: list[Choice]) -> list[Choice]:
 
 
 def knapsack(groups: list[list[tuple[int, float]]], limit: int, config: Config) -> list[int] | None:
-    """One item (bytes, damage) of each group, of least total damage within `limit` bytes; None if that is impossible."""
+    """One item (bytes, damage) of each group, of least total damage within `limit` bytes; None if impossible."""
     if sum(min(nbytes for nbytes, _ in group) for group in groups) > limit:
         return None
     sizes = [len(group) for group in groups]

@@ -1,4 +1,4 @@
-"""What a search method is given: the layout, the budget, the space, the measurements, and a way to try a plan for real."""
+"""What a search method is given: the layout, the budget, the space, the measurements, and a way to try a plan."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -92,9 +92,16 @@ class Problem:
                 weight = layout.weights[names[0]]
                 formats[site] = min(
                     menu_of(unit, self.space),
-                    key=lambda p: sum(spec.nbytes for spec in layout.weight_tensors(weight, (Run(count=weight.cols, precision=p),), None, bias=False).values()),
+                    key=lambda p: sum(
+                        spec.nbytes
+                        for spec in layout.weight_tensors(
+                            weight, (Run(count=weight.cols, precision=p),), None, bias=False
+                        ).values()
+                    ),
                 )
-        return self.plan({dim: width for dim, width in widths.items() if width != layout.unit_of_dim(dim).size}, formats, "smallest")
+        return self.plan(
+            {dim: width for dim, width in widths.items() if width != layout.unit_of_dim(dim).size}, formats, "smallest"
+        )
 
     def require_feasible(self, smallest: Plan) -> None:
         """Refuse a budget below the smallest plan.

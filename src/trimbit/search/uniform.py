@@ -47,5 +47,6 @@ def search(problem: Problem, config: Config) -> Plan:
 
 def _by_size(problem: Problem, config: Config) -> list[Plan]:
     return sorted(
-        (problem.uniform(precision, f"uniform {precision.name}") for precision in config.formats), key=lambda plan: plan.found_by.nbytes
+        (problem.uniform(precision, f"uniform {precision.name}") for precision in config.formats),
+        key=lambda plan: plan.found_by.nbytes,
     )

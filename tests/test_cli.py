@@ -1,0 +1,410 @@
+"""The command line: its options, its results on stdout, and errors in one line that leave nothing behind."""
+
+import json
+import math
+import shutil
+import signal
+import sys
+
+import pytest
+import torch
+import typer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from jobs import BUDGET, write_text
+from tiny import save_tiny, tiny_model
+from trimbit import artifact, cli, pipeline
+from trimbit.pipeline import open_session
+from trimbit.plan import load_plan
+from trimbit.recipe import load_recipe
+
+SEARCHING = ["--budget", "--calibration", "--dry-run", "--recipe", "--seed", "--set"]
+OPTIONS = {
+    "compress": (["model", "out"], SEARCHING),
+    "plan": (["model", "out"], SEARCHING),
+    "apply": (["model", "plan_file", "out"], ["--calibration", "--recipe", "--seed", "--set"]),
+    "eval": (["model"], ["--against", "--context", "--dtype", "--json", "--text", "--windows"]),
+    "show": (["path"], ["--json"]),
+}
+
+
+def test_commands_and_options_are_frozen():
+    commands = typer.main.get_command(cli.app).commands
+    found = {}
+    for name, command in commands.items():
+        arguments = [p.name for p in command.params if p.param_type_name == "argument"]
+        options = [opt for p in command.params if p.param_type_name == "option" for opt in (*p.opts, *p.secondary_opts)]
+        found[name] = (arguments, sorted(options))
+    assert found == OPTIONS
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in OPTIONS)])
+def test_help(command):
+    result = CliRunner().invoke(cli.app, [*command, "--help"])
+    assert result.exit_code == 0
+    assert "Usage" in result.output
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Run `main`; gives the exit code, stdout and stderr."""
+
+    def go(*arguments):
+        monkeypatch.setattr(sys, "argv", ["trimbit", *map(str, arguments)])
+        before = signal.getsignal(signal.SIGTERM)
+        capfd.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return go
+
+
+@pytest.fixture(scope="module")
+def compressed(job, tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "small"
+    session = open_session(job.model, load_recipe(str(job.recipe)), calibration=str(job.text))
+    pipeline.compress(session, pipeline.Budget.parse(BUDGET), out)
+    return out
+
+
+@pytest.fixture
+def options(job):
+    return ["--recipe", job.recipe, "--calibration", job.text]
+
+
+# --- what works ------------------------------------------------------------------------------------------------------
+
+
+def test_compress(run, job, options, compressed, tmp_path):
+    code, out, err = run("compress", job.model, tmp_path / "out", "--budget", BUDGET, *options)
+    assert code == 0, err
+    nbytes = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert f"{nbytes:,} bytes of 30,000" in out.replace("\n", "")
+    assert "KL to the original" in out
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (compressed / "model.safetensors").read_bytes()
+
+
+def test_plan_then_apply_is_compress(run, job, options, compressed, tmp_path):
+    code, _, err = run("plan", job.model, tmp_path / "plan.json", "--budget", BUDGET, *options)
+    assert code == 0, err
+    assert load_plan(tmp_path / "plan.json") == load_plan(compressed / "plan.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    code, _, err = run("apply", job.model, tmp_path / "plan.json", tmp_path / "out", *options)
+    assert code == 0, err
+    for file in compressed.iterdir():
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_self_calibration(run, job, tmp_path):
+    code, _, err = run("compress", job.model, tmp_path / "out", "--budget", BUDGET, "--recipe", job.recipe)
+    assert code == 0, err
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size <= 30_000
+
+
+@pytest.mark.parametrize("command", ["compress", "plan"])
+def test_a_dry_run_writes_nothing(run, job, options, tmp_path, monkeypatch, command):
+    monkeypatch.setenv("TRIMBIT_CACHE", str(tmp_path / "cache"))
+    code, out, err = run(command, job.model, tmp_path / "out", "--budget", BUDGET, "--dry-run", *options)
+    assert code == 0, err
+    assert "nothing was written" in out
+    assert "30,000" in out
+    assert list(tmp_path.iterdir()) == []
+    code, _, err = run(command, job.model, tmp_path / "out", "--budget", "1kB", "--dry-run", *options)
+    assert code == 1
+    assert "smallest feasible budget" in err
+
+
+def test_eval_prints_json(run, job, compressed):
+    arguments = ["--text", job.text, "--context", 32, "--windows", 3, "--against", job.model, "--dtype", "float32"]
+    code, out, err = run("eval", compressed, *arguments, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert math.isfinite(found["ppl"])
+    assert found["kl"] >= 0
+    assert (found["context"], found["windows"], found["tokens"]) == (32, 3, 93)
+    assert found["weight_nbytes"] == (compressed / "model.safetensors").stat().st_size
+    assert found.keys() == {
+        "schema_version", "model", "against", "text", "context", "windows", "tokens", "ppl", "kl", "top1_agreement",
+        "weight_nbytes", "bits_per_weight", "peak_rss_nbytes", "prefill_tokens_per_second", "decode_tokens_per_second",
+        "dtype", "hardware", "threads", "versions",
+    }  # fmt: skip
+    code, out, err = run("eval", compressed, *arguments)
+    assert code == 0, err
+    assert "ppl@32" in out
+    code, out, err = run("eval", job.model, "--text", job.text, "--context", 32, "--json")
+    assert code == 0, err
+    assert json.loads(out)["kl"] is None
+
+
+def test_show(run, compressed):
+    code, out, err = run("show", compressed, "--json")
+    assert code == 0, err
+    found, plan = json.loads(out), load_plan(compressed / "plan.json")
+    assert found["found_by"]["nbytes"] == plan.found_by.nbytes
+    assert [row["unit"] for row in found["units"]] == [
+        "embed", *(f"blocks.{i}.{kind}" for i in range(3) for kind in ("attn", "mlp")), "head",
+    ]  # fmt: skip
+    stored = sum(t.numel() * t.element_size() for t in load_file(compressed / "model.safetensors").values())
+    assert sum(row["nbytes"] for row in found["units"]) == stored - 2 * 48  # the final norm belongs to no unit
+    for row in found["units"]:
+        assert row["formats"] == "dropped" if row["kept"].startswith("0/") else row["formats"] != "dropped"
+        assert row["kept"] != "" or row["unit"] in {"embed", "head"}
+    code, out, err = run("show", compressed)
+    assert code == 0, err
+    assert "blocks.2.mlp" in out
+    assert f"{plan.found_by.nbytes:,} bytes" in " ".join(out.split())
+
+
+# --- what does not ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refused(run, tmp_path):
+    """Run a command that must fail; stderr is one line with these words, and no output or half of one is left."""
+
+    def go(*arguments, words, code=1, out="out"):
+        before = {path.name for path in tmp_path.iterdir()}
+        got, stdout, err = run(*arguments)
+        error = [line for line in err.splitlines() if line.startswith("trimbit: ")]
+        assert (got, len(error)) == (code, 1), err
+        assert err.splitlines()[-1] == error[0]
+        assert "Traceback" not in err
+        assert stdout == ""
+        for word in words:
+            assert word in error[0], error[0]
+        assert {path.name for path in tmp_path.iterdir()} == before
+        assert not list(tmp_path.glob(".*partial*"))
+        return error[0]
+
+    return go
+
+
+def copied(job, folder):
+    """A model that a test may break."""
+    shutil.copytree(job.model, folder / "model")
+    return folder / "model"
+
+
+def changed(model, change):
+    state = load_file(model / "model.safetensors")
+    change(state)
+    save_file(state, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def compress(model, out, options, *more, budget=BUDGET):
+    return ["compress", model, out, "--budget", budget, *options, *more]
+
+
+def test_a_missing_model(refused, options, tmp_path):
+    refused(*compress(tmp_path / "nonesuch", tmp_path / "out", options), words=["nonesuch", "does not exist"])
+
+
+def test_a_truncated_file(refused, job, options, tmp_path):
+    file = copied(job, tmp_path) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    refused(*compress(file.parent, tmp_path / "out", options), words=["model.safetensors", "truncated or corrupt"])
+
+
+def test_a_nan_names_its_tensor(refused, job, options, tmp_path):
+    model, name = copied(job, tmp_path), "model.layers.1.mlp.up_proj.weight"
+    changed(model, lambda state: state[name].view(-1)[5].fill_(torch.nan))
+    refused(*compress(model, tmp_path / "out", options), words=[name, "1 NaN"])
+
+
+def test_pickles_are_not_opened(refused, job, options, tmp_path):
+    model = copied(job, tmp_path)
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    refused(*compress(model, tmp_path / "out", options), words=["pickled", "pytorch_model.bin", "safetensors"])
+
+
+def test_a_compressed_directory_is_no_model(refused, compressed, options, tmp_path):
+    refused(*compress(compressed, tmp_path / "out", options), words=["already compressed by trimbit"])
+
+
+def test_an_unknown_key_in_a_plan(refused, job, options, compressed, tmp_path):
+    fields = json.loads((compressed / "plan.json").read_text()) | {"rotations": {}}
+    (tmp_path / "plan.json").write_text(json.dumps(fields))
+    refused(
+        "apply",
+        job.model,
+        tmp_path / "plan.json",
+        tmp_path / "out",
+        *options,
+        words=["plan.json: rotations: unknown key"],
+    )
+    refused("apply", job.model, tmp_path / "none.json", tmp_path / "out", *options, words=["none.json", "No such file"])
+
+
+def test_an_unknown_key_in_a_recipe(refused, job, tmp_path):
+    (tmp_path / "mine.yaml").write_text(job.recipe.read_text() + "\nserach: {}\n")
+    mine = ["--recipe", tmp_path / "mine.yaml", "--calibration", job.text]
+    refused(*compress(job.model, tmp_path / "out", mine), words=["mine: serach: unknown key"])
+
+
+@pytest.mark.parametrize(
+    ("override", "word"),
+    [
+        ("search.steps=3", "search knapsack: steps: unknown key"),
+        ("quant.damping=-1", "quant gptq: damping: "),
+        ("search.name=nonesuch", "no search method 'nonesuch'"),
+        ("damping", "cannot read the override"),
+    ],
+)
+def test_a_bad_override(refused, job, options, tmp_path, override, word):
+    refused(*compress(job.model, tmp_path / "out", options, "--set", override), words=[word])
+
+
+def test_a_plan_for_another_model(refused, job, options, compressed, tmp_path):
+    save_tiny(tiny_model("llama", seed=1).bfloat16(), tmp_path / "other")
+    plan = compressed / "plan.json"
+    refused(
+        "apply", tmp_path / "other", plan, tmp_path / "out", *options, words=["belongs to original", "not to other"]
+    )
+
+
+def test_a_plan_that_does_not_fit(refused, job, options, compressed, tmp_path):
+    fields = json.loads((compressed / "plan.json").read_text())
+    fields["cuts"] = {"blocks.9.mlp.mid": [0]}
+    (tmp_path / "plan.json").write_text(json.dumps(fields))
+    refused("apply", job.model, tmp_path / "plan.json", tmp_path / "out", *options, words=["no dim 'blocks.9.mlp.mid'"])
+
+
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        ("1kB", ["1,000 bytes", "smallest feasible budget is", "--budget "]),
+        ("45QB", ["'45QB'", "bpw", "MB"]),
+        ("many", ["'many'", "give a positive number"]),
+        ("0MB", ["'0MB'"]),
+        ("-3MB", ["'-3MB'"]),
+    ],
+)
+def test_a_budget_that_cannot_be(refused, job, options, tmp_path, budget, words):
+    refused(*compress(job.model, tmp_path / "out", options, budget=budget), words=words)
+
+
+def test_text_shorter_than_a_window(refused, job, tmp_path):
+    write_text(tmp_path / "short.txt", 20)
+    short = ["--recipe", job.recipe, "--calibration", tmp_path / "short.txt"]
+    refused(*compress(job.model, tmp_path / "out", short), words=["short.txt", "20 tokens found, 32 needed"])
+    write_text(tmp_path / "short.txt", 100)
+    refused(*compress(job.model, tmp_path / "out", short), words=["short.txt", "12 rows of 32", "has 3"])
+    few = ["--text", tmp_path / "short.txt", "--context", 128]
+    refused("eval", job.model, *few, words=["short.txt", "100 tokens found, 128 needed"])
+
+
+def test_no_such_text(refused, job, tmp_path):
+    missing = ["--recipe", job.recipe, "--calibration", tmp_path / "nonesuch.txt"]
+    refused(*compress(job.model, tmp_path / "out", missing), words=["nonesuch.txt"])
+    refused("eval", job.model, "--text", tmp_path / "nonesuch.txt", words=["nonesuch.txt", "no such file"])
+
+
+def test_h_that_is_not_positive_definite(refused, job, options, tmp_path):
+    """64 tokens cannot tell 80 channels apart."""
+    few = ["quant.damping=0", "calibration.rows=4", "calibration.length=16"]
+    sets = [part for one in few for part in ("--set", one)]
+    error = refused(
+        *compress(job.model, tmp_path / "out", options, *sets), words=["not positive definite", "damping 0"]
+    )
+    assert "a damping of" in error
+    assert "model.layers." in error
+
+
+def test_no_space_left(refused, job, options, tmp_path, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(artifact, "save_file", full)
+    refused(*compress(job.model, tmp_path / "out", options), words=["cannot write", "No space left on device"])
+
+
+@pytest.mark.parametrize("module", ["stats", "candidates"])
+def test_no_space_left_for_the_cache(refused, job, options, tmp_path, monkeypatch, module):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("TRIMBIT_CACHE", str(tmp_path))
+    (tmp_path / "tokens").mkdir()
+    for folder in ("stats", "rankings", "candidates", "measurements"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setattr(f"trimbit.{module}.save_file", full)
+    refused(*compress(job.model, tmp_path / "out", options), words=["No space left on device"])
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_cache_that_safetensors_cannot_write_or_read(refused, job, options, tmp_path, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("TRIMBIT_CACHE", str(cache))
+    cache.mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr("trimbit.stats.save_file", full)
+        refused(*compress(job.model, tmp_path / "out", options), words=[str(cache), "No space left", "free space"])
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "apply_plan", full)
+        refused(*compress(job.model, tmp_path / "out", options), words=[])
+    for file in cache.rglob("candidates/*/*.safetensors"):
+        file.write_bytes(file.read_bytes()[:50])  # a disk that lost what it had been given
+    for file in cache.rglob("*.jsonl"):
+        file.unlink()
+    refused(*compress(job.model, tmp_path / "out", options), words=[str(cache), "damaged", "remove it"])
+
+
+def test_interrupted(refused, job, options, tmp_path, monkeypatch):
+    def stop(_stream, _plan, _tokens, _method, _repair, _stats, writer, _progress):
+        assert writer.partial.is_dir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "apply_plan", stop)
+    refused(*compress(job.model, tmp_path / "out", options), words=["interrupted", "reused"], code=130)
+
+
+def test_terminated(refused, job, options, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "apply_plan", lambda *_: signal.raise_signal(signal.SIGTERM))
+    refused(*compress(job.model, tmp_path / "out", options), words=["interrupted"], code=130)
+
+
+@pytest.mark.parametrize("command", ["compress", "plan"])
+def test_an_output_that_exists(refused, job, options, tmp_path, command):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("precious")
+    refused(command, job.model, tmp_path / "out", "--budget", BUDGET, *options, words=["out exists already"])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_a_plan_needs_a_folder_to_lie_in(refused, job, options, tmp_path):
+    words = ["plan.json", "No such file or directory"]
+    refused("plan", job.model, tmp_path / "none" / "plan.json", "--budget", BUDGET, *options, words=words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["compress"], "Missing argument"),
+        (["compress", "a", "b"], "Missing option '--budget'"),
+        (["compress", "a", "b", "--budget", "1MB", "--bugdet", "2"], "No such option"),
+        (["squeeze"], "No such command 'squeeze'"),
+        (["compress", "a", "b", "--budget", "1MB", "--seed", "x"], "Invalid value for '--seed'"),
+    ],
+)
+def test_wrong_arguments(refused, arguments, word):
+    refused(*arguments, words=[word], code=2)
+
+
+def test_show_and_eval_of_what_is_no_model(refused, job, tmp_path):
+    refused("show", job.model, words=["is not a compressed directory"])
+    refused("show", tmp_path / "nonesuch", words=["is not a compressed directory"])
+    refused("eval", tmp_path / "nonesuch", "--text", job.text, words=["does not exist"])
+    refused("eval", job.model, "--text", job.text, "--dtype", "float8", words=["--dtype float8", "bfloat16 or float32"])

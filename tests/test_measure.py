@@ -1,0 +1,276 @@
+"""The judge against a KL of full logits; a measurement that was broken off goes on and ends the same."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from torch.nn import functional
+
+from tiny import VOCAB, save_tiny, tiny_model
+from trimbit.apply import Method
+from trimbit.candidates import CandidateWeights
+from trimbit.measure import measure, menu_of, sites_of, widths_of
+from trimbit.measurements import Background, Measurements, Space
+from trimbit.model.layout import build_layout
+from trimbit.model.load import open_checkpoint
+from trimbit.model.stream import BlockStream
+from trimbit.model.whole import Judge, WholeModel
+from trimbit.plan import ModelRef
+from trimbit.precision import parse_precision
+from trimbit.quant import rtn
+from trimbit.stats import collect
+
+TOKENS = torch.randint(3, VOCAB, (4, 24), generator=torch.Generator().manual_seed(0))
+REF = ModelRef(id="tiny", config_hash="0", weights_hash="0")
+INT2, INT4, INT8 = (parse_precision(name) for name in ("int2g32", "int4g32", "int8row"))
+SPACE = Space(formats=(INT2, INT4), table_formats=(INT4, INT8), widths=(1.0, 0.5, 0.0), groups=True, multiple=16)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def stream(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("original")
+    save_tiny(tiny_model("llama", tied=request.param).bfloat16(), path)
+    checkpoint = open_checkpoint(path)
+    return BlockStream(checkpoint, build_layout(checkpoint.config), torch.float32)
+
+
+@pytest.fixture
+def judge(stream):
+    return Judge(WholeModel(stream), TOKENS)
+
+
+@pytest.fixture(scope="module")
+def candidates(stream, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("candidates")
+    stats = collect(stream, TOKENS, folder / "stats", lambda *_: None)
+    rankings = {unit.dim: tuple(reversed(range(unit.size))) for unit in stream.layout.units.values() if unit.dim}
+    method = Method(module=rtn, config=rtn.Config())
+    return CandidateWeights(stream.checkpoint, stream.layout, stats, method, folder, rankings, SPACE)
+
+
+def background(layout, fmt=INT4, widths=None):
+    return Background(
+        widths=widths or {}, formats={site: fmt for unit in layout.units.values() for site in sites_of(layout, unit)}
+    )
+
+
+@torch.no_grad()
+def log_probabilities(model):
+    return torch.log_softmax(model.float()(input_ids=TOKENS, use_cache=False).logits.double(), -1)
+
+
+def kl(dense, changed):
+    return float(functional.kl_div(changed, dense, log_target=True, reduction="sum")) / TOKENS.numel()
+
+
+def noise(parameter, seed):
+    noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+    return parameter.detach() + 0.2 * parameter.detach().float().std() * noise
+
+
+# --- the judge -------------------------------------------------------------------------------------------------------
+
+
+def test_the_dense_model_has_no_damage(judge):
+    assert judge.damage(None) == pytest.approx(0, abs=1e-4)
+    assert all(judge.damage(block) == judge.damage(None) for block in range(3))
+
+
+def test_damage_is_the_kl_of_full_logits(judge):
+    whole = judge.whole
+    dense = log_probabilities(tiny_copy(whole))
+    name = "model.layers.1.mlp.down_proj.weight"
+    whole.install({name: noise(whole.model.get_parameter(name), 1)})
+    expected = kl(dense, log_probabilities(tiny_copy(whole)))
+    assert expected > 1e-3
+    assert judge.damage(None) == pytest.approx(expected, rel=1e-2, abs=1e-4)
+
+
+def tiny_copy(whole):
+    """A plain transformers model of the same weights in fp32."""
+    config = whole.model.config
+    copy = tiny_model("llama", tied=config.tie_word_embeddings)
+    state = {name: p.float() for name, p in whole.model.named_parameters()}
+    missing = copy.load_state_dict(state, strict=False)
+    biases = {unit.out_weight + ".bias" for unit in whole.layout.units.values() if unit.out_weight}
+    assert set(missing.unexpected_keys) == biases
+    assert all(not state[bias].any() for bias in biases)
+    assert set(missing.missing_keys) <= {"lm_head.weight"}
+    return copy
+
+
+@pytest.mark.parametrize("block", range(3))
+@pytest.mark.parametrize("part", ["self_attn.q_proj", "mlp.down_proj"])
+def test_a_change_in_one_block_is_seen_from_there(judge, block, part):
+    name = f"model.layers.{block}.{part}.weight"
+    judge.whole.install({name: noise(judge.whole.model.get_parameter(name), block)})
+    assert judge.damage(block) == pytest.approx(judge.damage(None), rel=1e-5)
+    assert judge.damage(block) > 1e-4
+    if block < 2:
+        assert judge.damage(block + 1) == pytest.approx(0, abs=1e-4)  # nothing after it has changed
+    judge.refresh()
+    assert judge.damage(2) == pytest.approx(judge.damage(None), rel=1e-5)
+
+
+def test_installing_and_taking_back(judge):
+    whole, names = judge.whole, ("model.layers.0.mlp.down_proj.weight", "model.layers.0.mlp.down_proj.bias")
+    before = whole.current(names)
+    assert not before[names[1]].any()  # a llama has no bias here: it is made for refits
+    whole.install({names[0]: noise(before[names[0]], 0), names[1]: torch.ones(48)})
+    assert judge.damage(None) > 1e-3
+    whole.install(before)
+    assert judge.damage(None) == pytest.approx(0, abs=1e-4)
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def run(stream, candidates, journal, progress=lambda *_: None, space=SPACE, around=None):
+    around = around or background(stream.layout)
+    judge = Judge(WholeModel(stream), TOKENS)
+    return measure(judge, stream.layout, candidates, space, around, journal, REF, "digest", 0, progress)
+
+
+@pytest.fixture(scope="module")
+def measured(stream, candidates, tmp_path_factory):
+    return run(stream, candidates, tmp_path_factory.mktemp("journal") / "all.jsonl")
+
+
+def test_every_choice_is_measured(stream, candidates, measured):
+    layout = stream.layout
+    sites = {(site, p.name) for u in layout.units.values() for site in sites_of(layout, u) for p in menu_of(u, SPACE)}
+    widths = {(unit.dim, w) for unit in layout.units.values() if unit.dim for w in widths_of(layout, unit, SPACE)}
+    assert {(m.site, m.precision.name) for m in measured.formats} == sites
+    assert {(m.dim, m.width) for m in measured.widths} == widths
+    assert {width for dim, width in widths if dim.endswith("kv")} == {0, 1, 2, 3}
+    assert {width for dim, width in widths if dim.endswith("mid")} == {0, 32, 80}
+    assert all(m.damage == 0 for m in measured.formats if m.precision == INT4)  # the background itself
+    assert all(m.damage == 0 for m in measured.widths if m.width == layout.unit_of_dim(m.dim).size)
+    assert measured.rankings == candidates.rankings
+    assert Measurements.model_validate_json(measured.model_dump_json()) == measured
+
+
+def test_a_damage_is_the_difference_to_the_background(stream, candidates, measured):
+    judge = Judge(WholeModel(stream), TOKENS)
+    layout, base = stream.layout, background(stream.layout).formats
+    for unit in layout.units.values():
+        judge.whole.install(candidates.unit_state(unit, unit.size, dict.fromkeys(sites_of(layout, unit), INT4)))
+    around = judge.damage(None)
+    assert measured.background_damage == pytest.approx(around, rel=1e-6)
+    unit, site = layout.units["blocks.1.mlp"], "blocks.1.mlp.m_in"
+    own = {s: base[s] for s in sites_of(layout, unit)}
+    judge.whole.install(candidates.unit_state(unit, 80, {**own, site: INT2}))
+    (found,) = (m.damage for m in measured.formats if (m.site, m.precision) == (site, INT2))
+    assert found == pytest.approx(judge.damage(None) - around, abs=1e-6)
+    assert found > 0
+    judge.whole.install(candidates.unit_state(unit, 32, own))
+    (found,) = (m.damage for m in measured.widths if (m.dim, m.width) == (unit.dim, 32))
+    assert found == pytest.approx(judge.damage(None) - around, abs=1e-6)
+
+
+class Counting:
+    """Candidates that count what is asked of them."""
+
+    def __init__(self, candidates):
+        self.inner, self.rankings, self.calls = candidates, candidates.rankings, 0
+
+    def unit_state(self, unit, width, formats):
+        self.calls += 1
+        return self.inner.unit_state(unit, width, formats)
+
+
+def test_resumes_after_a_kill(stream, candidates, measured, tmp_path):
+    journal, units = tmp_path / "journal.jsonl", len(stream.layout.units)
+    work = len(measured.formats) + len(measured.widths) - units_and_sites(stream.layout)
+
+    def kill(done, _total):
+        if done == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(stream, candidates, journal, kill)
+    assert len(journal.read_text().splitlines()) == 10
+    again, steps = Counting(candidates), []
+    assert run(stream, again, journal, lambda *step: steps.append(step)) == measured
+    assert again.calls == units + work - 10  # the background, and what was left
+    assert steps == [(at + 1, work) for at in range(work)]
+    assert len(journal.read_text().splitlines()) == work + 1
+    third = Counting(candidates)
+    assert run(stream, third, journal) == measured
+    assert third.calls == 0
+
+
+def units_and_sites(layout):
+    """How many choices are the background itself: a format for each site, a width for each dim."""
+    return sum(len(sites_of(layout, u)) + (u.dim is not None) for u in layout.units.values())
+
+
+@pytest.mark.parametrize("cut", [1, 20, 43])
+def test_a_torn_last_line_is_measured_again(stream, candidates, measured, tmp_path, cut):
+    journal = tmp_path / "journal.jsonl"
+
+    def kill(done, _total):
+        if done == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(stream, candidates, journal, kill)
+    journal.write_bytes(journal.read_bytes()[:-cut])
+    assert run(stream, candidates, journal) == measured
+    assert run(stream, candidates, journal) == measured
+
+
+def test_another_space_shares_the_journal(stream, candidates, measured, tmp_path):
+    journal = tmp_path / "journal.jsonl"
+    small = SPACE.model_copy(update={"groups": False, "widths": (1.0, 0.5)})
+    run(stream, candidates, journal, space=small)
+    lines = len(journal.read_text().splitlines())
+    again = Counting(candidates)
+    assert run(stream, again, journal) == measured
+    assert again.calls < len(stream.layout.units) + lines
+
+
+def test_another_ranking_is_measured_anew(stream, candidates, measured, tmp_path):
+    journal = tmp_path / "journal.jsonl"
+    run(stream, candidates, journal)
+    other = Counting(candidates)
+    other.rankings = {**candidates.rankings, "blocks.0.mlp.mid": tuple(range(80))}
+    run(stream, other, journal)
+    cuts = [json.loads(line)["change"] for line in journal.read_text().splitlines()]
+    cuts = [change for change in cuts if change.startswith("blocks.0.mlp.mid=32")]
+    assert len(set(cuts)) == len(cuts) == 2
+
+
+def test_formats_of_a_unit_that_the_background_drops(stream, candidates, tmp_path):
+    """They are measured with the unit put back, against the unit put back in the background's format."""
+    dim = "blocks.1.mlp.mid"
+    around = background(stream.layout, widths={dim: 0, "blocks.0.attn.kv": 2})
+    found = run(stream, candidates, tmp_path / "journal.jsonl", around=around)
+    widths = {m.width: m.damage for m in found.widths if m.dim == dim}
+    assert widths[0] == 0
+    assert widths[80] != 0
+    site, unit = "blocks.1.mlp.m_in", stream.layout.units["blocks.1.mlp"]
+    judge = Judge(WholeModel(stream), TOKENS)
+    states = []
+    for fmt in (INT4, INT2):
+        for own in stream.layout.units.values():
+            width = around.widths.get(own.dim, own.size) if own is not unit else 80
+            formats = dict.fromkeys(sites_of(stream.layout, own), INT4)
+            formats |= {site: fmt} if own is unit else {}
+            judge.whole.install(candidates.unit_state(own, width, formats))
+        states.append(judge.damage(None))
+    (damage,) = (m.damage for m in found.formats if (m.site, m.precision) == (site, INT2))
+    assert damage == pytest.approx(states[1] - states[0], abs=1e-6)
+
+
+def test_widths_are_multiples_and_the_full_one_is_always_there(stream):
+    unit = stream.layout.units["blocks.0.mlp"]
+    for multiple, shares in itertools.product((16, 32, 128), ((0.5,), (1.0, 0.75, 0.25), (0.0,))):
+        space = SPACE.model_copy(update={"multiple": multiple, "widths": shares})
+        widths = widths_of(stream.layout, unit, space)
+        assert widths[0] == 80
+        assert all(width % min(multiple, 80) == 0 for width in widths[1:])
+        assert list(widths) == sorted(set(widths), reverse=True)
+    assert widths_of(stream.layout, stream.layout.units["embed"], SPACE) == ()
+    assert widths_of(stream.layout, stream.layout.units["blocks.0.attn"], SPACE) == (3, 2, 1, 0)

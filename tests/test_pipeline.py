@@ -1,0 +1,251 @@
+"""Whole runs on a tiny llama: within the budget, the same each time, loadable by plain transformers."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import trimbit
+from jobs import BUDGET
+from tiny import VOCAB
+from trimbit import pipeline
+from trimbit.artifact import weight_nbytes
+from trimbit.errors import ArtifactError, BudgetError, DataError, PlanError, RecipeError
+from trimbit.evaluate import evaluate
+from trimbit.pipeline import compress, open_session
+from trimbit.plan import Budget, load_plan
+from trimbit.recipe import load_recipe
+
+LIMIT = Budget.parse(BUDGET).nbytes(1)
+
+
+def session(job, *overrides, **fields):
+    recipe = load_recipe(str(job.recipe), overrides)
+    return open_session(job.model, recipe, **({"calibration": str(job.text)} | fields))
+
+
+@pytest.fixture(scope="module")
+def compressed(job, tmp_path_factory):
+    out = tmp_path_factory.mktemp("pipeline") / "small"
+    plan = compress(session(job), Budget.parse(BUDGET), out)
+    return out, plan
+
+
+def test_within_the_budget_and_as_large_as_the_plan_says(job, compressed):
+    out, plan = compressed
+    nbytes = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    assert nbytes == plan.found_by.nbytes == session(job).layout.file_nbytes(plan) == weight_nbytes(out)
+    assert nbytes <= LIMIT
+    assert nbytes > 0.7 * LIMIT  # the search reckons with the longest header, which is much of so little
+    assert load_plan(out / "plan.json") == plan
+    assert plan.found_by.measured_damage > 0
+
+
+def test_everything_lies_beside_the_weights(job, compressed):
+    out, plan = compressed
+    names = {path.name for path in out.iterdir()}
+    assert names >= {
+        "config.json",
+        "model.safetensors",
+        "plan.json",
+        "recipe.yaml",
+        "README.md",
+        "LICENSE",
+        "tokenizer.json",
+    }
+    assert not any("partial" in path.name for path in out.parent.iterdir())
+    assert (out / "LICENSE").read_text() == "as you like"
+    assert load_recipe(str(out / "recipe.yaml")).hash == plan.found_by.recipe_hash == load_recipe(str(job.recipe)).hash
+    card = (out / "README.md").read_text()
+    assert f"{plan.found_by.nbytes:,} bytes" in card
+    assert "text.txt" in card
+
+
+def test_plain_transformers_loads_and_generates(compressed):
+    out, _ = compressed
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    prompt = tokenizer("w5 w6 w7", return_tensors="pt")
+    made = model.generate(**prompt, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    assert made.shape == (1, 11)
+    assert int(made.max()) < VOCAB
+    assert trimbit.__version__
+
+
+def test_the_same_seed_gives_the_same_bytes(job, compressed, tmp_path):
+    """From the cache of the first run, and from an empty one."""
+    out, plan = compressed
+    for name, fields in {"again": {}, "afresh": {"cache": tmp_path / "cache"}}.items():
+        assert compress(session(job, **fields), Budget.parse(BUDGET), tmp_path / name) == plan
+        for file in out.iterdir():
+            assert (tmp_path / name / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_another_seed_draws_other_text(job):
+    first, second = session(job).tokens, session(job, seed=1).tokens
+    assert first.digest != second.digest
+    assert first.digest == session(job).tokens.digest
+
+
+def test_evaluation_against_the_original(job, compressed):
+    out, plan = compressed
+    found = evaluate(
+        out, job.text, context=32, limit=4, against=job.model, dtype=torch.float32, progress=lambda *_: None
+    )
+    assert math.isfinite(found.ppl)
+    assert found.kl > 0
+    assert 0 <= found.top1_agreement <= 1
+    assert found.weight_nbytes == plan.found_by.nbytes
+    parameters = session(job).layout.parameters
+    assert found.bits_per_weight == pytest.approx(8 * plan.found_by.nbytes / parameters)
+    same = evaluate(
+        job.model, job.text, context=32, limit=4, against=job.model, dtype=torch.float32, progress=lambda *_: None
+    )
+    assert same.kl == pytest.approx(0, abs=1e-6)
+    assert same.top1_agreement == 1
+    assert same.windows == 4
+    assert same.tokens == 4 * 31
+
+
+def test_perplexity_and_kl_equal_full_logits(job, compressed):
+    out, _ = compressed
+    found = evaluate(
+        out, job.text, context=50, limit=3, against=job.model, dtype=torch.float32, progress=lambda *_: None
+    )
+    ids = torch.tensor([int(word[1:]) for word in job.text.read_text().split()])[:150].view(3, 50)
+    with torch.no_grad():
+        small, large = (
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(ids).logits[:, :-1].double().log_softmax(-1)
+            for path in (out, job.model)
+        )
+    nll = -small.gather(-1, ids[:, 1:, None]).mean()
+    assert found.ppl == pytest.approx(float(nll.exp()), rel=1e-4)
+    assert found.kl == pytest.approx(float((large.exp() * (large - small)).sum(-1).mean()), rel=1e-3)
+    assert found.top1_agreement == pytest.approx(float((large.argmax(-1) == small.argmax(-1)).double().mean()))
+
+
+def test_a_measured_damage_predicts_the_real_one(job, compressed):
+    """What the search measured of candidates is near what the written model does on the same tokens."""
+    out, plan = compressed
+    held = session(job).tokens.tokens[-2:, :16]
+    with torch.no_grad():
+        small, large = (
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(held).logits.double().log_softmax(-1)
+            for path in (out, job.model)
+        )
+    real = float((large.exp() * (large - small)).sum(-1).mean())
+    assert 0.3 * real < plan.found_by.measured_damage < 3 * real
+
+
+@pytest.mark.parametrize("name", ["uniform-rtn", "uniform-gptq", "knapsack-nopruning"])
+def test_the_other_recipes(job, tmp_path, name):
+    space = ("space.formats=[int2g32, int4g32]", "space.table_formats=[int4g32]", "search.anchors=[int2g32]")
+    small = (
+        "calibration.rows=8",
+        "calibration.length=32",
+        "measure.rows=2",
+        "measure.length=16",
+        "measure.held_out_rows=2",
+    )
+    overrides = {"uniform-rtn": small[:2], "uniform-gptq": small, "knapsack-nopruning": small + space}[name]
+    opened = open_session(job.model, load_recipe(name, overrides), calibration=str(job.text))
+    plan = compress(opened, Budget.parse("4.6bpw"), tmp_path / "out")
+    assert plan.cuts == {}
+    assert (
+        weight_nbytes(tmp_path / "out")
+        == plan.found_by.nbytes
+        <= Budget.parse("4.6bpw").nbytes(opened.layout.parameters)
+    )
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+
+
+def test_rounds_and_compute_in_float32(job, tmp_path):
+    opened = session(job, "measure.rounds=2", "compute=float32")
+    assert compress(opened, Budget.parse(BUDGET), tmp_path / "out").found_by.nbytes <= LIMIT
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(t.isfinite().all() for t in state.values() if t.is_floating_point())
+
+
+def test_self_calibration_is_repeatable(job, tmp_path):
+    digests = []
+    for name in ("first", "first", "second"):
+        opened = session(job, calibration="self", cache=tmp_path / name)
+        assert opened.tokens.tokens.shape == (12, 32)
+        digests.append(opened.tokens.digest)
+    assert len(set(digests)) == 1
+    plan = compress(session(job, calibration="self", cache=tmp_path / "first"), Budget.parse(BUDGET), tmp_path / "out")
+    assert plan.found_by.nbytes <= LIMIT
+    assert "sampled from the model itself" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_budgets_share_everything_but_the_search(job, tmp_path, monkeypatch):
+    """A second budget near the first measures nothing again."""
+    opened = session(job, "search.anchors=[int4g32]", cache=tmp_path)
+    opened.find_plan(Budget.parse("30kB"))
+    monkeypatch.setattr(pipeline, "collect", None)
+    again = session(job, "search.anchors=[int4g32]", cache=tmp_path)
+    journals = {file.name: file.read_bytes() for file in (tmp_path / "measurements").glob("*.jsonl")}
+    assert len(journals) == 1
+    assert again.find_plan(Budget.parse("26kB")).found_by.nbytes <= 26_000
+    assert journals == {file.name: file.read_bytes() for file in (tmp_path / "measurements").glob("*.jsonl")}
+
+
+def test_a_torn_journal_in_the_cache(job, tmp_path, compressed):
+    _, plan = compressed
+    session(job, cache=tmp_path).find_plan(Budget.parse(BUDGET))
+    (journal,) = (tmp_path / "measurements").glob("*.jsonl")
+    journal.write_bytes(journal.read_bytes()[: journal.stat().st_size // 2])
+    assert session(job, cache=tmp_path).find_plan(Budget.parse(BUDGET)) == plan
+
+
+def test_nothing_half_written_is_left_in_the_cache(job, tmp_path):
+    compress(session(job, cache=tmp_path / "cache"), Budget.parse(BUDGET), tmp_path / "out")
+    left = [path for path in (tmp_path / "cache").rglob("*") if path.suffix == ".tmp"]
+    assert left == []
+
+
+def test_an_unready_budget_is_refused_before_anything_long(job, tmp_path):
+    opened = session(job, cache=tmp_path / "cache")
+    with pytest.raises(BudgetError, match="smallest feasible budget is") as caught:
+        opened.find_plan(Budget.parse("1kB"))
+    assert not (tmp_path / "cache").exists()
+    smallest = str(caught.value).split("--budget ")[1].rstrip(")")
+    assert opened.find_plan(Budget.parse(smallest)).found_by.nbytes == int(smallest[:-1])
+
+
+def test_too_few_rows_to_hold_out(job):
+    with pytest.raises(RecipeError, match=r"12 held out need 14 calibration rows; there are 12 \(calibration\.rows\)"):
+        session(job, "measure.held_out_rows=12").find_plan(Budget.parse(BUDGET))
+
+
+def test_calibration_text_must_exist(job, tmp_path):
+    with pytest.raises(DataError, match="no calibration text"):
+        session(job, calibration=str(tmp_path / "nonesuch.txt"))
+
+
+def test_an_existing_output_is_refused_first(job, compressed):
+    out, _ = compressed
+    before = json.loads((out / "config.json").read_text())
+    with pytest.raises(ArtifactError, match="exists already"):
+        compress(session(job), Budget.parse(BUDGET), out)
+    assert json.loads((out / "config.json").read_text()) == before
+
+
+def test_a_plan_of_another_model(job, compressed, tmp_path):
+    _, plan = compressed
+    other = plan.model_copy(update={"model": plan.model.model_copy(update={"weights_hash": "0" * 64})})
+    with pytest.raises(PlanError, match="belongs to original"):
+        session(job).write(other, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_of_several_runs_is_no_background(job, compressed):
+    _, plan = compressed
+    name, own = next(iter(plan.weights.items()))
+    halves = tuple(run.model_copy(update={"count": own[0].count // 2}) for run in own * 2)
+    torn = plan.model_copy(update={"weights": {**plan.weights, name: halves}})
+    with pytest.raises(PlanError, match=f"{name} has 2 runs"):
+        pipeline.background_of(torn, session(job).layout)
