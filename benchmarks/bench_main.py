@@ -3,7 +3,7 @@
     python benchmarks/bench_main.py .models/SmolLM2-135M-Instruct.Q4_1.gguf --data ../shared/data [--only grid|budgets]
 
 Each cell is stored in benchmarks/results/main.json as soon as it is done, and a cell that is there is not run again;
-docs/benchmarks.md is drawn from that file at the end. Models are taken off their 4-bit grid first (benchmarks/offgrid.py);
+docs/benchmarks.md is drawn from it at the end. Models are taken off their 4-bit grid first (benchmarks/offgrid.py);
 perplexity is on WikiText-2 test, context 2048, the first 16 windows; calibration is on WikiText-2 train.
 """
 
@@ -17,8 +17,9 @@ import time
 from pathlib import Path
 
 import torch
-from offgrid import write_off_grid
+from safetensors.torch import load_file, save_file
 
+from offgrid import write_off_grid
 from trimbit import data
 from trimbit.artifact import weight_nbytes
 from trimbit.evaluate import final_hidden, hardware, load_model, load_tokenizer, score
@@ -56,7 +57,9 @@ class Bench:
         found = run()
         found |= {
             "seconds": round(time.perf_counter() - started, 1),
-            "hardware": hardware(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "hardware": hardware(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
         }
         self.results[key] = found
         RESULTS.parent.mkdir(exist_ok=True)
@@ -69,14 +72,14 @@ class Bench:
             self.folder / "wikitext-2" / "wiki.test.raw", load_tokenizer(original), context=CONTEXT, limit=WINDOWS
         )
         dense = load_model(original, torch.bfloat16)
-        cached = WORK / f"dense-{original.name}.pt"
+        cached = WORK / f"dense-{original.name}.safetensors"
         if not cached.exists():
-            torch.save([final_hidden(dense, window) for window in windows], cached)
-        reference = torch.load(cached, weights_only=True)
+            save_file({str(at): final_hidden(dense, window).clone() for at, window in enumerate(windows)}, cached)
+        reference = load_file(cached)
         model = load_model(path, torch.bfloat16)
         totals = torch.zeros(3, dtype=torch.float64)
-        for window, hidden in zip(windows, reference, strict=True):
-            totals += score(model, final_hidden(model, window), window, (dense, hidden))
+        for at, window in enumerate(windows):
+            totals += score(model, final_hidden(model, window), window, (dense, reference[str(at)]))
         nll, kl, top1 = (totals / (len(windows) * (CONTEXT - 1))).tolist()
         return {"ppl@2048": math.exp(nll), "kl": kl, "top1": top1}
 
@@ -102,7 +105,10 @@ class Bench:
         session = self.session(original, METHODS[method][0], seed)
         problem = session.problem(0, ready=False)
         plan = problem.uniform(parse_precision(f"uint{bits}g64"), f"{method} {bits}")
-        formats = {site: p if site.startswith("blocks.") else BF16 for site, p in background_of(plan, session.layout).formats.items()}
+        formats = {
+            site: p if site.startswith("blocks.") else BF16
+            for site, p in background_of(plan, session.layout).formats.items()
+        }
         return self.write(session, problem.plan({}, formats, f"{method} {bits}, blocks only"), original)
 
     def budget(self, recipe: str, budget: str, seed: int) -> dict:
@@ -117,10 +123,14 @@ class Bench:
         bits = {}
         for name, runs in plan.weights.items():
             for run in runs:
-                bits[run.precision.name] = bits.get(run.precision.name, 0) + session.layout.weights[name].rows * run.count
+                bits[run.precision.name] = (
+                    bits.get(run.precision.name, 0) + session.layout.weights[name].rows * run.count
+                )
         return found | {
-            "limit": limit.nbytes(session.layout.parameters), "used": found["nbytes"] / limit.nbytes(session.layout.parameters),
-            "search_seconds": search_seconds, "method": plan.found_by.method, "measured_damage": plan.found_by.measured_damage,
+            "limit": limit.nbytes(session.layout.parameters),
+            "used": found["nbytes"] / limit.nbytes(session.layout.parameters),
+            "search_seconds": search_seconds, "method": plan.found_by.method,
+            "measured_damage": plan.found_by.measured_damage,
             "predicted_damage": plan.found_by.predicted_damage, "notes": list(plan.found_by.notes), "cut": cut,
             "weights_by_format": bits, "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }  # fmt: skip
@@ -139,7 +149,11 @@ def tables(results: dict) -> str:
         for bits in (4, 3, 2):
             cells = " | ".join(ppl(f"grid/{method}/{bits} bits/seed {seed}") for seed in seeds)
             lines.append(f"| {method} | {bits} | {cells} |")
-    lines += ["", "| budget | recipe | ppl@2048 | KL | same first choice | bytes used | chosen | sub-blocks cut |", "|---|---|---|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| budget | recipe | ppl@2048 | KL | same first choice | bytes used | chosen | sub-blocks cut |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for budget in BUDGETS:
         for recipe in RECIPES:
             cell = results.get(f"budget/{recipe}/{budget}")
@@ -166,6 +180,7 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--only", choices=("grid", "budgets"))
+    parser.add_argument("--budgets", nargs="*", default=list(BUDGETS))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     options = parser.parse_args()
     os.environ.setdefault("TRIMBIT_CACHE", str(WORK / "cache"))
@@ -175,9 +190,11 @@ def main() -> None:
             bench.cell(f"dense/seed {seed}", lambda seed=seed: bench.dense(seed))
             for method in METHODS:
                 for bits in (4, 3, 2):
-                    bench.cell(f"grid/{method}/{bits} bits/seed {seed}", lambda m=method, b=bits, s=seed: bench.grid(m, b, s))
+                    bench.cell(
+                        f"grid/{method}/{bits} bits/seed {seed}", lambda m=method, b=bits, s=seed: bench.grid(m, b, s)
+                    )
     if options.only != "grid":
-        for budget in BUDGETS[::-1]:
+        for budget in options.budgets:
             for recipe in RECIPES:
                 bench.cell(f"budget/{recipe}/{budget}", lambda r=recipe, b=budget: bench.budget(r, b, 0))
     write_tables(bench.results)

@@ -91,11 +91,11 @@ def test_a_bad_plan_is_refused_before_anything_is_written(original, tmp_path):
 
 
 def test_a_failing_quantiser_names_the_weight(original, tmp_path):
-    def quantize(*_):
+    def quantize_all(*_):
         raise NumericsError("no")
 
     broken = ModuleType("broken")
-    broken.quantize, broken.NEEDS_MOMENTS = quantize, False
+    broken.quantize_all, broken.NEEDS_MOMENTS = quantize_all, False
     method = Method(module=broken, config=rtn.Config())
     with pytest.raises(NumericsError, match=r"^model\.layers\.0\.self_attn\.q_proj: no$"):
         run(original, tmp_path / "out", method)
