@@ -34,7 +34,7 @@ class Config(Data):
 
     pruning_costs: tuple[float, ...] = Field(
         default=(1.0, 2.0, 4.0), min_length=1
-    )  # ours: factors on D(width), a plan each
+    )  # ours: factors on positive D(width), a plan each
     no_pruning: bool = True  # try a plan that prunes nothing, too
     anchors: tuple[Precision, ...] = ()  # formats of the backgrounds to measure in; none: every format of the blocks
     table_bits: int = 4  # ours: the embedding and the head suffer more from rounding than a block's weights
@@ -164,11 +164,9 @@ def choices(problem: Problem, unit: Unit, pruning_cost: float | None) -> list[Ch
         cut = width is not None and width != unit.size
         if cut and pruning_cost is None:
             continue
-        shape = (
-            by_width[unit.dim or "", width] * (pruning_cost if cut and pruning_cost is not None else 1.0)
-            if width is not None
-            else 0.0
-        )
+        shape = by_width[unit.dim or "", width] if width is not None else 0.0
+        if cut and pruning_cost is not None:
+            shape *= pruning_cost if shape > 0 else 1.0  # a gain, most likely noise, is not multiplied
         if width == 0:
             found.append(Choice(unit, 0, tuple((site, menu_of(unit, problem.space)[0]) for site in sites), 0, shape))
             continue
