@@ -145,7 +145,8 @@ class _Job:
         self.last_target = max(
             (unit.block or 0 for unit in self.layout.units.values() if self._refits(unit)), default=-1
         )
-        self.dense: Chunks | None = embed_chunks(stream, tokens) if self.last_target >= 0 else None
+        beside = self.last_target >= 0 and repair.target == "dense"
+        self.dense: Chunks | None = embed_chunks(stream, tokens) if beside else None
         with stream.embedding_replaced(table.dequantize(torch.bfloat16)):
             self.compressed: Chunks = embed_chunks(stream, tokens)
 
@@ -219,9 +220,9 @@ class _Job:
         boundary = chunks if dense is None else max(1, min(share, chunks - 1))  # one is held out, if there are two
         for at, chunk in enumerate(self.compressed):
             x_dense = None
-            if dense is not None and self.dense is not None:
+            if dense is not None:
                 with Tap({"x": dense.get_submodule(relative)}, stop_at="x") as seen:
-                    self.stream.run(index, dense, self.dense[at])
+                    self.stream.run(index, dense, self.dense[at] if self.dense is not None else chunk)
                 x_dense = seen["x"]
             with Tap({"x": block.get_submodule(relative)}, stop_at="x") as seen:
                 self.stream.run(index, block, chunk)

@@ -1,11 +1,12 @@
 """Refit the weight that writes to the residual stream, so that the kept channels make up for the cut ones.
 
-Legend: y = W x + b the dense output over all channels x_d; x the kept channels of the compressed path; H = E[x x^T],
+Legend: y = W x_d + b the uncut output over all channels x_d; x the kept channels of the compressed path; H = E[x x^T],
 C = E[x_d x^T], both centred. The new weight is the ridge solution, shrunk towards the kept columns W_K:
 W' = W_K + (W C - W_K H) (H + lambda * mean(diag H) * I)^-1, with bias b' = b + W E[x_d] - W' E[x].
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -24,6 +25,7 @@ class Config(Data):
     """Where a refit happens and which ridges are tried."""
 
     when: str = Field(default="cut", pattern="^(never|cut|always)$")  # `cut`: where the unit lost channels
+    target: Literal["compressed", "dense"] = "compressed"  # ours: the path whose inputs the uncut sub-block is fed
     ridges: tuple[float, ...] = (
         1e-4,
         1e-3,
