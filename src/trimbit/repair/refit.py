@@ -25,7 +25,7 @@ class Config(Data):
     """Where a refit happens and which ridges are tried."""
 
     when: str = Field(default="cut", pattern="^(never|cut|always)$")  # `cut`: where the unit lost channels
-    target: Literal["compressed", "dense"] = "compressed"  # ours: the path whose inputs the uncut sub-block is fed
+    target: Literal["dense", "compressed"] = "dense"  # ours: the path whose inputs the uncut sub-block is fed
     ridges: tuple[float, ...] = (
         1e-4,
         1e-3,
