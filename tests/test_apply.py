@@ -33,16 +33,16 @@ def sample(rows, seed):
     return torch.randint(3, VOCAB, (rows, 64), generator=torch.Generator().manual_seed(seed))
 
 
-def run(original, out, method, *, plan=None, bits="int3g32", cuts=None, when=None, rows=80):
+def run(original, out, method, *, plan=None, bits="int3g32", cuts=None, refits=False, rows=80):
     """Compress, and give the mean squared error of the logits on other tokens."""
     checkpoint = open_checkpoint(original)
     layout = build_layout(checkpoint.config)
-    biases = tuple(u.out_weight for u in layout.units.values() if u.dim in (cuts or {})) if when else ()
+    biases = tuple(u.out_weight for u in layout.units.values() if u.dim in (cuts or {})) if refits else ()
     plan = plan or make_plan(layout, lambda w, n: runs((n, "bf16" if w.row_axis == "vocab" else bits)), cuts, biases)
     stream, done = BlockStream(checkpoint, layout, torch.float32), []
     stats = collect(stream, sample(rows, 0), out.parent / f"{out.name}-stats", lambda *_: None)
     with Writer(out, layout, plan) as writer:
-        repair = refit.Config(when=when or "never")
+        repair = refit.Config()
         apply_plan(stream, plan, sample(rows, 0), method, repair, stats, writer, lambda *step: done.append(step))
     assert done == [(1, 3), (2, 3), (3, 3)]
     with torch.no_grad():
@@ -57,7 +57,7 @@ def test_gptq_beats_rtn(original, tmp_path):
 @pytest.mark.parametrize("method", [RTN, GPTQ], ids=["rtn", "gptq"])
 def test_a_refit_makes_up_for_a_cut(original, tmp_path, method):
     kept = run(original, tmp_path / "kept", method, bits="int8g32", cuts=CUTS)
-    assert run(original, tmp_path / "refit", method, bits="int8g32", cuts=CUTS, when="cut") < 0.9 * kept
+    assert run(original, tmp_path / "refit", method, bits="int8g32", cuts=CUTS, refits=True) < 0.9 * kept
 
 
 @pytest.mark.parametrize(("chunks", "held"), [(1, 1), (2, 1), (3, 1), (9, 1), (16, 2)])
@@ -70,14 +70,14 @@ def test_a_refit_is_judged_on_what_it_did_not_see(original, tmp_path, monkeypatc
 
     monkeypatch.setattr(refit, "refit", spy)
     cuts = {"blocks.0.mlp.mid": (1, 2, 3)}
-    run(original, tmp_path / "out", RTN, cuts=cuts, when="cut", rows=32 * chunks)
+    run(original, tmp_path / "out", RTN, cuts=cuts, refits=True, rows=32 * chunks)
     train = chunks - held if chunks > 1 else 1  # a lone chunk has to do for both
     assert counts == [(2048 * train, 2048 * held)]
 
 
 def test_same_input_same_bytes(original, tmp_path):
     for name in ("a", "b"):
-        run(original, tmp_path / name, GPTQ, cuts=CUTS, when="cut", rows=40)
+        run(original, tmp_path / name, GPTQ, cuts=CUTS, refits=True, rows=40)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
     assert files[0] == files[1]
 

@@ -153,7 +153,7 @@ class _Job:
     def _refits(self, unit: Unit) -> bool:
         if unit.dim is None or self.layout.dropped(unit, self.plan):
             return False
-        return unit.out_weight in self.plan.biases and (self.repair.when == "always" or unit.dim in self.plan.cuts)
+        return unit.out_weight in self.plan.biases
 
     def block(self, index: int) -> dict[str, Tensor]:
         """Compress one block, half by half, and move the hidden states past it; returns its stored tensors."""

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -283,13 +283,8 @@ class Session:
         for number in range(want.rounds):
             measurements = self.measure(background, number)
             with self.reporter.stage("search") as progress:
-                solved = Problem(
-                    **{
-                        **vars(problem),
-                        "measurements": measurements,
-                        "measurement_hash": digest(measurements.model_dump(mode="json")),
-                    }
-                )
+                key = digest(measurements.model_dump(mode="json"))
+                solved = replace(problem, measurements=measurements, measurement_hash=key)
                 plans.append(module.search(solved, config))
                 progress(1, 1)
             background = background_of(plans[-1], self.layout)
@@ -315,8 +310,8 @@ class Session:
                 self.judges[0], self.layout, self.candidates, space, background, journal,
                 self.model, self.tokens.digest, self.seed, progress,
             )  # fmt: skip
-        stored = self.cache / "measurements" / f"{digest(found.model_dump(mode='json'))}.json"
-        _save_whole(stored, lambda beside: beside.write_text(found.model_dump_json(), encoding="utf-8"))
+        path = self.cache / "measurements" / f"{digest(found.model_dump(mode='json'))}.json"
+        _save_whole(path, lambda beside: beside.write_text(found.model_dump_json(), encoding="utf-8"))
         return found
 
     def write(self, plan: Plan, out: Path) -> None:

@@ -51,7 +51,7 @@ class Accumulator:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, x: Float[Tensor, "tokens n"], dense: Float[Tensor, "tokens m"] | None = None) -> None:
-        """Add the inputs of some tokens as the matrix product reads them: in bf16 where it computes in bf16."""
+        """Add the inputs of some tokens, rounded to bf16 as a bf16 layer reads them, whatever the model computes in."""
         self.count += x.shape[0]
         x = x.float()
         self._sum("h", lambda: torch.zeros(x.shape[1], x.shape[1])).add_(product(x, x))

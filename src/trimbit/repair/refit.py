@@ -22,9 +22,8 @@ PAPER = (
 
 
 class Config(Data):
-    """Where a refit happens and which ridges are tried."""
+    """How a weight that gains a bias is refitted; the plan's `biases` say which ones."""
 
-    when: str = Field(default="cut", pattern="^(never|cut|always)$")  # `cut`: where the unit lost channels
     target: Literal["dense", "compressed"] = "dense"  # ours: the path whose inputs the uncut sub-block is fed
     ridges: tuple[float, ...] = (
         1e-4,
