@@ -23,7 +23,8 @@ from offgrid import write_off_grid
 from trimbit import data
 from trimbit.artifact import weight_nbytes
 from trimbit.evaluate import final_hidden, hardware, load_model, load_tokenizer, score
-from trimbit.pipeline import Session, background_of, open_session
+from trimbit.measure import background_of
+from trimbit.pipeline import Session, open_session
 from trimbit.plan import Budget, Plan
 from trimbit.precision import BF16, parse_precision
 from trimbit.recipe import load_recipe

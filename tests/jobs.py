@@ -20,11 +20,11 @@ def write_text(path: Path, tokens: int, seed: int = 0) -> None:
 def write_recipe(path: Path) -> None:
     """The knapsack's recipe for a model of 3 blocks of width 48."""
     fields = yaml.safe_load((RECIPES / "knapsack.yaml").read_text(encoding="utf-8"))
-    fields["calibration"] = {"rows": 12, "length": 32}
-    fields["measure"] = {"rows": 2, "length": 16, "held_out_rows": 2}
+    fields["calibration"] = {"rows": 12, "length": 32, "held_out": 2}
+    fields["measure"] = {"rows": 2, "length": 16}
     formats = ["uint2g32", "int4g32", "uint8row"]
     fields["space"] |= {"formats": formats, "table_formats": formats, "widths": [1.0, 0.5, 0.0], "multiple": 16}
-    fields["search"] = {"name": "knapsack", "params": {"pruning_costs": [1.0, 3.0]}}
+    fields["search"] = {"name": "knapsack", "params": {"pruning_costs": [1.0, 3.0], "uniform": {"formats": formats}}}
     path.write_text(yaml.safe_dump(fields), encoding="utf-8")
 
 

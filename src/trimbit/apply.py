@@ -1,24 +1,28 @@
 """Apply a plan: cut, refit and quantise block by block, each on the inputs that the compressed blocks before it give.
 
 Two paths run side by side where a refit needs a target: the dense one, and the compressed one. Each block is passed in
-the order of its sites, so that H of a site already carries the error of everything before it.
+the order of its sites, so that H of a site already carries the error of everything before it. Held-out rows go along
+on both paths, untouched by any fit, and say at the end what the plan really costs.
 """
 
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from torch.nn import functional
 
 from trimbit.artifact import Writer
 from trimbit.errors import NumericsError
 from trimbit.model import axes
+from trimbit.model.head import kl, logit_slices
 from trimbit.model.layout import Layout, Unit, Weight
-from trimbit.model.stream import BlockStream, Chunks, embed_chunks
+from trimbit.model.stream import BlockStream, Chunks, computing, embed_chunks
 from trimbit.plan import Plan
 from trimbit.precision import BFloat16, Data, Run
 from trimbit.quant import rtn
@@ -56,12 +60,15 @@ class Method:
 
 def apply_plan(
     stream: BlockStream, plan: Plan, tokens: Int[Tensor, "rows length"], method: Method, repair: refit.Config,
-    stats: Stats | None, writer: Writer, progress: Progress,
-) -> None:  # fmt: skip
+    stats: Stats | None, writer: Writer, progress: Progress, held_out: Int[Tensor, "held length"] | None = None,
+) -> float | None:  # fmt: skip
     """Write all tensors of a plan through `writer`; memory holds one block, twice, and the hidden states.
 
     `stats` give H of a tied head, whose table is quantised first because the blocks read it too; a quantiser that
     needs no moments needs no `stats`.
+
+    Returns:
+        KL(original || compressed) on the `held_out` tokens, in nats a token; None without any.
 
     Raises:
         PlanError: if the plan does not fit the model.
@@ -78,11 +85,12 @@ def apply_plan(
         lookup = tied_moments(stats.moments("head_in"))
     packed = method.quantize(table, lookup, family.embed, plan.weights[family.embed])
     writer.add(_named(family.embed, packed))
-    job = _Job(stream, plan, tokens, method, repair, packed)
-    del table, packed
+    job = _Job(stream, plan, tokens, method, repair, packed, held_out)
+    del table
     for index in range(layout.blocks):
         writer.add(job.block(index))
         progress(index + 1, layout.blocks)
+    dense_head = family.embed if layout.tied else family.head
     if not layout.tied:
         final = Accumulator()
         for chunk in job.compressed if needs else ():
@@ -91,6 +99,10 @@ def apply_plan(
         packed = method.quantize(head, final.moments() if needs else None, family.head, plan.weights[family.head])
         writer.add(_named(family.head, packed))
     writer.add({name: stream.checkpoint.tensor(name).to(torch.bfloat16) for name in layout.fixed})
+    if held_out is None:
+        return None
+    original = stream.checkpoint.tensor(f"{dense_head}.weight").to(stream.compute)
+    return job.damage(original, packed.dequantize(torch.bfloat16).to(stream.compute))
 
 
 def identity_moments(n: int) -> Moments:
@@ -135,8 +147,9 @@ class _Job:
     """The state of one application: the hidden states of both paths."""
 
     def __init__(
-        self, stream: BlockStream, plan: Plan, tokens: Tensor, method: Method, repair: refit.Config, table: QTensor
-    ) -> None:
+        self, stream: BlockStream, plan: Plan, tokens: Tensor, method: Method, repair: refit.Config, table: QTensor,
+        held_out: Tensor | None,
+    ) -> None:  # fmt: skip
         self.stream = stream
         self.layout = stream.layout
         self.plan = plan
@@ -147,8 +160,10 @@ class _Job:
         )
         beside = self.last_target >= 0 and repair.target == "dense"
         self.dense: Chunks | None = embed_chunks(stream, tokens) if beside else None
+        self.held_dense: Chunks = embed_chunks(stream, held_out) if held_out is not None else []
         with stream.embedding_replaced(table.dequantize(torch.bfloat16)):
             self.compressed: Chunks = embed_chunks(stream, tokens)
+            self.held_compressed: Chunks = embed_chunks(stream, held_out) if held_out is not None else []
 
     def _refits(self, unit: Unit) -> bool:
         if unit.dim is None or self.layout.dropped(unit, self.plan):
@@ -169,6 +184,8 @@ class _Job:
                         cut_unit(block, self.layout, unit, self.plan.cuts[unit.dim], prefix)
                     stored |= self._compress_unit(index, unit, dense, block, prefix)
                     self._advance(self.compressed, index, block)
+                    self._advance(self.held_compressed, index, block)
+                self._advance(self.held_dense, index, dense)
                 if self.dense is not None:
                     self._advance(self.dense, index, dense)
         if index >= self.last_target:
@@ -178,6 +195,22 @@ class _Job:
     def _advance(self, hidden: Chunks, index: int, block: nn.Module) -> None:
         for at, chunk in enumerate(hidden):
             hidden[at] = self.stream.run(index, block, chunk)
+
+    def damage(self, original: Tensor, compressed: Tensor) -> float:
+        """KL(original || compressed) on the held-out rows, which are past the last block, with both heads' weights."""
+        total, count, config = 0.0, 0, self.layout.config
+        for chunk, other in zip(self.held_dense, self.held_compressed, strict=True):
+            with computing(self.stream.compute):
+                heads = [
+                    logit_slices(
+                        partial(functional.linear, weight=weight), config, self.stream.final_norm(h).flatten(0, -2)
+                    )
+                    for weight, h in ((original, chunk), (compressed, other))
+                ]
+                for (_, p), (_, q) in zip(*heads, strict=True):
+                    total += kl(torch.log_softmax(p, -1), torch.log_softmax(q, -1))
+                    count += len(p)
+        return total / count
 
     def _compress_unit(
         self, index: int, unit: Unit, dense: nn.Module, block: nn.Module, prefix: str

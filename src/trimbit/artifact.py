@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from trimbit.errors import ArtifactError
 from trimbit.model.layout import METADATA, Layout, TensorSpec, shards
-from trimbit.plan import Plan
+from trimbit.plan import Plan, load_plan
 from trimbit.runtime import Structure
 
 METHOD = "trimbit"  # the `model_type` of a compressed directory
@@ -60,6 +60,18 @@ class Writer:
             part = {name: self.pending.pop(name) for name in self.files[self.written]}
             self._save(part, self._file_name(self.written))
             self.written += 1
+
+    def take(self, folder: Path) -> None:
+        """Take the weight files and the plan of a directory that the same plan was applied to before."""
+        try:
+            for at in range(len(self.files)):
+                shutil.copyfile(folder / self._file_name(at), self.partial / self._file_name(at))
+        except OSError as err:
+            raise ArtifactError(f"cannot write {self.out}: {err.strerror}") from err
+        self.written = len(self.files)
+        found = load_plan(folder / PLAN_FILE).found_by
+        told = self.plan.found_by.model_copy(update={"measured_damage": found.measured_damage})
+        self.plan = self.plan.model_copy(update={"found_by": told})
 
     def _file_name(self, index: int) -> str:
         count = len(self.files)
@@ -135,6 +147,30 @@ def config_fields(config: PreTrainedConfig, plan: Plan) -> dict[str, Any]:
         if key in base:
             fields[key] = base[key]
     return fields
+
+
+def model_card(
+    version: str, model_id: str, license_name: str | None, layout: Layout, plan: Plan, calibration: str
+) -> str:
+    """README.md of a compressed directory."""
+    nbytes, found = layout.file_nbytes(plan), plan.found_by
+    license_line = f"license: {license_name}\n" if license_name else ""
+    damage = f"{found.measured_damage:.4f} nats a token" if found.measured_damage is not None else "not measured"
+    text = "text sampled from the model itself" if calibration == "self" else Path(calibration).name
+    return (
+        f"---\nbase_model: {model_id}\nlibrary_name: trimbit\n{license_line}"
+        "tags: [trimbit, quantized, pruned]\n---\n\n"
+        f"# {model_id}, {nbytes / 1e6:.1f} MB\n\n"
+        f"Compressed with trimbit {version}: {found.method}. Weight file {nbytes:,} bytes, "
+        f"{8 * nbytes / layout.parameters:.2f} bits per original parameter; "
+        f"KL to the original on held-out calibration text: {damage}.\n"
+        f"Calibrated on {text}, seed {found.seed}.\n\n"
+        "```python\nimport trimbit  # makes transformers know this format\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("this directory")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("this directory")\n```\n\n'
+        "`plan.json` says what was cut and how many bits each weight has, `recipe.yaml` how that was decided.\n"
+    )
 
 
 def weight_nbytes(folder: Path) -> int:

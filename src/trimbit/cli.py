@@ -49,9 +49,25 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 class Bars:
     """Progress as bars on stderr."""
 
+    def __init__(self) -> None:
+        self.open: Progress | None = None
+
     @contextmanager
     def stage(self, name: str) -> "Iterator[Callable[[int, int], None]]":
-        """A bar for one stage."""
+        """A bar for one stage; a stage inside another one has its bar below."""
+        with self._progress() as progress:
+            task = progress.add_task(name, total=None)
+
+            def advance(done: int, total: int) -> None:
+                progress.update(task, completed=done, total=total)
+
+            yield advance
+
+    @contextmanager
+    def _progress(self) -> "Iterator[Progress]":
+        if self.open is not None:
+            yield self.open
+            return
         columns = (
             TextColumn("{task.description:<32}"),
             BarColumn(),
@@ -59,13 +75,11 @@ class Bars:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=stderr) as progress:
-            task = progress.add_task(name, total=None)
-
-            def advance(done: int, total: int) -> None:
-                progress.update(task, completed=done, total=total)
-
-            yield advance
+        with Progress(*columns, console=stderr) as self.open:
+            try:
+                yield self.open
+            finally:
+                self.open = None
 
     def note(self, text: str) -> None:
         """A line."""

@@ -190,7 +190,7 @@ def sample_self(
     """Text of the model's own, sampled at temperature 1 from the whole distribution.
 
     Plain rows start from BOS (EOS if there is none); BOS follows wherever EOS is sampled. With a
-    chat template the first `rows // 2` rows are chats: the model invents the user's turn, up to
+    chat template every other row is a chat: the model invents the user's turn, up to
     `length // 4` tokens or its end-of-turn, and answers. All rows of a batch take one token a step,
     the template's or a sampled one, so nothing is padded. The same seed and batch give the same
     tokens on one machine with one thread count. `progress` gets (steps done, steps in all).
@@ -260,7 +260,7 @@ class _Row:
 
 
 def _start_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int, length: int) -> list[_Row]:
-    """The chats, then the plain rows."""
+    """A plain row, a chat, a plain row and so on, so that any part of the rows holds both."""
     config = model.generation_config
     ends = config.eos_token_id if config and config.eos_token_id is not None else []
     eos = frozenset([ends] if isinstance(ends, int) else ends) | {tokenizer.eos_token_id} - {None}
@@ -270,8 +270,10 @@ def _start_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows
         raise DataError(msg)
     chats = rows // 2 if tokenizer.chat_template else 0
     before, answer = _template(tokenizer, length) if chats else ([], [])
-    talk = [_Row(deque(before), eos, bos, length // 4, tuple(answer)) for _ in range(chats)]
-    return talk + [_Row(deque([bos]), eos, bos) for _ in range(rows - chats)]
+    return [
+        _Row(deque(before), eos, bos, length // 4, tuple(answer)) if chats and at % 2 else _Row(deque([bos]), eos, bos)
+        for at in range(rows)
+    ]
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, length: int) -> tuple[list[int], list[int]]:

@@ -4,7 +4,7 @@ import math
 import platform
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from trimbit import artifact, data
 from trimbit.errors import ArtifactError, NumericsError
-from trimbit.model.head import logit_slices
+from trimbit.model.head import kl, logit_slices
 from trimbit.model.load import materialize, open_checkpoint
 from trimbit.model.stream import build_skeleton
 from trimbit.precision import Data
@@ -138,8 +138,8 @@ def score(
     `reference` is the original model and the final hidden states that it has for the window.
     """
     total = torch.zeros(3, dtype=torch.float64)
-    slices = logit_slices(model, hidden[:-1])
-    beside = logit_slices(reference[0], reference[1][:-1]) if reference is not None else None
+    slices = _logits(model, hidden[:-1])
+    beside = _logits(reference[0], reference[1][:-1]) if reference is not None else None
     for part, logits in slices:
         if not bool(logits.isfinite().all()):
             raise NumericsError("a logit is not finite: the model overflows on this text; try --dtype float32")
@@ -147,9 +147,13 @@ def score(
         total[0] += functional.nll_loss(log_q, window[1:][part], reduction="sum").double()
         if beside is not None:
             log_p = torch.log_softmax(next(beside)[1], -1)
-            total[1] += (log_p.exp() * (log_p - log_q)).sum(-1).double().sum()
+            total[1] += kl(log_p, log_q)
             total[2] += (log_p.argmax(-1) == log_q.argmax(-1)).sum()
     return total
+
+
+def _logits(model: PreTrainedModel, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    return logit_slices(model.get_output_embeddings(), model.config, hidden)
 
 
 @torch.inference_mode()

@@ -10,10 +10,11 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from trimbit.errors import PlanError
 from trimbit.measurements import Background, FormatDamage, Measurements, Space, WidthDamage
 from trimbit.model.layout import Layout, Unit
 from trimbit.model.whole import Judge, WholeModel
-from trimbit.plan import ModelRef, digest
+from trimbit.plan import ModelRef, Plan, digest
 from trimbit.precision import Precision
 
 Progress = Callable[[int, int], None]
@@ -58,6 +59,25 @@ def install(whole: WholeModel, layout: Layout, candidates: Candidates, plan: Bac
     for unit in layout.units.values():
         formats = {site: plan.formats[site] for site in sites_of(layout, unit)}
         whole.install(candidates.unit_state(unit, plan.widths.get(unit.dim or "", unit.size), formats))
+
+
+def background_of(plan: Plan, layout: Layout) -> Background:
+    """The widths and formats of a plan whose weights have one run each.
+
+    Raises:
+        PlanError: if a weight has several runs.
+    """
+    formats: dict[str, Precision] = {}
+    for name, weight in layout.weights.items():
+        unit = layout.units[weight.unit]
+        runs = plan.weights.get(name)
+        if runs is not None and len(runs) != 1:
+            raise PlanError(f"weight {name} has {len(runs)} runs; only plans with one run a weight can be tried here")
+        site = weight.site if unit.block is not None else unit.name
+        known = [runs[0].precision] if runs else []
+        fallback = next(run[0].precision for run in plan.weights.values())
+        formats.setdefault(site, known[0] if known else fallback)
+    return Background(widths={dim: len(keep) for dim, keep in plan.cuts.items()}, formats=formats)
 
 
 def measure(

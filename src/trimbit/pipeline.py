@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,22 +19,19 @@ from torch import Tensor
 import trimbit
 from trimbit import data
 from trimbit.apply import Method, apply_plan
-from trimbit.artifact import RECIPE_FILE, Writer, require_absent
+from trimbit.artifact import PLAN_FILE, RECIPE_FILE, Writer, model_card, require_absent
 from trimbit.candidates import CandidateWeights
 from trimbit.errors import DataError, PlanError, RecipeError
-from trimbit.measure import install, measure
+from trimbit.measure import background_of, install, measure
 from trimbit.measurements import Background, Measurements, Space
 from trimbit.model.layout import Layout, build_layout
 from trimbit.model.load import Checkpoint, open_checkpoint
 from trimbit.model.stream import BlockStream
 from trimbit.model.whole import Judge, WholeModel
-from trimbit.plan import Budget, ModelRef, Plan, digest
+from trimbit.plan import Budget, ModelRef, Plan, digest, load_plan
 from trimbit.recipe import Recipe, Step, step_config
 from trimbit.search.problem import Problem
 from trimbit.stats import Stats, collect, stored
-
-if TYPE_CHECKING:
-    from trimbit.precision import Precision
 
 Progress = Callable[[int, int], None]
 
@@ -122,17 +119,31 @@ class Session:
     @cached_property
     def tokens(self) -> data.TokenSet:
         """The calibration tokens."""
+        return self._text[0]
+
+    @cached_property
+    def held_out(self) -> data.TokenSet:
+        """Tokens of the same text that nothing is fitted to."""
+        return self._text[1]
+
+    @cached_property
+    def _text(self) -> tuple[data.TokenSet, data.TokenSet]:
         want = self.recipe.calibration
-        tokenizer = self.checkpoint.tokenizer()
-        if self.calibration != "self":
-            return data.from_file(Path(self.calibration), tokenizer, rows=want.rows, length=want.length, seed=self.seed)
+        rows, length, tokenizer = want.rows + want.held_out, want.length, self.checkpoint.tokenizer()
+        if self.calibration == "self":
+            return self._sampled(tokenizer, rows, length).split(want.held_out)
+        found = data.from_file(Path(self.calibration), tokenizer, rows=rows, length=length, seed=self.seed)
+        return found.split(want.held_out)
+
+    def _sampled(self, tokenizer: Any, rows: int, length: int) -> data.TokenSet:  # noqa: ANN401
+        """Text of the model's own, sampled once."""
         key = digest(
             [
                 trimbit.__version__,
                 self.model.weights_hash,
                 self.recipe.compute,
-                want.rows,
-                want.length,
+                rows,
+                length,
                 self.seed,
                 torch.get_num_threads(),
             ]
@@ -142,9 +153,7 @@ class Session:
             return data.TokenSet(name="self", tokens=load_file(path)["tokens"], seed=self.seed)
         with self.reporter.stage("text sampled from the model") as progress:
             model = WholeModel(self.stream).model
-            found = data.sample_self(
-                model, tokenizer, rows=want.rows, length=want.length, seed=self.seed, progress=progress
-            )
+            found = data.sample_self(model, tokenizer, rows=rows, length=length, seed=self.seed, progress=progress)
         _save_whole(path, lambda beside: save_file({"tokens": found.tokens}, beside))
         return found
 
@@ -223,28 +232,51 @@ class Session:
 
     @cached_property
     def judges(self) -> tuple[Judge, Judge]:
-        """KL on the tokens that damage is measured on, and on those that whole plans are tried on."""
+        """KL on the tokens that damage is measured on, and on the held-out ones, by one whole model in memory."""
         want = self.recipe.measure
         assert want is not None
-        rows = self.tokens.tokens[:, : want.length]
-        if len(rows) < want.rows + want.held_out_rows:
-            raise RecipeError(
-                f"measure: {want.rows} rows to measure on and {want.held_out_rows} held out need "
-                f"{want.rows + want.held_out_rows} calibration rows; there are {len(rows)} (calibration.rows)"
-            )
+        if len(self.tokens.tokens) < want.rows:
+            raise RecipeError(f"measure.rows: {want.rows} of {len(self.tokens.tokens)} calibration rows asked")
         whole = WholeModel(self.stream)
         with self.reporter.stage("the model's own output") as progress:
-            first = Judge(whole, rows[: want.rows])
+            first = Judge(whole, self.tokens.tokens[: want.rows, : want.length])
             progress(1, 2)
-            second = Judge(whole, rows[-want.held_out_rows :])
+            second = Judge(whole, self.held_out.tokens[:, : want.length])
             progress(2, 2)
         return first, second
 
     def evaluate(self, plan: Plan) -> float:
-        """KL of a whole plan, made of candidates, on held-out calibration tokens."""
+        """KL on held-out tokens of a plan put together from candidates: quick, but no block makes up for others."""
         judge = self.judges[1]
         install(judge.whole, self.layout, self.candidates, background_of(plan, self.layout))
         return judge.damage(None)
+
+    def trial(self, plan: Plan) -> float:
+        """KL on held-out tokens of a plan that is applied for real; it is kept, to be written if it is chosen."""
+        folder = self._trial_folder(plan)
+        if not folder.exists():
+            self._release()
+            with Writer(folder, self.layout, plan) as writer:
+                self._apply(plan, writer, f"trial of {plan.found_by.method}")
+        measured = load_plan(folder / PLAN_FILE).found_by.measured_damage
+        assert measured is not None
+        return measured
+
+    def _trial_folder(self, plan: Plan) -> Path:
+        decides = [
+            trimbit.__version__,
+            self.stats_key,
+            self.held_out.digest,
+            self._step(self.recipe.quant),
+            self._step(self.recipe.repair),
+            plan.model_dump(mode="json", exclude={"found_by"}),
+        ]
+        return self.cache / "trials" / digest(decides)
+
+    def _release(self) -> None:
+        """Let go of the whole model: what follows streams block by block."""
+        self.__dict__.pop("judges", None)
+        self.__dict__.pop("candidates", None)
 
     def problem(self, limit: int, *, ready: bool = True) -> Problem:
         """The search problem of a budget; not `ready`: for sizes alone, before anything long."""
@@ -254,6 +286,7 @@ class Session:
             layout=self.layout, model=self.model, limit=limit, space=space, rankings=self.rankings if ready else empty,
             recipe_hash=self.recipe.hash, seed=self.seed,
             evaluate=self.evaluate if ready and self.recipe.measure else None,
+            trial=self.trial if ready and self.recipe.measure else None,
         )  # fmt: skip
 
     def limit(self, budget: Budget) -> int:
@@ -314,8 +347,8 @@ class Session:
         _save_whole(path, lambda beside: beside.write_text(found.model_dump_json(), encoding="utf-8"))
         return found
 
-    def write(self, plan: Plan, out: Path) -> None:
-        """Apply a plan and write the compressed directory.
+    def write(self, plan: Plan, out: Path) -> Plan:
+        """Apply a plan and write the compressed directory; the plan that it holds says what was measured.
 
         Raises:
             PlanError: if the plan belongs to another model.
@@ -326,18 +359,34 @@ class Session:
                 f"not to {self.model.id} (weights {self.model.weights_hash[:12]})"
             )
         self.layout.check(plan)
-        self.__dict__.pop("judges", None)  # the whole model in memory
-        self.__dict__.pop("candidates", None)
+        self._release()
         with Writer(out, self.layout, plan) as writer:
-            with self.reporter.stage("pruning, refit, quantisation") as progress:
-                tokens = self.tokens.tokens if self.stats is not None else torch.zeros(1, 2, dtype=torch.long)
-                apply_plan(self.stream, plan, tokens, self.method, self.repair[1], self.stats, writer, progress)
-            self._beside(plan, writer)
+            trial = self._trial_folder(plan) if self.stats is not None else None
+            if trial is not None and trial.exists():
+                writer.take(trial)
+            else:
+                self._apply(plan, writer, "pruning, refit, quantisation")
+            self._beside(writer.plan, writer)
+        return writer.plan
+
+    def _apply(self, plan: Plan, writer: Writer, stage: str) -> None:
+        """Fill `writer`, and say in its plan what the plan costs on held-out tokens."""
+        needs = self.stats is not None
+        with self.reporter.stage(stage) as progress:
+            measured = apply_plan(
+                self.stream, plan, self.tokens.tokens if needs else torch.zeros(1, 2, dtype=torch.long), self.method,
+                self.repair[1], self.stats, writer, progress, self.held_out.tokens if needs else None,
+            )  # fmt: skip
+        found = plan.found_by.model_copy(update={"measured_damage": measured})
+        writer.plan = plan.model_copy(update={"found_by": found})
 
     def _beside(self, plan: Plan, writer: Writer) -> None:
         """The files beside the weights: tokenizer, templates, licence, recipe, model card."""
         writer.write(RECIPE_FILE, self.recipe.to_yaml())
-        writer.write("README.md", model_card(self.checkpoint, self.layout, plan, self.calibration))
+        c = self.checkpoint
+        writer.write(
+            "README.md", model_card(trimbit.__version__, c.model_id, c.license, self.layout, plan, self.calibration)
+        )
         sidecars = self.checkpoint.sidecars()
         for path in sidecars:
             target = writer.partial / path.relative_to(self.checkpoint.path)
@@ -355,50 +404,7 @@ def open_session(model: str | Path, recipe: Recipe, **fields: Any) -> Session:  
 def compress(session: Session, budget: Budget, out: Path) -> Plan:
     """The main job: find the best plan within the budget, apply it, write the directory."""
     require_absent(out)
-    plan = session.find_plan(budget)
-    session.write(plan, out)
-    return plan
-
-
-def background_of(plan: Plan, layout: Layout) -> Background:
-    """The widths and formats of a plan whose weights have one run each.
-
-    Raises:
-        PlanError: if a weight has several runs.
-    """
-    formats: dict[str, Precision] = {}
-    for name, weight in layout.weights.items():
-        unit = layout.units[weight.unit]
-        runs = plan.weights.get(name)
-        if runs is not None and len(runs) != 1:
-            raise PlanError(f"weight {name} has {len(runs)} runs; only plans with one run a weight can be tried here")
-        site = weight.site if unit.block is not None else unit.name
-        known = [runs[0].precision] if runs else []
-        fallback = next(run[0].precision for run in plan.weights.values())
-        formats.setdefault(site, known[0] if known else fallback)
-    return Background(widths={dim: len(keep) for dim, keep in plan.cuts.items()}, formats=formats)
-
-
-def model_card(checkpoint: Checkpoint, layout: Layout, plan: Plan, calibration: str) -> str:
-    """README.md of a compressed directory."""
-    nbytes, found = layout.file_nbytes(plan), plan.found_by
-    license_line = f"license: {checkpoint.license}\n" if checkpoint.license else ""
-    damage = f"{found.measured_damage:.4f} nats a token" if found.measured_damage is not None else "not measured"
-    text = "text sampled from the model itself" if calibration == "self" else Path(calibration).name
-    return (
-        f"---\nbase_model: {checkpoint.model_id}\nlibrary_name: trimbit\n{license_line}"
-        "tags: [trimbit, quantized, pruned]\n---\n\n"
-        f"# {checkpoint.model_id}, {nbytes / 1e6:.1f} MB\n\n"
-        f"Compressed with trimbit {trimbit.__version__}: {found.method}. Weight file {nbytes:,} bytes, "
-        f"{8 * nbytes / layout.parameters:.2f} bits per original parameter; "
-        f"KL to the original on held-out calibration text: {damage}.\n"
-        f"Calibrated on {text}, seed {found.seed}.\n\n"
-        "```python\nimport trimbit  # makes transformers know this format\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("this directory")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("this directory")\n```\n\n'
-        "`plan.json` says what was cut and how many bits each weight has, `recipe.yaml` how that was decided.\n"
-    )
+    return session.write(session.find_plan(budget), out)
 
 
 def _save_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -26,14 +26,14 @@ class Calibration(Data):
 
     rows: int = Field(default=16, ge=2)
     length: int = Field(default=2048, ge=16)
+    held_out: int = Field(default=4, ge=1)  # further rows, that nothing is fitted to: whole plans are judged on them
 
 
 class Measure(Data):
     """How damage is measured."""
 
-    rows: int = Field(default=4, ge=1)  # of the calibration rows, cut to `length` tokens
-    length: int = Field(default=256, ge=16)
-    held_out_rows: int = Field(default=4, ge=1)  # other rows, on which whole plans are tried
+    rows: int = Field(default=3, ge=1)  # of the calibration rows, cut to `length` tokens
+    length: int = Field(default=512, ge=16)
     rounds: int = Field(default=1, ge=1)  # each round measures in the background of the plan before it
 
 

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from problems import LAYOUT, SPACE, additive, formats, measurements, of_width, problem
 from trimbit.errors import BudgetError
 from trimbit.model.layout import header_bound
-from trimbit.search import knapsack
+from trimbit.search import knapsack, uniform
 from trimbit.search.knapsack import Choice, Config
 from trimbit.search.problem import Problem
 
 EXACT = Config(gap=0)
+MENU = uniform.Config(formats=SPACE.formats, tries=1)
 SMALLEST = problem(0).smallest().found_by.nbytes
 LARGEST = problem(0).plan({}, {site: formats("uint8row")[0] for site in measurements().background.formats}, "largest")
 
@@ -106,7 +107,7 @@ def test_pareto_keeps_exactly_the_non_dominated(pairs):
 @given(st.integers(SMALLEST, LARGEST.found_by.nbytes + 5000), st.sampled_from([0.0, 1.0, 30.0]))
 def test_a_plan_is_never_over_the_budget(limit, cost_of_width):
     found = measurements(width_damage=lambda dim, width: cost_of_width * of_width(dim, width))
-    plan = knapsack.search(problem(limit, measurements=found), Config(pruning_costs=(1.0,), uniform=False))
+    plan = knapsack.search(problem(limit, measurements=found), Config(pruning_costs=(1.0,), uniform=None))
     LAYOUT.check(plan)
     assert LAYOUT.file_nbytes(plan) == plan.found_by.nbytes <= limit
 
@@ -161,21 +162,21 @@ def sites():
 @pytest.mark.parametrize("name", ["uint2g32", "int4g32", "uint8row"])
 def test_at_least_as_good_as_uniform(name):
     """Given room for the longest header, a uniform plan of the space is one that the knapsack could choose."""
-    uniform = problem(0).uniform(formats(name)[0], "uniform")
-    asked = problem(uniform.found_by.nbytes + header_bound(LAYOUT), evaluate=additive)
-    plan = knapsack.search(asked, Config(uniform=False))
+    same = problem(0).uniform(formats(name)[0], "uniform")
+    asked = problem(same.found_by.nbytes + header_bound(LAYOUT), evaluate=additive)
+    plan = knapsack.search(asked, Config(uniform=None))
     assert plan.found_by.measured_damage == pytest.approx(additive(plan))
-    assert plan.found_by.measured_damage <= additive(uniform)
+    assert plan.found_by.measured_damage <= additive(same)
 
 
 def test_the_uniform_plan_wins_where_it_measures_better():
     def evaluate(plan):
         return 0.1 if plan.found_by.method.startswith("uniform") else 0.2
 
-    plan = knapsack.search(problem(LARGEST.found_by.nbytes, evaluate=evaluate), Config())
+    plan = knapsack.search(problem(LARGEST.found_by.nbytes, evaluate=evaluate), Config(uniform=MENU))
     assert plan.found_by.method.startswith("uniform")
     assert plan.found_by.measured_damage == 0.1
-    plan = knapsack.search(problem(LARGEST.found_by.nbytes, evaluate=evaluate), Config(uniform=False))
+    plan = knapsack.search(problem(LARGEST.found_by.nbytes, evaluate=evaluate), Config(uniform=None))
     assert plan.found_by.method.startswith("knapsack")
 
 
@@ -200,7 +201,7 @@ def test_says_that_nothing_was_pruned():
     assert note in plan.found_by.notes
     free = measurements(width_damage=lambda _dim, _width: 0.0)
     asked = problem(limit, measurements=free, evaluate=lambda _: 0.1)
-    plan = knapsack.search(asked, Config(no_pruning=False, uniform=False))
+    plan = knapsack.search(asked, Config(no_pruning=False, uniform=None))
     assert note not in plan.found_by.notes
 
 
@@ -214,16 +215,44 @@ def test_formats_measured_at_a_cut_width_scale_with_the_width():
         assert a.damage == pytest.approx(b.damage)
 
 
-def test_the_background_is_the_uniform_plan_nearest_to_the_budget():
+def test_a_real_trial_decides_between_the_best_of_each_kind():
+    """Quick evaluation picks among plans that prune; what is applied for real decides against the others."""
+    quick, tried = [], []
+
+    def evaluate(plan):
+        quick.append(plan)
+        return float(plan.found_by.predicted_damage or 0.0)
+
+    def trial(plan):
+        tried.append(plan)
+        return 1.0 if plan.cuts else 2.0
+
+    limit = (SMALLEST + LARGEST.found_by.nbytes) // 2
+    plan = knapsack.search(problem(limit, evaluate=evaluate, trial=trial), Config(uniform=MENU))
+    assert plan.cuts
+    assert plan.found_by.measured_damage == 1.0
+    assert sum(bool(plan.cuts) for plan in quick) > 1
+    assert [bool(plan.cuts) for plan in tried] == [True, False, False]
+    assert sum(note.startswith("applied, ") for note in plan.found_by.notes) == 3
+
+
+def test_the_background_loses_next_to_nothing():
+    found = knapsack.background(problem(SMALLEST), Config())
+    assert found.widths == {}
+    assert {p.name for site, p in found.formats.items() if "." in site} == {"uint6g64"}
+    assert {p.name for site, p in found.formats.items() if "." not in site} == {"int4g32"}  # of its menu the nearest
+
+
+def test_the_background_may_be_the_uniform_plan_nearest_to_the_budget():
     for name in ("uint2g32", "int4g32", "uint8row"):
         precision = formats(name)[0]
         near = problem(0).uniform(precision, "").found_by.nbytes
         for limit in (near - 500, near + 500):
-            found = knapsack.background(problem(limit), Config())
+            found = knapsack.background(problem(limit), Config(background=None))
             assert found.widths == {}
             assert found.formats.keys() == sites().keys()
             assert {p for site, p in found.formats.items() if "." in site} == {precision}
             tables = {p.name for site, p in found.formats.items() if "." not in site}
             assert tables == {"int4g32" if name == "uint2g32" else name}  # never below `table_bits`
-    anchored = knapsack.background(problem(SMALLEST), Config(anchors=formats("uint8row"), table_bits=8))
+    anchored = knapsack.background(problem(SMALLEST), Config(background=formats("uint8row")[0], table_bits=8))
     assert set(anchored.formats.values()) == set(formats("uint8row"))

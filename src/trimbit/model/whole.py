@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from trimbit.model.head import logit_slices
+from trimbit.model.head import kl, logit_slices
 from trimbit.model.load import materialize
 from trimbit.model.stream import BlockStream, Chunks, block_arguments, build_skeleton, computing
 
@@ -86,7 +86,7 @@ class Judge:
     def _logits(self, hidden: Tensor) -> Iterator[Tensor]:
         with computing(self.whole.compute):
             final = self.whole.model.get_submodule(self.whole.layout.family.final_norm)(hidden).flatten(0, -2)
-            for _, logits in logit_slices(self.whole.model, final):
+            for _, logits in logit_slices(self.whole.model.get_output_embeddings(), self.whole.model.config, final):
                 yield logits
 
     def damage(self, start: int | None) -> float:
@@ -94,6 +94,5 @@ class Judge:
         hidden = self._run(self._embedded(), 0) if start is None else self._run(self.before[start], start)
         total = 0.0
         for reference, logits in zip(self.reference, self._logits(hidden), strict=True):
-            expected = reference.float()
-            total += float((expected.exp() * (expected - torch.log_softmax(logits, -1))).sum(-1).double().sum())
+            total += kl(reference.float(), torch.log_softmax(logits, -1))
         return total / self.tokens.numel()

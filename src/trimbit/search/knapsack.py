@@ -1,9 +1,9 @@
 """Choose a width and formats for every unit under the budget, exactly, from measured damage.
 
 Bytes are a sum over the chosen choices, so this is a multiple-choice knapsack; HiGHS solves it. Damage of a choice:
-D(width) + (width / width measured at) * sum over its sites of D(format), each measured in the background of a plan
-near the budget.
-Additive damage is only a model, so several plans are evaluated for real and the best one is returned.
+D(width) + (width / width measured at) * sum over its sites of D(format), each measured with all else as in a
+background. Additive damage is only a model, so several plans are tried: quickly, to find the best that prunes and the
+best that does not, and then these and the best uniform plan for real, by applying them.
 """
 
 import os
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
@@ -22,23 +22,26 @@ from trimbit.measure import menu_of, reference_width, sites_of, widths_of
 from trimbit.measurements import Background
 from trimbit.model.layout import Unit, header_bound
 from trimbit.plan import Plan
-from trimbit.precision import Data, Precision, Run
+from trimbit.precision import Data, Int, Precision, Run
 from trimbit.search import uniform
 from trimbit.search.problem import Problem
 
 PAPER = "this project; HiGHS through scipy.optimize.milp"
+Uniform = uniform.Config
+NEAR_LOSSLESS = Int(bits=6, group=64, symmetric=False)  # errors that are measured one at a time add up best
 
 
 class Config(Data):
     """What is tried."""
 
-    pruning_costs: tuple[float, ...] = Field(
-        default=(1.0, 2.0, 4.0), min_length=1
-    )  # ours: factors on positive D(width), a plan each
+    pruning_costs: tuple[PositiveFloat, ...] = (1.0, 2.0, 4.0)  # ours: factors on positive D(width), a plan each
     no_pruning: bool = True  # try a plan that prunes nothing, too
-    anchors: tuple[Precision, ...] = ()  # formats of the backgrounds to measure in; none: every format of the blocks
+    background: Precision | None = (
+        NEAR_LOSSLESS  # ours: of all blocks while the damage of one choice is measured; None:
+    )
+    # the format whose uniform plan is nearest to the budget
     table_bits: int = 4  # ours: the embedding and the head suffer more from rounding than a block's weights
-    uniform: bool = True  # try the largest uniform plan of the space, too
+    uniform: Uniform | None = Uniform()  # try the best uniform plan, too
     gap: float = Field(default=1e-4, ge=0)  # relative optimality gap at which the solver may stop
     nodes: int = Field(default=2000, ge=1)  # branch-and-bound nodes at which it stops: blocks alike make proofs endless
 
@@ -55,44 +58,50 @@ class Choice:
 
 
 def search(problem: Problem, config: Config) -> Plan:
-    """The best evaluated plan among knapsack solutions, the one without pruning, and the best uniform one.
+    """The best tried plan among knapsack solutions with pruning, without, and the best uniform plan.
 
     Raises:
         BudgetError: if nothing in the space fits; names the smallest feasible budget.
     """
     assert problem.measurements is not None, "the knapsack needs measurements"
     require_feasible(problem, config)
-    plans: dict[str, Plan] = {}
-    for cost in config.pruning_costs:
-        plan = solve(problem, config, cost, f"knapsack, pruning cost x{cost:g}")
-        if plan is not None:
-            plans.setdefault(_content(plan), plan)
-    if config.no_pruning:
-        plan = solve(problem, config, None, "knapsack, no pruning")
-        if plan is not None:
-            plans.setdefault(_content(plan), plan)
-    if config.uniform:
-        try:
-            plan = uniform.search(problem, uniform.Config(formats=problem.space.formats, tries=1))
-            plans.setdefault(_content(plan), plan)
-        except BudgetError:
-            pass  # no uniform plan fits; the knapsack's do
-    if not plans:  # so near the smallest budget that the bound on the header leaves no room
-        plan = problem.smallest()
-        plans[_content(plan)] = plan
-    if problem.evaluate is None:
-        return min(
-            plans.values(),
-            key=lambda plan: plan.found_by.predicted_damage if plan.found_by.predicted_damage is not None else np.inf,
-        )
-    tried = [plan if plan.found_by.measured_damage is not None else problem.measured(plan) for plan in plans.values()]
-    best = min(
-        tried, key=lambda plan: plan.found_by.measured_damage if plan.found_by.measured_damage is not None else np.inf
-    )
-    notes = tuple(f"tried {plan.found_by.method}: {plan.found_by.measured_damage:.4f} nats" for plan in tried)
-    pruned = any(len(keep) < problem.layout.unit_of_dim(dim).size for dim, keep in best.cuts.items())
-    notes += () if pruned else ("no pruning was chosen",)
+    solved: dict[str, Plan] = {}
+    notes: tuple[str, ...] = ()
+    costs = (*config.pruning_costs, *((None,) if config.no_pruning else ()))
+    for cost in costs:
+        method = "knapsack, no pruning" if cost is None else f"knapsack, pruning cost x{cost:g}"
+        plan = solve(problem, config, cost, method)
+        if plan is None:
+            notes += (f"{method}: nothing found",)
+        else:
+            solved.setdefault(_content(plan), plan)
+    pruned = [plan for plan in solved.values() if plan.cuts]
+    kinds = [kind for kind in (pruned, [plan for plan in solved.values() if not plan.cuts]) if kind]
+    finalists = []
+    for kind in kinds:
+        plan, more = problem.best(sorted(kind, key=_predicted), problem.evaluate if len(kind) > 1 else None, "quick")
+        finalists.append(plan)
+        notes += more
+    finalists += _uniform(problem, config)
+    if not finalists:  # so near the smallest budget that the bound on the header leaves no room
+        finalists = [problem.smallest()]
+    best, tried = problem.best(finalists, problem.trial or problem.evaluate, "applied")
+    notes += tried if best.cuts else (*tried, "no pruning was chosen")
     return best.model_copy(update={"found_by": best.found_by.model_copy(update={"notes": notes})})
+
+
+def _predicted(plan: Plan) -> float:
+    return plan.found_by.predicted_damage if plan.found_by.predicted_damage is not None else float("inf")
+
+
+def _uniform(problem: Problem, config: Config) -> list[Plan]:
+    """The best uniform plan, if one is wanted and fits."""
+    if config.uniform is None:
+        return []
+    try:
+        return [uniform.search(problem, config.uniform)]
+    except BudgetError:
+        return []  # the knapsack's own plans do
 
 
 def require_feasible(problem: Problem, config: Config) -> None:
@@ -105,21 +114,19 @@ def require_feasible(problem: Problem, config: Config) -> None:
 
 
 def background(problem: Problem, config: Config) -> Background:
-    """The plan to measure around: one format for all blocks, the anchor whose uniform model is nearest to the budget.
+    """The plan to measure around: one format for all blocks, by default one that loses next to nothing.
 
-    Budgets between the same anchors share a measurement. A table takes the format of its menu that is nearest to the
-    anchor's bits, but not below `table_bits`.
+    A table takes the format of its menu that is nearest to its bits, but not below `table_bits`.
     """
     layout = problem.layout
-    sizes = {
-        anchor: problem.uniform(anchor, "background").found_by.nbytes
-        for anchor in config.anchors or problem.space.formats
-    }
-    anchor = min(sizes, key=lambda p: abs(sizes[p] - problem.limit))
-    want = max(anchor.bits, config.table_bits)
+    blocks = config.background
+    if blocks is None:
+        sizes = {p: problem.uniform(p, "background").found_by.nbytes for p in problem.space.formats}
+        blocks = min(sizes, key=lambda p: abs(sizes[p] - problem.limit))
+    want = max(blocks.bits, config.table_bits)
     table = min(problem.space.table_formats, key=lambda p: (abs(p.bits - want), p.name))
     formats = {
-        site: anchor if unit.block is not None else table
+        site: blocks if unit.block is not None else table
         for unit in layout.units.values()
         for site in sites_of(layout, unit)
     }

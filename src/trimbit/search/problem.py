@@ -1,6 +1,6 @@
 """What a search method is given: the layout, the budget, the space, the measurements, and a way to try a plan."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -38,7 +38,8 @@ class Problem:
     seed: int
     measurements: Measurements | None = None
     measurement_hash: str | None = None
-    evaluate: Evaluate | None = None
+    evaluate: Evaluate | None = None  # quick: a plan put together from what was quantised alone
+    trial: Evaluate | None = None  # real: the plan applied, and thrown away unless it is chosen
     refit_biases: bool = True  # a cut unit's out weight gains a bias
 
     def plan(
@@ -69,12 +70,17 @@ class Problem:
         plan = Plan(model=self.model, cuts=cuts, weights=weights, biases=tuple(biases), found_by=found)
         return plan.model_copy(update={"found_by": found.model_copy(update={"nbytes": layout.file_nbytes(plan)})})
 
-    def measured(self, plan: Plan) -> Plan:
-        """The plan with its damage on held-out tokens, measured for real; unchanged where nothing can evaluate."""
-        if self.evaluate is None:
-            return plan
-        damage = self.evaluate(plan)
-        return plan.model_copy(update={"found_by": plan.found_by.model_copy(update={"measured_damage": damage})})
+    def best(self, plans: Iterable[Plan], damage: Evaluate | None, how: str) -> tuple[Plan, tuple[str, ...]]:
+        """The plan of least damage on held-out tokens, and a note about each; the first where nothing can evaluate."""
+        plans = tuple(plans)
+        if damage is None:
+            return plans[0], ()
+        found = [
+            plan.model_copy(update={"found_by": plan.found_by.model_copy(update={"measured_damage": damage(plan)})})
+            for plan in plans
+        ]
+        notes = tuple(f"{how}, {plan.found_by.method}: {plan.found_by.measured_damage:.4f} nats" for plan in found)
+        return min(found, key=lambda plan: plan.found_by.measured_damage or 0.0), notes
 
     def uniform(self, precision: Precision, method: str) -> Plan:
         """Every weight, the embedding included, in one format, nothing cut."""

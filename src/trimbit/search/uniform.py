@@ -39,10 +39,10 @@ def search(problem: Problem, config: Config) -> Plan:
     """
     require_feasible(problem, config)
     fitting = [plan for plan in _by_size(problem, config) if plan.found_by.nbytes <= problem.limit]
-    if problem.evaluate is None or config.tries == 1:
-        return fitting[-1]
-    tried = [problem.measured(plan) for plan in fitting[-config.tries :]]
-    return min(tried, key=lambda plan: plan.found_by.measured_damage or 0.0)
+    best, notes = problem.best(
+        reversed(fitting[-config.tries :]), problem.evaluate if config.tries > 1 else None, "quick"
+    )
+    return best.model_copy(update={"found_by": best.found_by.model_copy(update={"notes": notes})})
 
 
 def _by_size(problem: Problem, config: Config) -> list[Plan]:
