@@ -1,18 +1,23 @@
-"""The main job's figures: round to nearest against GPTQ, and uniform against knapsack at five file sizes.
+"""The main job's figures: rounding against GPTQ, uniform against knapsack at five file sizes, and the job itself.
 
-    python benchmarks/bench_main.py .models/SmolLM2-135M-Instruct.Q4_1.gguf --data ../shared/data [--only grid|budgets]
+    python benchmarks/bench_main.py .models/SmolLM2-135M-Instruct.Q4_1.gguf --data DATA [--only grid|budgets|job]
 
 Each cell is stored in benchmarks/results/main.json as soon as it is done, and a cell that is there is not run again;
 docs/benchmarks.md is drawn from it at the end. Models are taken off their 4-bit grid first (benchmarks/offgrid.py);
-perplexity is on WikiText-2 test, context 2048, the first 16 windows; calibration is on WikiText-2 train.
+perplexity is on WikiText-2 test, context 2048, the first 16 windows; calibration is on WikiText-2 train. The job is
+`trimbit compress` in a process and a cache of its own, twice, on text sampled from the model.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
 import resource
 import shutil
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -35,6 +40,7 @@ WORK = HERE / ".work"
 CONTEXT, WINDOWS = 2048, 16
 BUDGETS = ("90MB", "72MB", "55MB", "45MB", "36MB")
 RECIPES = ("uniform-gptq", "knapsack-nopruning", "knapsack")
+JOB = ("demo", "72MB")
 METHODS = {"rtn": ("uniform-rtn", ()), "gptq": ("uniform-gptq", ())}
 
 
@@ -112,6 +118,25 @@ class Bench:
         }
         return self.write(session, problem.plan({}, formats, f"{method} {bits}, blocks only"), original)
 
+    def job(self, recipe: str, budget: str) -> dict:
+        """Seconds, peak memory and the hash of the weights of two runs that share nothing."""
+        original, seconds, peaks, hashes = self.off_grid(0), [], [], []
+        _, imports = measured_process([sys.executable, "-c", "import trimbit.cli, trimbit.pipeline"], None)
+        for _ in range(2):
+            with tempfile.TemporaryDirectory(dir=WORK) as folder:
+                out = Path(folder) / "out"
+                command = [sys.executable, "-m", "trimbit.cli", "compress", str(original), str(out)]
+                took, peak = measured_process(
+                    [*command, "--budget", budget, "--recipe", recipe], Path(folder) / "cache"
+                )
+                seconds.append(round(took, 1))
+                peaks.append(peak - imports)
+                hashes.append(hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest())
+        return {
+            "seconds_each": seconds, "peak_rss_above_imports": peaks, "imports": imports, "sha256": hashes,
+            "memory_limit": round(1.5 * weight_nbytes(original)) + 2**30,
+        }  # fmt: skip
+
     def budget(self, recipe: str, budget: str, seed: int) -> dict:
         original = self.off_grid(seed)
         session = self.session(original, recipe, seed)
@@ -135,6 +160,16 @@ class Bench:
             "predicted_damage": plan.found_by.predicted_damage, "notes": list(plan.found_by.notes), "cut": cut,
             "weights_by_format": bits, "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }  # fmt: skip
+
+
+def measured_process(command: list[str], cache: Path | None) -> tuple[float, int]:
+    """Seconds and peak resident bytes of a process that ends well."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command, env=os.environ | ({"TRIMBIT_CACHE": str(cache)} if cache else {}))
+    _, status, usage = os.wait4(process.pid, 0)
+    if status != 0:
+        raise SystemExit(f"{' '.join(command)} ended with status {status}")
+    return time.perf_counter() - started, usage.ru_maxrss * 1024
 
 
 def tables(results: dict) -> str:
@@ -165,6 +200,16 @@ def tables(results: dict) -> str:
                 f"| {budget} | {recipe} | {cell['ppl@2048']:.2f} | {cell['kl']:.3f} | {100 * cell['top1']:.1f} % | "
                 f"{100 * cell['used']:.2f} % | {cell['method']} | {len(cell['cut'])} |"
             )
+    job = results.get(f"job/{JOB[0]}/{JOB[1]}")
+    if job is not None:
+        took, peaks = job["seconds_each"], [peak / 2**20 for peak in job["peak_rss_above_imports"]]
+        lines += [
+            "",
+            f"`trimbit compress --recipe {JOB[0]} --budget {JOB[1]}`, twice, each in a cache of its own: "
+            f"{took[0] / 60:.1f} and {took[1] / 60:.1f} minutes; peak resident memory above the imports' "
+            f"{peaks[0]:.0f} and {peaks[1]:.0f} MiB (1.5 x the bf16 model + 1 GiB is {job['memory_limit'] / 2**20:.0f} "
+            f"MiB); model.safetensors is {'the same to the byte' if len(set(job['sha256'])) == 1 else 'NOT the same'}.",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -180,13 +225,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--only", choices=("grid", "budgets"))
+    parser.add_argument("--only", choices=("grid", "budgets", "job"))
     parser.add_argument("--budgets", nargs="*", default=list(BUDGETS))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     options = parser.parse_args()
     os.environ.setdefault("TRIMBIT_CACHE", str(WORK / "cache"))
     bench = Bench(options.source, options.data)
-    if options.only != "budgets":
+    if options.only in {None, "grid"}:
         for seed in options.seeds:
             bench.cell(f"dense/seed {seed}", lambda seed=seed: bench.dense(seed))
             for method in METHODS:
@@ -194,7 +239,9 @@ def main() -> None:
                     bench.cell(
                         f"grid/{method}/{bits} bits/seed {seed}", lambda m=method, b=bits, s=seed: bench.grid(m, b, s)
                     )
-    if options.only != "grid":
+    if options.only in {None, "job"}:
+        bench.cell(f"job/{JOB[0]}/{JOB[1]}", lambda: bench.job(*JOB))
+    if options.only in {None, "budgets"}:
         for budget in options.budgets:
             for recipe in RECIPES:
                 bench.cell(f"budget/{recipe}/{budget}", lambda r=recipe, b=budget: bench.budget(r, b, 0))

@@ -87,6 +87,16 @@ def test_damage_is_the_kl_of_full_logits(judge):
     assert judge.damage(None) == pytest.approx(expected, rel=1e-2, abs=1e-4)
 
 
+def test_a_judge_of_few_plans_says_the_same(stream):
+    whole = WholeModel(stream)
+    often, seldom = Judge(whole, TOKENS), Judge(whole, TOKENS, repeated=False)
+    assert seldom.damage(None) == pytest.approx(0, abs=1e-6)
+    for name in ("model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight", "lm_head.weight"):
+        whole.install({name: noise(whole.model.get_parameter(name), 1)})
+        assert seldom.damage(None) == pytest.approx(often.damage(None), rel=1e-2, abs=1e-4)
+        assert seldom.damage(None) > 1e-3
+
+
 def tiny_copy(whole):
     """A plain transformers model of the same weights in fp32."""
     config = whole.model.config

@@ -20,7 +20,13 @@ def estimate(session: Session, budget: Budget) -> list[tuple[str, str]]:
     hidden = tokens * layout.sizes["hidden"] * 4
     table = layout.sizes["vocab"] * layout.sizes["hidden"]
     streaming = 2 * 4 * block + 2 * hidden + 2 * table + 4 * table
-    measuring = 2 * layout.parameters + 2 * 2048 * layout.sizes["vocab"] if recipe.measure else 0
+    measuring = 0
+    if (
+        recipe.measure
+    ):  # the model in bf16, the dense log-probabilities in fp16, hidden states before each block, a head
+        judged = recipe.measure.rows * recipe.measure.length
+        states = judged * layout.blocks * layout.sizes["hidden"] * 4
+        measuring = 2 * layout.parameters + 2 * judged * layout.sizes["vocab"] + states + 2 * table
     return [
         (
             "model",
@@ -37,7 +43,8 @@ def estimate(session: Session, budget: Budget) -> list[tuple[str, str]]:
 def _seconds(session: Session, tokens: int, block: int) -> float:
     layout, recipe = session.layout, session.recipe
     speed = _products_per_second()
-    passes = 6  # statistics, and the passes of the application
+    trials = 3 if recipe.measure and recipe.space else 1
+    passes = 1 + 5 * trials  # statistics, and the passes of each application
     work = float(passes * tokens * layout.blocks * block)
     if recipe.measure and recipe.space:
         want = recipe.measure
@@ -46,7 +53,7 @@ def _seconds(session: Session, tokens: int, block: int) -> float:
     if session.calibration == "self":
         work += 10.0 * tokens * layout.parameters  # decoding reads all weights for few rows
     rounding = sum(w.cols for w in layout.weights.values()) * 2e-4  # seconds, one column after the other
-    return work / speed + rounding * (1 + (len(recipe.space.formats) if recipe.space else 0))
+    return work / speed + rounding * (trials + (len(recipe.space.formats) if recipe.space else 0))
 
 
 def _products_per_second() -> float:

@@ -241,7 +241,7 @@ class Session:
         with self.reporter.stage("the model's own output") as progress:
             first = Judge(whole, self.tokens.tokens[: want.rows, : want.length])
             progress(1, 2)
-            second = Judge(whole, self.held_out.tokens[:, : want.length])
+            second = Judge(whole, self.held_out.tokens[:, : want.length], repeated=False)
             progress(2, 2)
         return first, second
 

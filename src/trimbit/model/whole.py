@@ -4,12 +4,14 @@ Only the measurement of damage needs this; everything else streams block by bloc
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 
-from trimbit.model.head import kl, logit_slices
+from trimbit.model.head import Head, kl, logit_slices
 from trimbit.model.load import materialize
 from trimbit.model.stream import BlockStream, Chunks, block_arguments, build_skeleton, computing
 
@@ -54,16 +56,25 @@ class WholeModel:
 class Judge:
     """KL(dense || model) on fixed tokens, in nats a token; made while the model is still dense.
 
-    Keeps the dense log-probabilities in fp16 (their rounding adds less than 1e-5 nats) and the hidden states before
-    each block, so that a change in block i costs only the blocks from i on.
+    For many changes of one block each (`repeated`) it keeps the hidden states before each block, so that a change in
+    block i costs only the blocks from i on, and the dense log-probabilities, in fp16 (their rounding adds less than
+    1e-5 nats). For few whole plans it keeps the last hidden states and the dense head instead, which is far less.
     """
 
-    def __init__(self, whole: WholeModel, tokens: Int[Tensor, "rows length"]) -> None:
+    def __init__(self, whole: WholeModel, tokens: Int[Tensor, "rows length"], *, repeated: bool = True) -> None:
         self.whole = whole
         self.tokens = tokens
         self.arguments = block_arguments(whole.model, *tokens.shape)
         self.before: Chunks = []
-        self.reference = [torch.log_softmax(logits, -1).to(torch.float16) for logits in self._logits(self.refresh())]
+        self.head: Head = whole.model.get_output_embeddings()
+        self.stored: list[Tensor] | None = None
+        self.final = self._final(self.refresh() if repeated else self._run(self._embedded(), 0))
+        if repeated:
+            with computing(whole.compute):
+                self.stored = [torch.log_softmax(q, -1).to(torch.float16) for q in self._logits(self.final, self.head)]
+        else:
+            weight = whole.model.get_output_embeddings().weight.detach().clone()
+            self.head = partial(functional.linear, weight=weight)
 
     def refresh(self) -> Float[Tensor, "rows length hidden"]:
         """Take the model as it is now for what lies before a change; returns the last hidden states."""
@@ -83,16 +94,24 @@ class Judge:
                 hidden = (out[0] if isinstance(out, tuple) else out).float()
         return hidden
 
-    def _logits(self, hidden: Tensor) -> Iterator[Tensor]:
+    def _final(self, hidden: Tensor) -> Tensor:
         with computing(self.whole.compute):
-            final = self.whole.model.get_submodule(self.whole.layout.family.final_norm)(hidden).flatten(0, -2)
-            for _, logits in logit_slices(self.whole.model.get_output_embeddings(), self.whole.model.config, final):
-                yield logits
+            norm = self.whole.model.get_submodule(self.whole.layout.family.final_norm)
+            return norm(hidden).flatten(0, -2)  # type: ignore[no-any-return]
+
+    def _logits(self, final: Tensor, head: Head) -> Iterator[Tensor]:
+        return (logits for _, logits in logit_slices(head, self.whole.model.config, final))
+
+    def _reference(self) -> Iterator[Tensor]:
+        if self.stored is not None:
+            yield from (log_p.float() for log_p in self.stored)
+        else:
+            yield from (torch.log_softmax(logits, -1) for logits in self._logits(self.final, self.head))
 
     def damage(self, start: int | None) -> float:
         """KL of the model as it is now; nothing before block `start` changed since `refresh` (None: anything may)."""
         hidden = self._run(self._embedded(), 0) if start is None else self._run(self.before[start], start)
-        total = 0.0
-        for reference, logits in zip(self.reference, self._logits(hidden), strict=True):
-            total += kl(reference.float(), torch.log_softmax(logits, -1))
+        logits = self._logits(self._final(hidden), self.whole.model.get_output_embeddings())
+        with computing(self.whole.compute):
+            total = sum(kl(log_p, torch.log_softmax(q, -1)) for log_p, q in zip(self._reference(), logits, strict=True))
         return total / self.tokens.numel()
