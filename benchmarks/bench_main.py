@@ -143,11 +143,18 @@ class Bench:
         }  # fmt: skip
 
     def background(self, where: str, budget: str) -> dict:
-        """How well damage adds up that was measured near the lossless model, or in the uniform plan of about the size."""
+        """How well damage adds up that was measured near the lossless model, or in the uniform plan nearest the budget.
+
+        The whole is put together from candidates, as the sum is of their damage.
+        """
         small = (
             "space.formats=[uint2g64, uint3g64, uint4g64]",
-            "space.table_formats=[uint3g64, uint4g64, uint5g64, uint6g64]", "measure.rows=4", "measure.length=256", "search.uniform=null", f"search.background={BACKGROUNDS[where]}",
-        )  # fmt: skip
+            "space.table_formats=[uint3g64, uint4g64, uint5g64, uint6g64]",
+            "measure.rows=4",
+            "measure.length=256",
+            "search.uniform=null",
+            f"search.background={BACKGROUNDS[where]}",
+        )
         session = self.session(self.off_grid(0), "knapsack-nopruning", 0, small)
         session.trial = (
             session.evaluate
