@@ -16,8 +16,8 @@ from trimbit.apply import Method, identity_moments, tied_moments
 from trimbit.measure import menu_of, sites_of
 from trimbit.measurements import Space
 from trimbit.model import axes
+from trimbit.model.checkpoint import Checkpoint
 from trimbit.model.layout import Layout, Unit, Weight
-from trimbit.model.load import Checkpoint
 from trimbit.plan import digest
 from trimbit.precision import Precision, Run
 from trimbit.quant.qtensor import QTensor

@@ -24,8 +24,9 @@ from trimbit.candidates import CandidateWeights
 from trimbit.errors import DataError, PlanError, RecipeError
 from trimbit.measure import background_of, install, measure
 from trimbit.measurements import Background, Measurements, Space
+from trimbit.model.checkpoint import Checkpoint
 from trimbit.model.layout import Layout, build_layout
-from trimbit.model.load import Checkpoint, open_checkpoint
+from trimbit.model.load import open_checkpoint
 from trimbit.model.stream import BlockStream
 from trimbit.model.whole import Judge, WholeModel
 from trimbit.plan import Budget, ModelRef, Plan, digest, load_plan

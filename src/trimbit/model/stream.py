@@ -13,8 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from trimbit.model.checkpoint import Checkpoint
 from trimbit.model.layout import Layout
-from trimbit.model.load import Checkpoint, materialize
+from trimbit.model.load import materialize
 
 CHUNK_TOKENS = 2048  # tokens run at a time: bounds activations
 Chunks = list[Float[Tensor, "_ length hidden"]]  # the last may have fewer rows

@@ -1,0 +1,187 @@
+"""An original model on disk: tensors, tokenizer and hashes, read when asked for, and errors that say what is wrong.
+
+Every tensor is copied out of its file, so that no mapping stays resident between two reads.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoTokenizer
+from transformers.configuration_utils import PreTrainedConfig
+
+from trimbit.errors import CheckpointError, LayoutError
+
+KNOWN_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_SIDECARS = re.compile(
+    r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt|bpe)|merges\.txt"
+    r"|.*\.tiktoken|spiece\.model|sentencepiece.*\.model|chat_template.*|generation_config\.json"
+    r"|additional_chat_templates/.*|(LICEN[CS]E|NOTICE|COPYING).*"
+)
+_NAMES_AND_VERSIONS = {"transformers_version", "_name_or_path", "_model_name_or_path"}
+_NOT_ARCHITECTURE = _NAMES_AND_VERSIONS | {"torch_dtype", "dtype"}
+
+
+def bad(where: Path, problem: str, advice: str) -> CheckpointError:
+    """One line: where, what is wrong, what to do."""
+    return CheckpointError(f"{where}: {problem}; {advice}")
+
+
+def first_line(error: BaseException) -> str:
+    """The type and the first line of an error of another library."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+
+
+def unknown_family(where: Path, model_type: str) -> LayoutError:
+    """Names the nearest family."""
+    nearest = difflib.get_close_matches(model_type.lower(), KNOWN_FAMILIES, n=1, cutoff=0.0)[0]
+    msg = (
+        f"{where}: model type {model_type!r} is not known to transformers; the nearest that trimbit"
+        f" knows is {nearest!r}; correct it, or choose one of {', '.join(KNOWN_FAMILIES)}"
+    )
+    return LayoutError(msg)
+
+
+class Entry(NamedTuple):
+    """Where one tensor lies: its weight file, its shape, and how to copy it out."""
+
+    file: Path
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """An original model on disk, opened and checked, with its tensors left where they are.
+
+    Made by `open_checkpoint`.
+
+    Attributes:
+        path: what the user gave, a directory or a `.gguf` file.
+        config: the transformers config of the original model.
+        model_id: hub id recorded in config.json, else the directory's name; a GGUF's general.name.
+        license: id from the GGUF metadata or the model card's front matter; None if neither has it.
+    """
+
+    path: Path
+    config: PreTrainedConfig
+    model_id: str
+    license: str | None
+    _entries: Mapping[str, Entry]
+    _gguf: Path | None = None
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Transformers' parameter names; a tied `lm_head.weight` is not among them."""
+        return frozenset(self._entries)
+
+    def _entry(self, name: str) -> Entry:
+        if name not in self._entries:
+            near = difflib.get_close_matches(name, self._entries, n=1, cutoff=0.0)
+            raise bad(self.path, f"has no tensor {name!r}", f"the nearest name is {near[0]!r}")
+        return self._entries[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor as transformers has it, without reading it.
+
+        Raises:
+            CheckpointError: if there is no such tensor.
+        """
+        return self._entry(name).shape
+
+    def tensor(self, name: str) -> Tensor:
+        """Reads one tensor onto the CPU into memory of its own.
+
+        Returns:
+            bf16, fp16 or fp32 as stored; fp32 from a GGUF, whose blocks are dequantised.
+
+        Raises:
+            CheckpointError: if there is no such tensor, it cannot be read, or it has a NaN or Inf.
+        """
+        entry = self._entry(name)
+        try:
+            tensor = entry.read()
+        except (SafetensorError, OSError, EOFError, ValueError, LookupError) as error:
+            raise damaged(entry.file, error, f"cannot read tensor {name!r}") from error
+        check_finite(tensor, f"tensor {name!r}", entry.file)
+        return tensor
+
+    def tokenizer(self) -> Any:  # noqa: ANN401 - AutoTokenizer has no common typed base
+        """The model's fast tokenizer.
+
+        Raises:
+            CheckpointError: if there is none, it cannot be read, or it only exists as remote code.
+        """
+        where = self._gguf or self.path
+        source: dict[str, str] = {"gguf_file": where.name} if self._gguf else {}
+        folder = where.parent if self._gguf else where
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(folder), use_fast=True, local_files_only=True, trust_remote_code=False, **source
+            )
+        except Exception as error:
+            advice = "add the original's tokenizer files"
+            raise bad(where, f"no usable tokenizer ({first_line(error)})", advice) from error
+        if not tokenizer.is_fast:
+            raise bad(where, "the tokenizer has no fast version", "add a tokenizer.json")
+        return tokenizer
+
+    def sidecars(self) -> list[Path]:
+        """Files to carry over: tokenizer, chat template, generation config, licence.
+
+        Returns:
+            Sorted paths below `path` (chat templates may lie in a subfolder); none for a GGUF.
+        """
+        if self._gguf:
+            return []
+        files = [*self.path.glob("*"), *self.path.glob("additional_chat_templates/*")]
+        names = {file: file.relative_to(self.path).as_posix() for file in files if file.is_file()}
+        return sorted(file for file, name in names.items() if _SIDECARS.fullmatch(name))
+
+    def weights_hash(self) -> str:
+        """SHA-256 (hex) over the SHA-256 of each weight file, in name order; computed once."""
+        return self._weights_hash
+
+    @cached_property
+    def _weights_hash(self) -> str:
+        total = hashlib.sha256()
+        for path in sorted({entry.file for entry in self._entries.values()}):
+            with path.open("rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+        return total.hexdigest()
+
+    def config_hash(self) -> str:
+        """SHA-256 (hex) of the config as canonical JSON, without version, name and dtype."""
+        fields = {k: v for k, v in self.config.to_dict().items() if k not in _NOT_ARCHITECTURE}
+        text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_finite(tensor: Tensor, what: str, where: Path) -> None:
+    """Refuse NaN and Inf, naming the tensor.
+
+    Raises:
+        CheckpointError: if there is one.
+    """
+    if tensor.numel() == 0 or all(torch.isfinite(end) for end in torch.aminmax(tensor)):
+        return  # aminmax carries NaN through and needs no temporary
+    nans, infs = int(tensor.isnan().sum()), int(tensor.isinf().sum())
+    problem = f"{what} has {nans} NaN and {infs} Inf values of {tensor.numel()}"
+    raise bad(where, problem, "get an intact copy of the model, or use a wider dtype")
+
+
+def damaged(where: Path, error: Exception, problem: str) -> CheckpointError:
+    """A file that another library cannot read."""
+    problem = f"{problem} ({first_line(error)})"
+    return bad(where, problem, "the file is truncated or corrupt, fetch it again")
