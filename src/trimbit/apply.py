@@ -1,8 +1,9 @@
 """Apply a plan: cut, refit and quantise block by block, each on the inputs that the compressed blocks before it give.
 
-Two paths run side by side where a refit needs a target: the dense one, and the compressed one. Each block is passed in
-the order of its sites, so that H of a site already carries the error of everything before it. Held-out rows go along
-on both paths, untouched by any fit, and say at the end what the plan really costs.
+Each block is passed in the order of its sites, so that H of a site already carries the error of everything before it. A
+refit aims at what the uncut sub-block makes of these same inputs: aimed at the dense model's, it shrinks what it keeps,
+because the compressed inputs are noisy (docs/benchmarks.md has the figures). Held-out rows, untouched by any fit, go
+along in the dense model too, and say at the end what the plan really costs.
 """
 
 import copy
@@ -155,11 +156,6 @@ class _Job:
         self.plan = plan
         self.method = method
         self.repair = repair
-        self.last_target = max(
-            (unit.block or 0 for unit in self.layout.units.values() if self._refits(unit)), default=-1
-        )
-        beside = self.last_target >= 0 and repair.target == "dense"
-        self.dense: Chunks | None = embed_chunks(stream, tokens) if beside else None
         self.held_dense: Chunks = embed_chunks(stream, held_out) if held_out is not None else []
         with stream.embedding_replaced(table.dequantize(torch.bfloat16)):
             self.compressed: Chunks = embed_chunks(stream, tokens)
@@ -186,10 +182,6 @@ class _Job:
                     self._advance(self.compressed, index, block)
                     self._advance(self.held_compressed, index, block)
                 self._advance(self.held_dense, index, dense)
-                if self.dense is not None:
-                    self._advance(self.dense, index, dense)
-        if index >= self.last_target:
-            self.dense = None
         return stored
 
     def _advance(self, hidden: Chunks, index: int, block: nn.Module) -> None:
@@ -243,7 +235,7 @@ class _Job:
     def _moments(
         self, index: int, weight: Weight, dense: nn.Module | None, block: nn.Module, prefix: str
     ) -> tuple[Accumulator | None, Accumulator]:
-        """Moments of a site on the compressed path; with the dense path beside it, split into train and held-out."""
+        """Moments of a site; with those of the `dense` half on the same inputs, split into train and held-out."""
         train, held = Accumulator(), Accumulator()
         if dense is None and not self.method.module.NEEDS_MOMENTS:
             return None, held
@@ -255,7 +247,7 @@ class _Job:
             x_dense = None
             if dense is not None:
                 with Tap({"x": dense.get_submodule(relative)}, stop_at="x") as seen:
-                    self.stream.run(index, dense, self.dense[at] if self.dense is not None else chunk)
+                    self.stream.run(index, dense, chunk)
                 x_dense = seen["x"]
             with Tap({"x": block.get_submodule(relative)}, stop_at="x") as seen:
                 self.stream.run(index, block, chunk)

@@ -148,8 +148,8 @@ def apply_command(
     require_absent(out)
     found = load_plan(plan_file)
     session = _session(model, recipe, calibration, overrides, seed)
-    session.write(found, out)
-    print_summary(session.layout, found, session.layout.file_nbytes(found), out)
+    written = session.write(found, out)
+    print_summary(session.layout, written, session.layout.file_nbytes(written), out)
 
 
 @app.command(name="eval")

@@ -95,10 +95,13 @@ def measure(
         for unit in layout.units.values()
         for key, width, formats in _changes(layout, unit, space, background, candidates.rankings)
     ]
-    if any(key not in known for _, key, _, _ in work):
+    if "background" not in known or any(key not in known for _, key, _, _ in work):
         install(whole, layout, candidates, background)
         judge.refresh()
         base = judge.damage(None)
+        if "background" not in known:
+            _append(journal, "background", base)
+            known["background"] = base
         for at, (unit, key, width, formats) in enumerate(work):
             if key not in known:
                 state = candidates.unit_state(unit, width, formats)
@@ -108,8 +111,6 @@ def measure(
                 whole.install(before)
                 _append(journal, key, known[key])
             progress(at + 1, len(work))
-        _append(journal, "background", base)
-        known["background"] = base
     return Measurements(
         model=model, data_digest=data_digest, seed=seed, background=background, background_damage=known["background"],
         rankings=dict(candidates.rankings),

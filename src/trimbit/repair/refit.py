@@ -6,7 +6,6 @@ W' = W_K + (W C - W_K H) (H + lambda * mean(diag H) * I)^-1, with bias b' = b + 
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -24,7 +23,6 @@ PAPER = (
 class Config(Data):
     """How a weight that gains a bias is refitted; the plan's `biases` say which ones."""
 
-    target: Literal["dense", "compressed"] = "dense"  # ours: the path whose inputs the uncut sub-block is fed
     ridges: tuple[float, ...] = (
         1e-4,
         1e-3,

@@ -27,6 +27,7 @@ from trimbit.search import uniform
 from trimbit.search.problem import Problem
 
 PAPER = "this project; HiGHS through scipy.optimize.milp"
+NEEDS_MEASUREMENTS = True
 Uniform = uniform.Config
 NEAR_LOSSLESS = Int(bits=6, group=64, symmetric=False)  # errors that are measured one at a time add up best
 
@@ -48,13 +49,17 @@ class Config(Data):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One choice of a unit: its kept width (None: it has no dim), the formats of its sites, bytes and damage."""
+    """One choice of a unit: its kept width (None: it has no dim), the formats of its sites, bytes, damage and cost.
+
+    The cost is the damage with the price on pruning; the solver minimises it.
+    """
 
     unit: Unit
     width: int | None
     formats: tuple[tuple[str, Precision], ...]
     nbytes: int
     damage: float
+    cost: float
 
 
 def search(problem: Problem, config: Config) -> Plan:
@@ -79,13 +84,13 @@ def search(problem: Problem, config: Config) -> Plan:
     kinds = [kind for kind in (pruned, [plan for plan in solved.values() if not plan.cuts]) if kind]
     finalists = []
     for kind in kinds:
-        plan, more = problem.best(sorted(kind, key=_predicted), problem.evaluate if len(kind) > 1 else None, "quick")
+        plan, more = problem.quick_best(sorted(kind, key=_predicted))
         finalists.append(plan)
         notes += more
     finalists += _uniform(problem, config)
     if not finalists:  # so near the smallest budget that the bound on the header leaves no room
         finalists = [problem.smallest()]
-    best, tried = problem.best(finalists, problem.trial or problem.evaluate, "applied")
+    best, tried = problem.best(finalists)
     notes += tried if best.cuts else (*tried, "no pruning was chosen")
     return best.model_copy(update={"found_by": best.found_by.model_copy(update={"notes": notes})})
 
@@ -147,7 +152,7 @@ def solve(problem: Problem, config: Config, pruning_cost: float | None, method: 
     """The knapsack's optimum with D(width) times `pruning_cost` (None: full widths only); None if nothing fits."""
     layout = problem.layout
     groups = [pareto(choices(problem, unit, pruning_cost)) for unit in layout.units.values()]
-    picked = knapsack([[(c.nbytes, c.damage) for c in group] for group in groups], _limit(problem), config)
+    picked = knapsack([[(c.nbytes, c.cost) for c in group] for group in groups], _limit(problem), config)
     if picked is None:
         return None
     chosen = [group[at] for group, at in zip(groups, picked, strict=True)]
@@ -172,17 +177,27 @@ def choices(problem: Problem, unit: Unit, pruning_cost: float | None) -> list[Ch
         if cut and pruning_cost is None:
             continue
         shape = by_width[unit.dim or "", width] if width is not None else 0.0
-        if cut and pruning_cost is not None:
-            shape *= pruning_cost if shape > 0 else 1.0  # a gain, most likely noise, is not multiplied
+        price = (pruning_cost - 1) * max(shape, 0.0) if cut and pruning_cost is not None else 0.0  # none on a gain
         if width == 0:
-            found.append(Choice(unit, 0, tuple((site, menu_of(unit, problem.space)[0]) for site in sites), 0, shape))
+            found.append(
+                Choice(
+                    unit, 0, tuple((site, menu_of(unit, problem.space)[0]) for site in sites), 0, shape, shape + price
+                )
+            )
             continue
         share = width / (reference_width(unit, problem.measurements.background) or 1) if width is not None else 1.0
         for combination in product(menu_of(unit, problem.space), repeat=len(sites)):
             formats = dict(zip(sites, combination, strict=True))
             damage = shape + share * sum(by_format[site, p.name] for site, p in formats.items())
             found.append(
-                Choice(unit, width, tuple(formats.items()), _nbytes(problem, unit, width, formats, cut=cut), damage)
+                Choice(
+                    unit,
+                    width,
+                    tuple(formats.items()),
+                    _nbytes(problem, unit, width, formats, cut=cut),
+                    damage,
+                    damage + price,
+                )
             )
     return found
 
@@ -199,10 +214,10 @@ def _nbytes(problem: Problem, unit: Unit, width: int | None, formats: Mapping[st
 
 
 def pareto(found: list[Choice]) -> list[Choice]:
-    """The choices that no other one beats in both bytes and damage."""
+    """The choices that no other one beats in both bytes and cost."""
     front: list[Choice] = []
-    for choice in sorted(found, key=lambda c: (c.nbytes, c.damage)):
-        if not front or choice.damage < front[-1].damage:
+    for choice in sorted(found, key=lambda c: (c.nbytes, c.cost)):
+        if not front or choice.cost < front[-1].cost:
             front.append(choice)
     return front
 

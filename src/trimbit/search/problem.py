@@ -1,6 +1,6 @@
 """What a search method is given: the layout, the budget, the space, the measurements, and a way to try a plan."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -21,6 +21,8 @@ class Method(Protocol):
     @property
     def PAPER(self) -> str: ...  # noqa: N802, D102
     @property
+    def NEEDS_MEASUREMENTS(self) -> bool: ...  # noqa: N802, D102
+    @property
     def Config(self) -> type[Data]: ...  # noqa: N802, D102
     def search(self, problem: "Problem", config: Data) -> Plan: ...  # noqa: D102
 
@@ -38,8 +40,8 @@ class Problem:
     seed: int
     measurements: Measurements | None = None
     measurement_hash: str | None = None
-    evaluate: Evaluate | None = None  # quick: a plan put together from what was quantised alone
-    trial: Evaluate | None = None  # real: the plan applied, and thrown away unless it is chosen
+    evaluate: Evaluate | None = None  # quick: KL of a plan put together from what was quantised alone
+    trial: Evaluate | None = None  # real: KL of the plan as it is applied
     refit_biases: bool = True  # a cut unit's out weight gains a bias
 
     def plan(
@@ -70,17 +72,23 @@ class Problem:
         plan = Plan(model=self.model, cuts=cuts, weights=weights, biases=tuple(biases), found_by=found)
         return plan.model_copy(update={"found_by": found.model_copy(update={"nbytes": layout.file_nbytes(plan)})})
 
-    def best(self, plans: Iterable[Plan], damage: Evaluate | None, how: str) -> tuple[Plan, tuple[str, ...]]:
-        """The plan of least damage on held-out tokens, and a note about each; the first where nothing can evaluate."""
-        plans = tuple(plans)
-        if damage is None:
+    def quick_best(self, plans: Sequence[Plan]) -> tuple[Plan, tuple[str, ...]]:
+        """The plan of least quick KL, and a note about each; the first where there is no choice or nothing can tell."""
+        if self.evaluate is None or len(plans) == 1:
             return plans[0], ()
-        found = [
-            plan.model_copy(update={"found_by": plan.found_by.model_copy(update={"measured_damage": damage(plan)})})
-            for plan in plans
-        ]
-        notes = tuple(f"{how}, {plan.found_by.method}: {plan.found_by.measured_damage:.4f} nats" for plan in found)
-        return min(found, key=lambda plan: plan.found_by.measured_damage or 0.0), notes
+        found = [self.evaluate(plan) for plan in plans]
+        notes = (f"quick, {p.found_by.method}: {damage:.4f} nats" for p, damage in zip(plans, found, strict=True))
+        return plans[found.index(min(found))], tuple(notes)
+
+    def best(self, plans: Sequence[Plan]) -> tuple[Plan, tuple[str, ...]]:
+        """The plan of least real KL, which it then tells, and a note about each; the first where nothing can tell."""
+        if self.trial is None:
+            return plans[0], ()
+        found = [self.trial(plan) for plan in plans]
+        notes = (f"applied, {p.found_by.method}: {damage:.4f} nats" for p, damage in zip(plans, found, strict=True))
+        best = plans[found.index(min(found))]
+        told = best.found_by.model_copy(update={"measured_damage": min(found)})
+        return best.model_copy(update={"found_by": told}), tuple(notes)
 
     def uniform(self, precision: Precision, method: str) -> Plan:
         """Every weight, the embedding included, in one format, nothing cut."""

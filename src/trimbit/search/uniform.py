@@ -7,6 +7,7 @@ from trimbit.precision import Data, Int, Precision
 from trimbit.search.problem import Problem
 
 PAPER = "baseline"
+NEEDS_MEASUREMENTS = False
 MENU = tuple(Int(bits=bits, group=group, symmetric=False) for bits in range(2, 9) for group in (32, 64, 128, None))
 
 
@@ -14,7 +15,7 @@ class Config(Data):
     """What is tried."""
 
     formats: tuple[Precision, ...] = MENU
-    tries: int = Field(default=2, ge=1)  # ours: of the formats that fit, how many of the largest are evaluated for real
+    tries: int = Field(default=2, ge=1)  # ours: of the formats that fit, how many of the largest are evaluated
 
 
 def require_feasible(problem: Problem, config: Config) -> None:
@@ -34,9 +35,7 @@ def search(problem: Problem, config: Config) -> Plan:
     """
     require_feasible(problem, config)
     fitting = [plan for plan in _by_size(problem, config) if plan.found_by.nbytes <= problem.limit]
-    best, notes = problem.best(
-        reversed(fitting[-config.tries :]), problem.evaluate if config.tries > 1 else None, "quick"
-    )
+    best, notes = problem.quick_best(fitting[-config.tries :][::-1])
     return best.model_copy(update={"found_by": best.found_by.model_copy(update={"notes": notes})})
 
 
