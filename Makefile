@@ -8,7 +8,6 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 GGUF := SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL := .models/$(GGUF)
-OFFGRID := benchmarks/.work/offgrid-0
 SOURCES := src tests benchmarks examples
 
 .PHONY: help venv model demo check fmt test bench clean
@@ -60,13 +59,9 @@ test: venv ## Run the tests
 	@echo '== pytest'
 	@$(BIN)/pytest
 
-$(OFFGRID)/config.json: benchmarks/offgrid.py | $(MODEL)
-	@echo '== the model, taken off its grid'
-	@$(BIN)/python benchmarks/offgrid.py $(MODEL) $(OFFGRID) --seed 0
-
-bench: venv model $(OFFGRID)/config.json ## Run every benchmarks/bench_*.py on the off-grid model
-	@shopt -s nullglob; for script in benchmarks/bench_*.py; do \
-		echo "== $$script"; $(BIN)/python "$$script" $(OFFGRID); done
+DATA ?= ../shared/data
+bench: venv model ## Run the benchmark, cell by cell; DATA is a folder with wikitext-2
+	$(BIN)/python benchmarks/bench_main.py $(MODEL) --data $(DATA)
 
 clean: ## Remove everything that is built, the environment and the model included
 	@rm -rf .venv .models out dist benchmarks/.work .mypy_cache .pytest_cache .ruff_cache \

@@ -194,9 +194,7 @@ def measured_process(command: list[str], cache: Path | None) -> tuple[float, int
     report += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)"
     environment = os.environ | ({"TRIMBIT_CACHE": str(cache)} if cache else {})
     started = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", report, *command], env=environment, check=True, stdout=subprocess.PIPE
-    )
+    done = subprocess.run([sys.executable, "-c", report, *command], env=environment, check=True, stdout=subprocess.PIPE)
     return time.perf_counter() - started, int(done.stdout)
 
 

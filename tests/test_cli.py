@@ -322,8 +322,33 @@ def test_h_that_is_not_positive_definite(refused, job, options, tmp_path):
 
 @pytest.fixture
 def untried(tmp_path_factory, monkeypatch):
-    """A cache in which nothing was tried yet."""
-    monkeypatch.setenv("TRIMBIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+    """A cache in which nothing was tried yet, and in which a trial that breaks off leaves nothing."""
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("TRIMBIT_CACHE", str(cache))
+    yield
+    assert not list(cache.glob("trials/*"))
+    assert not list(cache.glob("trials/.*"))
+
+
+@pytest.fixture
+def tried(run, job, options, tmp_path_factory):
+    """The cache of the test run, in which the job's plans were tried."""
+    run(*compress(job.model, tmp_path_factory.mktemp("tried") / "out", options))
+
+
+@pytest.mark.usefixtures("tried")
+@pytest.mark.parametrize("step", ["shutil.copyfile", "trimbit.pipeline.model_card"])
+def test_no_space_left_or_interrupted_while_the_output_is_filled(refused, job, options, tmp_path, monkeypatch, step):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    def stop(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(step, stop)
+    refused(*compress(job.model, tmp_path / "out", options), words=["interrupted"], code=130)
+    monkeypatch.setattr(step, full)
+    refused(*compress(job.model, tmp_path / "out", options), words=["No space left on device"])
 
 
 @pytest.mark.usefixtures("untried")

@@ -190,6 +190,14 @@ class Counting:
         return self.inner.unit_state(unit, width, formats)
 
 
+def test_a_journal_that_only_lacks_its_background(stream, candidates, measured, tmp_path):
+    journal = tmp_path / "journal.jsonl"
+    assert run(stream, candidates, journal) == measured
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(line for line in lines if '"background"' not in line))
+    assert run(stream, candidates, journal) == measured
+
+
 def test_resumes_after_a_kill(stream, candidates, measured, tmp_path):
     journal, units = tmp_path / "journal.jsonl", len(stream.layout.units)
     work = len(measured.formats) + len(measured.widths) - units_and_sites(stream.layout)
@@ -200,7 +208,7 @@ def test_resumes_after_a_kill(stream, candidates, measured, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run(stream, candidates, journal, kill)
-    assert len(journal.read_text().splitlines()) == 10
+    assert len(journal.read_text().splitlines()) == 1 + 10  # the background first
     again, steps = Counting(candidates), []
     assert run(stream, again, journal, lambda *step: steps.append(step)) == measured
     assert again.calls == units + work - 10  # the background, and what was left

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -234,7 +235,7 @@ def test_a_torn_journal_in_the_cache(job, tmp_path, compressed):
 
 def test_nothing_half_written_is_left_in_the_cache(job, tmp_path):
     compress(session(job, cache=tmp_path / "cache"), Budget.parse(BUDGET), tmp_path / "out")
-    left = [path for path in (tmp_path / "cache").rglob("*") if path.suffix == ".tmp"]
+    left = [path for path in (tmp_path / "cache").rglob("*") if path.suffix == ".tmp" or "partial" in path.name]
     assert left == []
 
 
@@ -245,6 +246,46 @@ def test_an_unready_budget_is_refused_before_anything_long(job, tmp_path):
     assert not (tmp_path / "cache").exists()
     smallest = str(caught.value).split("--budget ")[1].rstrip(")")
     assert opened.find_plan(Budget.parse(smallest)).found_by.nbytes == int(smallest[:-1])
+
+
+def test_a_measured_search_without_moments(job, tmp_path):
+    """Round to nearest needs no text, but the search does, and what it tries is judged."""
+    recipe = ("quant.name=rtn", "criterion=null", "space.widths=[1.0]", "space.groups=false")
+    plan = compress(session(job, *recipe), Budget.parse("40kB"), tmp_path / "out")
+    assert plan.found_by.measured_damage > 0
+    assert plan.cuts == {}
+
+
+@pytest.mark.parametrize("missing", ["measure", "space"])
+def test_a_search_that_needs_measurements(job, missing):
+    with pytest.raises(RecipeError, match="search knapsack needs a `space` to choose from and a `measure`"):
+        session(job, f"{missing}=null")
+
+
+def test_a_damaged_trial_is_not_copied(job, compressed, tmp_path):
+    _, plan = compressed
+    opened = session(job, cache=tmp_path / "cache")
+    opened.trial(plan)
+    (weights,) = (tmp_path / "cache" / "trials").glob("*/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match=r"trials/.* is damaged; remove it"):
+        opened.write(plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_runs_that_try_the_same_plan(job, compressed, tmp_path, monkeypatch):
+    _, plan = compressed
+    first, second = (session(job, cache=tmp_path / name) for name in ("first", "second"))
+    first.trial(plan)
+    apply = second._apply
+
+    def meanwhile(*arguments):
+        apply(*arguments)
+        shutil.copytree(tmp_path / "first" / "trials", tmp_path / "second" / "trials", dirs_exist_ok=True)
+
+    monkeypatch.setattr(second, "_apply", meanwhile)
+    assert second.trial(plan) == plan.found_by.measured_damage
+    assert len(list((tmp_path / "second" / "trials").iterdir())) == 1
 
 
 def test_too_few_rows_to_measure_on(job):

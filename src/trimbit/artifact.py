@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from trimbit.errors import ArtifactError
-from trimbit.model.layout import METADATA, Layout, TensorSpec, shards
+from trimbit.model.layout import METADATA, Layout, TensorSpec, shard_nbytes, shards
 from trimbit.plan import Plan, load_plan
 from trimbit.runtime import Structure
 
@@ -63,11 +63,14 @@ class Writer:
 
     def take(self, folder: Path) -> None:
         """Take the weight files and the plan of a directory that the same plan was applied to before."""
-        try:
-            for at in range(len(self.files)):
-                shutil.copyfile(folder / self._file_name(at), self.partial / self._file_name(at))
-        except OSError as err:
-            raise ArtifactError(f"cannot write {self.out}: {err.strerror}") from err
+        for at, specs in enumerate(self.files):
+            source = folder / self._file_name(at)
+            if not source.is_file() or source.stat().st_size != shard_nbytes(specs):
+                raise ArtifactError(f"{folder}, where the plan was tried, is damaged; remove it and run again")
+            try:
+                shutil.copyfile(source, self.partial / source.name)
+            except OSError as err:
+                raise ArtifactError(f"cannot write {self.out}: {err.strerror}") from err
         self.written = len(self.files)
         found = load_plan(folder / PLAN_FILE).found_by
         told = self.plan.found_by.model_copy(update={"measured_damage": found.measured_damage})

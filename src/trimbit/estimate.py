@@ -15,7 +15,8 @@ def estimate(session: Session, budget: Budget) -> list[tuple[str, str]]:
     """
     layout, recipe = session.layout, session.recipe
     limit = session.limit(budget)
-    tokens = recipe.calibration.rows * recipe.calibration.length
+    rows = recipe.calibration.rows + recipe.calibration.held_out
+    tokens = rows * recipe.calibration.length
     block = sum(w.rows * w.cols for w in layout.weights.values() if w.unit.startswith("blocks.0."))
     hidden = tokens * layout.sizes["hidden"] * 4
     table = layout.sizes["vocab"] * layout.sizes["hidden"]
@@ -34,7 +35,7 @@ def estimate(session: Session, budget: Budget) -> list[tuple[str, str]]:
             f"{2 * layout.parameters / 1e6:.0f} MB in bf16",
         ),
         ("weight files", f"at most {limit:,} bytes ({8 * limit / layout.parameters:.2f} bits a parameter)"),
-        ("calibration", f"{recipe.calibration.rows} rows of {recipe.calibration.length} tokens, {session.calibration}"),
+        ("calibration", f"{rows} rows of {recipe.calibration.length} tokens, {session.calibration}"),
         ("memory", f"about {max(streaming, measuring) / 1e6:.0f} MB above the libraries"),
         ("time", f"about {_seconds(session, tokens, block) / 60:.0f} minutes"),
     ]

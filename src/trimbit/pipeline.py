@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
@@ -21,7 +21,7 @@ from trimbit import data
 from trimbit.apply import Method, apply_plan
 from trimbit.artifact import PLAN_FILE, RECIPE_FILE, Writer, model_card, require_absent
 from trimbit.candidates import CandidateWeights
-from trimbit.errors import DataError, PlanError, RecipeError
+from trimbit.errors import ArtifactError, DataError, PlanError, RecipeError
 from trimbit.measure import background_of, install, measure
 from trimbit.measurements import Background, Measurements, Space
 from trimbit.model.checkpoint import Checkpoint
@@ -64,6 +64,12 @@ def cache_root() -> Path:
     return Path(os.environ.get("TRIMBIT_CACHE") or Path.home() / ".cache" / "trimbit")
 
 
+@cache
+def source_digest() -> str:
+    """Content key of the package's code: a result of other code is not this code's result."""
+    return digest([path.read_text(encoding="utf-8") for path in sorted(Path(trimbit.__file__).parent.rglob("*.py"))])
+
+
 def module_of(stage: str, step: Step) -> ModuleType:
     """The module of a stage by its name.
 
@@ -94,6 +100,8 @@ class Session:
         self.criterion = self._module("criteria", recipe.criterion) if recipe.criterion else None
         self.repair = self._module("repair", recipe.repair)
         self.compute: torch.dtype = getattr(torch, recipe.compute)
+        if self.search[0].NEEDS_MEASUREMENTS and (recipe.space is None or recipe.measure is None):
+            raise RecipeError(f"search {recipe.search.name} needs a `space` to choose from and a `measure`")
         if self.calibration != "self" and not Path(self.calibration).is_file():
             raise DataError(f"no calibration text {self.calibration!r}: give `self` or a file")
 
@@ -133,7 +141,10 @@ class Session:
         rows, length, tokenizer = want.rows + want.held_out, want.length, self.checkpoint.tokenizer()
         if self.calibration == "self":
             return self._sampled(tokenizer, rows, length).split(want.held_out)
-        found = data.from_file(Path(self.calibration), tokenizer, rows=rows, length=length, seed=self.seed)
+        try:
+            found = data.from_file(Path(self.calibration), tokenizer, rows=rows, length=length, seed=self.seed)
+        except DataError as err:
+            raise DataError(f"{err} (rows are calibration.rows + calibration.held_out)") from err
         return found.split(want.held_out)
 
     def _sampled(self, tokenizer: Any, rows: int, length: int) -> data.TokenSet:  # noqa: ANN401
@@ -257,22 +268,31 @@ class Session:
         folder = self._trial_folder(plan)
         if not folder.exists():
             self._release()
-            with Writer(folder, self.layout, plan) as writer:
-                self._apply(plan, writer, f"trial of {plan.found_by.method}")
+            try:
+                with Writer(folder, self.layout, plan) as writer:
+                    self._apply(plan, writer, f"trial of {plan.found_by.method}")
+            except ArtifactError:
+                if not folder.exists():  # else another run has tried the same plan meanwhile
+                    raise
         measured = load_plan(folder / PLAN_FILE).found_by.measured_damage
         assert measured is not None
         return measured
 
     def _trial_folder(self, plan: Plan) -> Path:
         decides = [
-            trimbit.__version__,
-            self.stats_key,
+            source_digest(),
+            self.stats_key if self.stats is not None else self.model.model_dump(mode="json"),
             self.held_out.digest,
             self._step(self.recipe.quant),
             self._step(self.recipe.repair),
             plan.model_dump(mode="json", exclude={"found_by"}),
         ]
         return self.cache / "trials" / digest(decides)
+
+    @property
+    def _judges(self) -> bool:
+        """Whether there is text to say what a plan costs: a recipe that neither fits nor measures needs none."""
+        return self.stats is not None or self.recipe.measure is not None
 
     def _release(self) -> None:
         """Let go of the whole model: what follows streams block by block."""
@@ -362,7 +382,7 @@ class Session:
         self.layout.check(plan)
         self._release()
         with Writer(out, self.layout, plan) as writer:
-            trial = self._trial_folder(plan) if self.stats is not None else None
+            trial = self._trial_folder(plan) if self._judges else None
             if trial is not None and trial.exists():
                 writer.take(trial)
             else:
@@ -376,7 +396,7 @@ class Session:
         with self.reporter.stage(stage) as progress:
             measured = apply_plan(
                 self.stream, plan, self.tokens.tokens if needs else torch.zeros(1, 2, dtype=torch.long), self.method,
-                self.repair[1], self.stats, writer, progress, self.held_out.tokens if needs else None,
+                self.repair[1], self.stats, writer, progress, self.held_out.tokens if self._judges else None,
             )  # fmt: skip
         found = plan.found_by.model_copy(update={"measured_damage": measured})
         writer.plan = plan.model_copy(update={"found_by": found})

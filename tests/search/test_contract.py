@@ -60,6 +60,7 @@ def test_has_a_paper_and_a_configuration_with_defaults(module):
 def test_a_search(module):
     assert arguments(module.search) == ["problem", "config"]
     assert arguments(module.require_feasible) == ["problem", "config"]
+    assert isinstance(module.NEEDS_MEASUREMENTS, bool)
 
 
 @pytest.mark.parametrize("module", QUANTS, ids=name)

@@ -93,11 +93,11 @@ def test_nothing_reaches_stdout(capfd):
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=30))
 def test_pareto_keeps_exactly_the_non_dominated(pairs):
     unit = LAYOUT.units["embed"]
-    front = knapsack.pareto([Choice(unit, None, (), nbytes, float(damage)) for nbytes, damage in pairs])
+    front = knapsack.pareto([Choice(unit, None, (), nbytes, 0.0, float(cost)) for nbytes, cost in pairs])
     best = {
         one for one in pairs if not any(other != one and other[0] <= one[0] and other[1] <= one[1] for other in pairs)
     }
-    assert [(c.nbytes, c.damage) for c in front] == sorted(best)
+    assert [(c.nbytes, c.cost) for c in front] == sorted(best)
 
 
 # --- search on a tiny llama ------------------------------------------------------------------------------------------
@@ -163,26 +163,26 @@ def sites():
 def test_at_least_as_good_as_uniform(name):
     """Given room for the longest header, a uniform plan of the space is one that the knapsack could choose."""
     same = problem(0).uniform(formats(name)[0], "uniform")
-    asked = problem(same.found_by.nbytes + header_bound(LAYOUT), evaluate=additive)
+    asked = problem(same.found_by.nbytes + header_bound(LAYOUT), trial=additive)
     plan = knapsack.search(asked, Config(uniform=None))
     assert plan.found_by.measured_damage == pytest.approx(additive(plan))
     assert plan.found_by.measured_damage <= additive(same)
 
 
 def test_the_uniform_plan_wins_where_it_measures_better():
-    def evaluate(plan):
+    def trial(plan):
         return 0.1 if plan.found_by.method.startswith("uniform") else 0.2
 
-    plan = knapsack.search(problem(LARGEST.found_by.nbytes, evaluate=evaluate), Config(uniform=MENU))
+    plan = knapsack.search(problem(LARGEST.found_by.nbytes, trial=trial), Config(uniform=MENU))
     assert plan.found_by.method.startswith("uniform")
     assert plan.found_by.measured_damage == 0.1
-    plan = knapsack.search(problem(LARGEST.found_by.nbytes, evaluate=evaluate), Config(uniform=None))
+    plan = knapsack.search(problem(LARGEST.found_by.nbytes, trial=trial), Config(uniform=None))
     assert plan.found_by.method.startswith("knapsack")
 
 
 def test_same_input_same_plan():
     limit = (SMALLEST + LARGEST.found_by.nbytes) // 2
-    first, second = (knapsack.search(problem(limit, evaluate=additive), Config()) for _ in range(2))
+    first, second = (knapsack.search(problem(limit, evaluate=additive, trial=additive), Config()) for _ in range(2))
     assert first == second
 
 
@@ -197,10 +197,10 @@ def test_says_that_nothing_was_pruned():
     dear = measurements(width_damage=lambda dim, width: 1000 * of_width(dim, width))
     limit = LARGEST.found_by.nbytes
     note = "no pruning was chosen"
-    plan = knapsack.search(problem(limit, measurements=dear, evaluate=lambda _: 0.1), Config())
+    plan = knapsack.search(problem(limit, measurements=dear, trial=lambda _: 0.1), Config())
     assert note in plan.found_by.notes
     free = measurements(width_damage=lambda _dim, _width: 0.0)
-    asked = problem(limit, measurements=free, evaluate=lambda _: 0.1)
+    asked = problem(limit, measurements=free, trial=lambda _: 0.1)
     plan = knapsack.search(asked, Config(no_pruning=False, uniform=None))
     assert note not in plan.found_by.notes
 
@@ -234,6 +234,13 @@ def test_a_real_trial_decides_between_the_best_of_each_kind():
     assert sum(bool(plan.cuts) for plan in quick) > 1
     assert [bool(plan.cuts) for plan in tried] == [True, False, False]
     assert sum(note.startswith("applied, ") for note in plan.found_by.notes) == 3
+
+
+@pytest.mark.parametrize("price", [1.0, 4.0])
+def test_the_price_on_pruning_is_not_part_of_the_predicted_damage(price):
+    plan = knapsack.solve(problem((SMALLEST + LARGEST.found_by.nbytes) // 2), Config(), price, "priced")
+    assert plan.cuts
+    assert plan.found_by.predicted_damage == pytest.approx(additive(plan))
 
 
 def test_the_background_loses_next_to_nothing():

@@ -90,7 +90,7 @@ def search(problem: Problem, config: Config) -> Plan:
     finalists += _uniform(problem, config)
     if not finalists:  # so near the smallest budget that the bound on the header leaves no room
         finalists = [problem.smallest()]
-    best, tried = problem.best(finalists)
+    best, tried = problem.best(sorted(finalists, key=_predicted))
     notes += tried if best.cuts else (*tried, "no pruning was chosen")
     return best.model_copy(update={"found_by": best.found_by.model_copy(update={"notes": notes})})
 
