@@ -61,7 +61,7 @@ class Method:
 
 def apply_plan(
     stream: BlockStream, plan: Plan, tokens: Int[Tensor, "rows length"], method: Method, repair: refit.Config,
-    stats: Stats | None, writer: Writer, progress: Progress, held_out: Int[Tensor, "held length"] | None = None,
+    stats: Stats | None, writer: Writer, progress: Progress, held_out: Int[Tensor, "held held_length"] | None = None,
 ) -> float | None:  # fmt: skip
     """Write all tensors of a plan through `writer`; memory holds one block, twice, and the hidden states.
 
