@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from plans import make_plan, runs
-from tiny import VOCAB, save_tiny, tiny_model
-from trimbit.apply import Method, apply_plan
+from tiny import MODEL_TYPES, VOCAB, save_tiny, tiny_model
+from trimbit.apply import Method, _Job, apply_plan
 from trimbit.artifact import Writer
 from trimbit.errors import NumericsError, PlanError
 from trimbit.model.layout import build_layout
@@ -31,6 +31,40 @@ def original(request, tmp_path_factory):
 
 def sample(rows, seed):
     return torch.randint(3, VOCAB, (rows, 64), generator=torch.Generator().manual_seed(seed))
+
+
+def written(original, out, cuts, *, held_out=None):
+    """Compress to 4 bits with GPTQ; gives what `apply_plan` returns."""
+    checkpoint = open_checkpoint(original)
+    layout = build_layout(checkpoint.config)
+    biases = tuple(u.out_weight for u in layout.units.values() if cuts.get(u.dim))
+    plan = make_plan(layout, lambda _, n: runs((n, "int4g32")), cuts, biases)
+    stream = BlockStream(checkpoint, layout, torch.float32)
+    stats = collect(stream, sample(40, 0), out.parent / f"{out.name}-stats", lambda *_: None)
+    with Writer(out, layout, plan) as writer:
+        return apply_plan(stream, plan, sample(40, 0), GPTQ, refit.Config(), stats, writer, lambda *_: None, held_out)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_what_is_known_is_not_run_again_and_the_kl_is_real(model_type, tmp_path, monkeypatch):
+    """The bytes are those of running every half anew; the KL is that of full logits, with tied heads and soft caps."""
+    original = tmp_path / "original"
+    save_tiny(tiny_model(model_type).bfloat16(), original)
+    found = written(original, tmp_path / "quick", CUTS, held_out=sample(3, 1))
+    monkeypatch.setattr(
+        _Job, "_advance_compressed", lambda job, i, _u, block, _p: job._advance(job.compressed, i, block)
+    )
+    written(original, tmp_path / "slow", CUTS)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("quick", "slow")]
+    assert files[0] == files[1]
+    with torch.no_grad():
+        small, large = (
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(sample(3, 1))
+            .logits.double()
+            .log_softmax(-1)
+            for path in (tmp_path / "quick", original)
+        )
+    assert found == pytest.approx(float((large.exp() * (large - small)).sum(-1).mean()), rel=1e-2)
 
 
 def run(original, out, method, *, plan=None, bits="int3g32", cuts=None, refits=False, rows=80):

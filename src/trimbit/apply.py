@@ -29,7 +29,7 @@ from trimbit.precision import BFloat16, Data, Run
 from trimbit.quant import rtn
 from trimbit.quant.qtensor import QTensor
 from trimbit.repair import refit
-from trimbit.runtime import only_half, set_width
+from trimbit.runtime import input_known, only_half, set_width
 from trimbit.stats import Accumulator, Moments, Stats, Tap
 
 Progress = Callable[[int, int], None]
@@ -156,6 +156,7 @@ class _Job:
         self.plan = plan
         self.method = method
         self.repair = repair
+        self.inputs: list[Tensor] = []  # of the unit's last projection, for each chunk
         self.held_dense: Chunks = embed_chunks(stream, held_out) if held_out is not None else []
         with stream.embedding_replaced(table.dequantize(torch.bfloat16)):
             self.compressed: Chunks = embed_chunks(stream, tokens)
@@ -179,7 +180,7 @@ class _Job:
                     if unit.dim in self.plan.cuts:
                         cut_unit(block, self.layout, unit, self.plan.cuts[unit.dim], prefix)
                     stored |= self._compress_unit(index, unit, dense, block, prefix)
-                    self._advance(self.compressed, index, block)
+                    self._advance_compressed(index, unit, block, prefix)
                     self._advance(self.held_compressed, index, block)
                 self._advance(self.held_dense, index, dense)
         return stored
@@ -187,6 +188,16 @@ class _Job:
     def _advance(self, hidden: Chunks, index: int, block: nn.Module) -> None:
         for at, chunk in enumerate(hidden):
             hidden[at] = self.stream.run(index, block, chunk)
+
+    def _advance_compressed(self, index: int, unit: Unit, block: nn.Module, prefix: str) -> None:
+        """Move past a unit; what lies before its last projection is not run again where its inputs were seen."""
+        if not self.inputs:
+            self._advance(self.compressed, index, block)
+        for at, x in enumerate(self.inputs):
+            chunk = self.compressed[at]
+            with input_known(block, unit, x.unflatten(0, chunk.shape[:-1]), prefix):
+                self.compressed[at] = self.stream.run(index, block, chunk)
+        self.inputs = []
 
     def damage(self, original: Tensor, compressed: Tensor) -> float:
         """KL(original || compressed) on the held-out rows, which are past the last block, with both heads' weights."""
@@ -252,6 +263,8 @@ class _Job:
             with Tap({"x": block.get_submodule(relative)}, stop_at="x") as seen:
                 self.stream.run(index, block, chunk)
             (train if at < boundary else held).add(seen["x"], x_dense)
+            if weight.name == self.layout.units[weight.unit].out_weight:
+                self.inputs.append(seen["x"])
         return train, held
 
     def _refit_and_quantize(

@@ -166,6 +166,21 @@ def only_half(block: nn.Module, layout: Layout, unit: Unit) -> Iterator[None]:
         set_module(block, other, module)
 
 
+@contextmanager
+def input_known(root: nn.Module, unit: Unit, x: Tensor, prefix: str = "") -> Iterator[None]:
+    """Make a sub-block run from its last projection on, whose input x is known from an earlier run."""
+    assert unit.module is not None
+    assert unit.out_weight is not None
+    module: Any = root.get_submodule(unit.module.removeprefix(prefix))
+    project = root.get_submodule(unit.out_weight.removeprefix(prefix))
+    attention = unit.name.endswith(".attn")
+    module.forward = lambda *_, **__: (project(x), None) if attention else project(x)
+    try:
+        yield
+    finally:
+        del module.forward
+
+
 def set_width(root: nn.Module, layout: Layout, unit: Unit, width: int, prefix: str = "") -> None:
     """Tell an attention module how many KV groups it has left; feed-forward modules need not know."""
     if not unit.name.endswith(".attn"):
