@@ -262,6 +262,16 @@ def test_a_search_that_needs_measurements(job, missing):
         session(job, f"{missing}=null")
 
 
+def test_a_plan_without_trials(job, tmp_path):
+    """Another budget takes a solution and some quick evaluations; the damage is told once the plan is applied."""
+    opened = session(job, "measure.trials=false", cache=tmp_path / "cache")
+    plan = opened.find_plan(Budget.parse(BUDGET))
+    assert not (tmp_path / "cache" / "trials").exists()
+    assert plan.found_by.measured_damage is None
+    assert sum(note.startswith("quick, ") for note in plan.found_by.notes) >= 2
+    assert opened.write(plan, tmp_path / "out").found_by.measured_damage > 0
+
+
 def test_a_damaged_trial_is_not_copied(job, compressed, tmp_path):
     _, plan = compressed
     opened = session(job, cache=tmp_path / "cache")

@@ -7,7 +7,7 @@ along in the dense model too, and say at the end what the plan really costs.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -26,13 +26,12 @@ from trimbit.model.layout import Layout, Unit, Weight
 from trimbit.model.stream import BlockStream, Chunks, computing, embed_chunks
 from trimbit.plan import Plan
 from trimbit.precision import BFloat16, Data, Run
+from trimbit.progress import Progress
 from trimbit.quant import rtn
 from trimbit.quant.qtensor import QTensor
 from trimbit.repair import refit
 from trimbit.runtime import input_known, only_half, set_width
 from trimbit.stats import Accumulator, Moments, Stats, Tap
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

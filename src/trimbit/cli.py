@@ -81,10 +81,6 @@ class Bars:
             finally:
                 self.open = None
 
-    def note(self, text: str) -> None:
-        """A line."""
-        stderr.print(text, highlight=False)
-
 
 def _session(model: Path, recipe: str, calibration: str, overrides: list[str] | None, seed: int) -> "Session":
     from trimbit.pipeline import open_session
@@ -295,7 +291,7 @@ def main() -> None:
     except OSError as err:
         _fail(f"{err.filename or 'file'}: {err.strerror or err}", 1)
     except SafetensorError as err:
-        from trimbit.pipeline import cache_root
+        from trimbit.cache import cache_root
 
         _fail(
             f"the cache {cache_root()} cannot be written, or a file in it is damaged ({err}); free space or remove it",

@@ -4,7 +4,7 @@ import math
 import platform
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -21,8 +21,7 @@ from trimbit.model.head import kl, logit_slices
 from trimbit.model.load import materialize, open_checkpoint
 from trimbit.model.stream import build_skeleton
 from trimbit.precision import Data
-
-Progress = Callable[[int, int], None]
+from trimbit.progress import Progress
 
 
 class Evaluation(Data):

@@ -4,7 +4,7 @@ Each result is appended to a journal, so that an interrupted measurement goes on
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -16,8 +16,7 @@ from trimbit.model.layout import Layout, Unit
 from trimbit.model.whole import Judge, WholeModel
 from trimbit.plan import ModelRef, Plan, digest
 from trimbit.precision import Precision
-
-Progress = Callable[[int, int], None]
+from trimbit.progress import Progress
 
 
 @runtime_checkable

@@ -2,15 +2,12 @@
 
 import importlib
 import json
-import os
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,6 +17,7 @@ import trimbit
 from trimbit import data
 from trimbit.apply import Method, apply_plan
 from trimbit.artifact import PLAN_FILE, RECIPE_FILE, Writer, model_card, require_absent
+from trimbit.cache import cache_root, save_whole, source_digest
 from trimbit.candidates import CandidateWeights
 from trimbit.errors import ArtifactError, DataError, PlanError, RecipeError
 from trimbit.measure import background_of, install, measure
@@ -30,44 +28,10 @@ from trimbit.model.load import open_checkpoint
 from trimbit.model.stream import BlockStream
 from trimbit.model.whole import Judge, WholeModel
 from trimbit.plan import Budget, ModelRef, Plan, digest, load_plan
+from trimbit.progress import Reporter, Silent
 from trimbit.recipe import Recipe, Step, step_config
 from trimbit.search.problem import Problem
 from trimbit.stats import Stats, collect, stored
-
-Progress = Callable[[int, int], None]
-
-
-@runtime_checkable
-class Reporter(Protocol):
-    """Where progress goes."""
-
-    def stage(self, name: str) -> AbstractContextManager[Progress]:
-        """A stage of work; the callable takes (done, total)."""
-
-    def note(self, text: str) -> None:
-        """One line of news."""
-
-
-class Silent:
-    """Reports nothing."""
-
-    def stage(self, name: str) -> AbstractContextManager[Progress]:
-        """Ignore progress."""
-        return nullcontext(lambda _done, _total: None)
-
-    def note(self, text: str) -> None:
-        """Ignore news."""
-
-
-def cache_root() -> Path:
-    """`$TRIMBIT_CACHE`, or `~/.cache/trimbit`."""
-    return Path(os.environ.get("TRIMBIT_CACHE") or Path.home() / ".cache" / "trimbit")
-
-
-@cache
-def source_digest() -> str:
-    """Content key of the package's code: a result of other code is not this code's result."""
-    return digest([path.read_text(encoding="utf-8") for path in sorted(Path(trimbit.__file__).parent.rglob("*.py"))])
 
 
 def module_of(stage: str, step: Step) -> ModuleType:
@@ -166,7 +130,7 @@ class Session:
         with self.reporter.stage("text sampled from the model") as progress:
             model = WholeModel(self.stream).model
             found = data.sample_self(model, tokenizer, rows=rows, length=length, seed=self.seed, progress=progress)
-        _save_whole(path, lambda beside: save_file({"tokens": found.tokens}, beside))
+        save_whole(path, lambda beside: save_file({"tokens": found.tokens}, beside))
         return found
 
     @cached_property
@@ -215,7 +179,7 @@ class Session:
                 scores: Tensor = module.score(w, self.stats.moments(weight.site), weight.cols // unit.size, config)
                 found[unit.dim or ""] = tuple(scores.argsort(descending=True, stable=True).tolist())
                 progress(at + 1, len(units))
-        _save_whole(path, lambda beside: beside.write_text(json.dumps(found), encoding="utf-8"))
+        save_whole(path, lambda beside: beside.write_text(json.dumps(found), encoding="utf-8"))
         return found
 
     def _step(self, step: Step | None) -> dict[str, Any] | None:
@@ -307,7 +271,7 @@ class Session:
             layout=self.layout, model=self.model, limit=limit, space=space, rankings=self.rankings if ready else empty,
             recipe_hash=self.recipe.hash, seed=self.seed,
             evaluate=self.evaluate if ready and self.recipe.measure else None,
-            trial=self.trial if ready and self.recipe.measure else None,
+            trial=self.trial if ready and self.recipe.measure and self.recipe.measure.trials else None,
         )  # fmt: skip
 
     def limit(self, budget: Budget) -> int:
@@ -365,7 +329,7 @@ class Session:
                 self.model, self.tokens.digest, self.seed, progress,
             )  # fmt: skip
         path = self.cache / "measurements" / f"{digest(found.model_dump(mode='json'))}.json"
-        _save_whole(path, lambda beside: beside.write_text(found.model_dump_json(), encoding="utf-8"))
+        save_whole(path, lambda beside: beside.write_text(found.model_dump_json(), encoding="utf-8"))
         return found
 
     def write(self, plan: Plan, out: Path) -> Plan:
@@ -426,11 +390,3 @@ def compress(session: Session, budget: Budget, out: Path) -> Plan:
     """The main job: find the best plan within the budget, apply it, write the directory."""
     require_absent(out)
     return session.write(session.find_plan(budget), out)
-
-
-def _save_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a cache file so that it appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    write(beside)
-    beside.replace(path)

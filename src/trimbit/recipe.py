@@ -34,6 +34,7 @@ class Measure(Data):
 
     rows: int = Field(default=3, ge=1)  # of the calibration rows, cut to `length` tokens
     length: int = Field(default=512, ge=16)
+    trials: bool = True  # whether the last plans are applied for real to choose among them; false: a plan in seconds
     rounds: int = Field(default=1, ge=1)  # each round measures in the background of the plan before it
 
 

@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trimbit.model.stream import BlockStream, embed_chunks
-
-Progress = Callable[[int, int], None]
+from trimbit.progress import Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

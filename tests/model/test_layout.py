@@ -80,12 +80,6 @@ def test_a_tied_table_and_biases_count_once():
     assert qwen.tensor_nbytes(make_plan(qwen)) - tied == 3 * (48 + 24 + 24) * 2
 
 
-def test_uniform_runs_follow_the_cut():
-    down = LLAMA.weights["model.layers.0.mlp.down_proj"]
-    assert LLAMA.uniform_runs(down, runs((1, "int4g32"))[0], 50) == runs((50, "int4g32"))
-    assert LLAMA.uniform_runs(LLAMA.weights[Q_PROJ], width=1) == runs((48, "bf16"))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -15,7 +15,7 @@ from trimbit.errors import LayoutError, PlanError
 from trimbit.model import axes
 from trimbit.model.families import Family, SubBlock, family_of
 from trimbit.plan import Plan
-from trimbit.precision import BF16, BFloat16, Run, code_row_nbytes, group_count, zero_row_nbytes
+from trimbit.precision import BFloat16, Run, code_row_nbytes, group_count, zero_row_nbytes
 
 ITEM_NBYTES = {"U8": 1, "F16": 2, "BF16": 2}
 
@@ -162,11 +162,6 @@ class Layout:
     def file_nbytes(self, plan: Plan) -> int:
         """Bytes of the weight files that a plan writes, headers included."""
         return sum(shard_nbytes(shard) for shard in shards(self.tensors(plan)))
-
-    def uniform_runs(self, weight: Weight, precision: "Run | None" = None, width: int | None = None) -> tuple[Run, ...]:
-        """One run over all stored input channels of a weight (bf16 unless `precision` says otherwise)."""
-        cols = self.weight_shape(weight, width)[1]
-        return (Run(count=cols, precision=precision.precision if precision else BF16),)
 
     def check(self, plan: Plan) -> None:
         """Refuse a plan that does not fit this model.

@@ -81,9 +81,9 @@ class Problem:
         return plans[found.index(min(found))], tuple(notes)
 
     def best(self, plans: Sequence[Plan]) -> tuple[Plan, tuple[str, ...]]:
-        """The plan of least real KL, which it then tells, and a note about each; the first where nothing can tell."""
+        """The plan of least real KL, which it then tells, and a note about each; of least quick KL without trials."""
         if self.trial is None:
-            return plans[0], ()
+            return self.quick_best(plans)
         found = [self.trial(plan) for plan in plans]
         notes = (f"applied, {p.found_by.method}: {damage:.4f} nats" for p, damage in zip(plans, found, strict=True))
         best = plans[found.index(min(found))]
