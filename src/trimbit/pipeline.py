@@ -245,7 +245,7 @@ class Session:
     def _trial_folder(self, plan: Plan) -> Path:
         decides = [
             source_digest(),
-            self.stats_key if self.stats is not None else self.model.model_dump(mode="json"),
+            self.stats_key,
             self.held_out.digest,
             self._step(self.recipe.quant),
             self._step(self.recipe.repair),
