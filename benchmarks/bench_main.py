@@ -253,6 +253,28 @@ def write_tables(results: dict) -> None:
     path.write_text(f"{before}<!-- tables -->\n{tables(results)}<!-- end of tables -->{after}", encoding="utf-8")
 
 
+def draw(results: dict) -> None:
+    """Perplexity against the size of the weight file, a line a recipe, as docs/budgets.png."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for recipe, mark in zip(RECIPES, "s^o", strict=True):
+        cells = [results[key] for budget in BUDGETS if (key := f"budget/{recipe}/{budget}") in results]
+        sizes, ppls = [cell["nbytes"] / 1e6 for cell in cells], [cell["ppl@2048"] for cell in cells]
+        axes.plot(sizes, ppls, marker=mark, label=recipe)
+    dense = results.get("dense/seed 0")
+    if dense:
+        label = f"original, {dense['nbytes'] / 1e6:.0f} MB: {dense['ppl@2048']:.1f}"
+        axes.axhline(dense["ppl@2048"], color="grey", linestyle=":", label=label)
+    axes.set(yscale="log", xlabel="weight file, MB", ylabel="ppl@2048, WikiText-2 test", title="SmolLM2-135M")
+    ticks = [20, 30, 50, 100, 200, 500, 1000, 2000]
+    axes.set_yticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(HERE.parent / "docs" / "budgets.png", dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
@@ -282,6 +304,7 @@ def main() -> None:
             for recipe in reversed(RECIPES):  # what the widest search tries, the others need not apply again
                 bench.cell(f"budget/{recipe}/{budget}", lambda r=recipe, b=budget: bench.budget(r, b, 0))
     write_tables(bench.results)
+    draw(bench.results)
 
 
 if __name__ == "__main__":
