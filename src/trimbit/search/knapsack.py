@@ -161,6 +161,7 @@ def solve(problem: Problem, config: Config, pruning_cost: float | None, method: 
     }
     formats = {site: precision for c in chosen for site, precision in c.formats}
     base = problem.measurements.background_damage if problem.measurements else 0.0
+    method = method if widths else "knapsack, no pruning"  # whatever pruning would have cost
     return problem.plan(widths, formats, method, base + sum(c.damage for c in chosen))
 
 
