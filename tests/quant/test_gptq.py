@@ -103,12 +103,22 @@ def test_equals_obq(formats, act_order, seed):
         order += sorted(columns, key=lambda j: -float(h[j, j])) if act_order else columns
         at += run.count
     damped = h + 0.01 * h.diagonal().mean() * torch.eye(16, dtype=torch.float64)
-    scale, zero, top = fit_grid(w, formats, "absmax").columns(slice(0, 16))
+    scale, zero, top = fit_grid(w, formats, "absmax").columns(16)
     want = obq(w, damped, order, scale.double(), zero.double(), top[0].double())
     got = gptq.quantize(w, moments(h), formats, config).dequantize()
     bf16 = top[0] == 0
     torch.testing.assert_close(got[:, ~bf16], want[:, ~bf16].float(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(got[:, bf16], want[:, bf16].float(), rtol=2**-7, atol=1e-4)
+
+
+@pytest.mark.parametrize("formats", FORMATS)
+def test_large_weights_are_swept_in_chunks(formats, monkeypatch, generator):
+    """A chunk may end inside a weight and hold rows of two."""
+    ws, h = [torch.randn(rows, 80, generator=generator) for rows in (25, 10)], correlated(80, generator)
+    alone = [gptq.quantize(w, moments(h), formats, gptq.Config()).tensors() for w in ws]
+    monkeypatch.setattr(gptq, "CHUNK", 7 * 80)
+    chunks = [q.tensors() for q in gptq.quantize_all(ws, moments(h), [formats, formats], gptq.Config())]
+    assert all(torch.equal(one[name], other[name]) for one, other in zip(alone, chunks, strict=True) for name in one)
 
 
 @pytest.mark.parametrize("act_order", [False, True])

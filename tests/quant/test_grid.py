@@ -19,7 +19,7 @@ def errors(w, formats, search, weighting):
     """Weighted squared error of each row's groups, one run, by rounding to every point of the grid."""
     (run,) = formats
     grid = fit_grid(w, formats, search, weighting)
-    scale, zero, top = grid.columns(slice(0, w.shape[0]))
+    scale, zero, top = grid.columns(len(w))
     points = torch.arange(int(top[0, 0]) + 1).view(-1, 1, 1)
     nearest = (w - (points - zero) * scale).square().amin(0) * weighting
     return torch.stack([part.sum(1) for part in nearest.split(run.precision.group or run.count, 1)], 1)
@@ -39,7 +39,7 @@ def test_mse_is_never_worse_than_absmax(name, cols, tails, weighted, seed):
 def test_absmax_reaches_the_ends_and_rounds_to_half_a_step(name, generator):
     w = torch.randn(4, 100, generator=generator)
     q = rtn.quantize(w, None, runs((100, name)), rtn.Config())
-    scale, _, _ = fit_grid(w, q.runs, "absmax").columns(slice(0, 4))
+    scale, _, _ = fit_grid(w, q.runs, "absmax").columns(4)
     off = (q.dequantize() - w).abs()
     # a zero point is rounded as well: the range moves by up to half a step
     assert bool((off <= scale * (0.51 if name.startswith("int") else 1.01)).all())

@@ -16,7 +16,7 @@ def test_every_element_goes_to_the_nearest_point(name, search, generator):
     if name == "bf16":
         assert torch.equal(q, w.to(torch.bfloat16).float())
         return
-    scale, zero, top = fit_grid(w, runs((77, name)), search).columns(slice(0, 5))
+    scale, zero, top = fit_grid(w, runs((77, name)), search).columns(5)
     points = (torch.arange(int(top[0, 0]) + 1).view(-1, 1, 1) - zero) * scale
     torch.testing.assert_close((w - q).abs(), (w - points).abs().amin(0))
 
@@ -32,10 +32,12 @@ def test_each_run_is_quantised_alone(generator):
     assert torch.equal(whole, torch.cat(alone, 1))
 
 
-def test_a_large_weight_is_searched_in_chunks(monkeypatch, generator):
+@pytest.mark.parametrize("chunk", ["trimbit.quant.grid.CHUNK", "trimbit.quant.rtn.CHUNK"])
+@pytest.mark.parametrize("formats", [runs((64, "int3g32")), runs((30, "uint4g32"), (34, "bf16"))])
+def test_a_large_weight_is_rounded_in_chunks(chunk, formats, monkeypatch, generator):
     w = torch.randn(50, 64, generator=generator)
-    one = rtn.quantize(w, None, runs((64, "int3g32")), rtn.Config(scales="mse"))
-    monkeypatch.setattr("trimbit.quant.grid.CHUNK", 7 * 64)
-    assert torch.equal(
-        rtn.quantize(w, None, runs((64, "int3g32")), rtn.Config(scales="mse")).dequantize(), one.dequantize()
-    )
+    whole = rtn.quantize(w, None, formats, rtn.Config(scales="mse")).tensors()
+    monkeypatch.setattr(chunk, 7 * 64)
+    chunks = rtn.quantize(w, None, formats, rtn.Config(scales="mse")).tensors()
+    assert whole.keys() == chunks.keys()
+    assert all(torch.equal(tensor, chunks[name]) for name, tensor in whole.items())

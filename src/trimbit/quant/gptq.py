@@ -14,12 +14,12 @@ from torch import Tensor
 from trimbit.linalg import inverse_factor
 from trimbit.precision import Data, Run
 from trimbit.quant.grid import ScaleSearch, fit_grid
-from trimbit.quant.qtensor import QTensor, pack_columns
+from trimbit.quant.qtensor import QTensor, concat_rows, pack_columns
 from trimbit.stats import Moments
 
 PAPER = "Frantar et al. 2022, arXiv:2210.17323"
 NEEDS_MOMENTS = True
-CHUNK = 8_000_000  # elements swept at a time
+CHUNK = 2_000_000  # elements swept at a time
 
 
 class Config(Data):
@@ -58,15 +58,16 @@ def quantize_all(
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
     u = inverse_factor(h[order][:, order], config.damping).float()
     weighting = h.diagonal().float().clamp(min=1e-12) if config.weighted_scales else None
-    grids = [fit_grid(w, own, config.scales, weighting) for w, own in zip(ws, runs, strict=True)]
-    codes = [torch.empty_like(w) for w in ws]
+    pieces: list[list[QTensor]] = [[] for _ in ws]
     for batch in _batches(ws):
-        parts = [(ws[at][rows], *grids[at].columns(rows)) for at, rows in batch]
-        w, scale, zero, top = (torch.cat([part[i] for part in parts])[:, order].T.contiguous() for i in range(4))
-        done = _sweep(w, u, scale, zero, top, config.block).T[:, inverse]
-        for (at, rows), piece in zip(batch, done.split([rows.stop - rows.start for _, rows in batch]), strict=True):
-            codes[at][rows] = piece
-    return [pack_columns(c, grid.scales, grid.zeros, own) for c, grid, own in zip(codes, grids, runs, strict=True)]
+        parts = [ws[at][rows] for at, rows in batch]
+        grids = [fit_grid(part, runs[at], config.scales, weighting) for part, (at, _) in zip(parts, batch, strict=True)]
+        columns = zip(*[(part, *grid.columns(len(part))) for part, grid in zip(parts, grids, strict=True)], strict=True)
+        w, scale, zero, top = (torch.cat(each)[:, order].T.contiguous() for each in columns)
+        codes = _sweep(w, u, scale, zero, top, config.block).T[:, inverse]
+        for (at, _), grid, own in zip(batch, grids, codes.split([len(part) for part in parts]), strict=True):
+            pieces[at].append(pack_columns(own, grid.scales, grid.zeros, runs[at]))
+    return [concat_rows(own) for own in pieces]
 
 
 def _batches(ws: Sequence[Tensor]) -> list[list[tuple[int, slice]]]:

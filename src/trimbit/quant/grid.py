@@ -29,9 +29,8 @@ class Grid:
     scales: list[Float[Tensor, "rows _"] | None]
     zeros: list[Float[Tensor, "rows _"] | None]
 
-    def columns(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Scale, zero point and top code (0: bf16) of each element of some rows, [rows, cols] each."""
-        count = rows.stop - rows.start
+    def columns(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale, zero point and top code (0: bf16) of each element of the `count` rows, [rows, cols] each."""
         scales, zeros, tops = [], [], []
         for run, scale, zero in zip(self.runs, self.scales, self.zeros, strict=True):
             if scale is None or zero is None or isinstance(run.precision, BFloat16):
@@ -39,8 +38,8 @@ class Grid:
                 zeros.append(torch.zeros(count, run.count))
                 tops.append(torch.zeros(count, run.count))
                 continue
-            scales.append(per_column(scale[rows], run.precision.group, run.count))
-            zeros.append(per_column(zero[rows], run.precision.group, run.count))
+            scales.append(per_column(scale, run.precision.group, run.count))
+            zeros.append(per_column(zero, run.precision.group, run.count))
             tops.append(torch.full((count, run.count), float(2**run.precision.bits - 1)))
         return torch.cat(scales, 1), torch.cat(zeros, 1), torch.cat(tops, 1)
 

@@ -1,5 +1,6 @@
 """A packed weight: codes, scales, zero points, and the runs that say how to read them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,4 +77,17 @@ def pack_columns(
         scales=torch.cat(kept, dim=1) if kept else torch.empty(codes.shape[0], 0, dtype=torch.float16),
         zeros=torch.cat(zero_parts, dim=1) if zero_parts else None,
         runs=runs,
+    )
+
+
+def concat_rows(pieces: Sequence[QTensor]) -> QTensor:
+    """The weight whose rows are those of the pieces, one piece after the other; all have the same runs."""
+    if len(pieces) == 1:
+        return pieces[0]
+    zeros = [piece.zeros for piece in pieces if piece.zeros is not None]
+    return QTensor(
+        codes=torch.cat([piece.codes for piece in pieces]),
+        scales=torch.cat([piece.scales for piece in pieces]),
+        zeros=torch.cat(zeros) if zeros else None,
+        runs=pieces[0].runs,
     )

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from trimbit.precision import Data, Run
 from trimbit.quant.grid import ScaleSearch, fit_grid
-from trimbit.quant.qtensor import QTensor, pack_columns
+from trimbit.quant.qtensor import QTensor, concat_rows, pack_columns
 from trimbit.stats import Moments
 
 PAPER = "baseline"
 NEEDS_MOMENTS = False
+CHUNK = 2_000_000  # elements rounded at a time: bounds memory
 
 
 class Config(Data):
@@ -23,9 +24,11 @@ class Config(Data):
 
 def quantize(w: Float[Tensor, "rows cols"], moments: Moments | None, runs: tuple[Run, ...], config: Config) -> QTensor:
     """Round each element of w to the grid of its group; the moments are not used."""
-    grid = fit_grid(w, runs, config.scales)
-    scale, zero, top = grid.columns(slice(0, w.shape[0]))
-    return pack_columns(round_columns(w, scale, zero, top), grid.scales, grid.zeros, runs)
+    pieces = []
+    for part in w.split(max(1, CHUNK // w.shape[1])):
+        grid = fit_grid(part, runs, config.scales)
+        pieces.append(pack_columns(round_columns(part, *grid.columns(len(part))), grid.scales, grid.zeros, runs))
+    return concat_rows(pieces)
 
 
 def quantize_all(
