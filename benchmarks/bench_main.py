@@ -155,9 +155,7 @@ class Bench:
             f"search.background={BACKGROUNDS[where]}",
         )
         session = self.session(self.off_grid(0), "knapsack-nopruning", 0, small)
-        session.trial = (
-            session.evaluate
-        )  # the sum is of the damage of candidates, so the whole is put together from them
+        session.trial = session.evaluate
         found = session.find_plan(Budget.parse(budget)).found_by
         return {"predicted": found.predicted_damage, "measured": found.measured_damage}
 

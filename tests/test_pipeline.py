@@ -272,6 +272,21 @@ def test_a_plan_without_trials(job, tmp_path):
     assert opened.write(plan, tmp_path / "out").found_by.measured_damage > 0
 
 
+def test_without_trials_the_better_of_two_rounds_is_taken(job, tmp_path, monkeypatch):
+    """The second round's plan is not thrown away for want of a real figure."""
+    opened = session(job, "measure.trials=false", "measure.rounds=2", cache=tmp_path / "cache")
+    search, rounds = opened.search[0].search, []
+
+    def numbered(problem, config):
+        plan = search(problem, config)
+        rounds.append(f"round {len(rounds) + 1}")
+        return plan.model_copy(update={"found_by": plan.found_by.model_copy(update={"method": rounds[-1]})})
+
+    monkeypatch.setattr(opened.search[0], "search", numbered)
+    monkeypatch.setattr(opened, "evaluate", lambda plan: 0.1 if plan.found_by.method == "round 2" else 0.2)
+    assert opened.find_plan(Budget.parse(BUDGET)).found_by.method == "round 2"
+
+
 def test_a_damaged_trial_is_not_copied(job, compressed, tmp_path):
     _, plan = compressed
     opened = session(job, cache=tmp_path / "cache")

@@ -90,7 +90,6 @@ def apply_plan(
     for index in range(layout.blocks):
         writer.add(job.block(index))
         progress(index + 1, layout.blocks)
-    dense_head = family.embed if layout.tied else family.head
     if not layout.tied:
         final = Accumulator()
         for chunk in job.compressed if needs else ():
@@ -101,7 +100,8 @@ def apply_plan(
     writer.add({name: stream.checkpoint.tensor(name).to(torch.bfloat16) for name in layout.fixed})
     if held_out is None:
         return None
-    original = stream.checkpoint.tensor(f"{dense_head}.weight").to(stream.compute)
+    head_name = family.embed if layout.tied else family.head
+    original = stream.checkpoint.tensor(f"{head_name}.weight").to(stream.compute)
     return job.damage(original, packed.dequantize(torch.bfloat16).to(stream.compute))
 
 

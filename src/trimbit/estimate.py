@@ -44,7 +44,7 @@ def estimate(session: Session, budget: Budget) -> list[tuple[str, str]]:
 def _seconds(session: Session, tokens: int, block: int) -> float:
     layout, recipe = session.layout, session.recipe
     speed = _products_per_second()
-    trials = 3 if recipe.measure and recipe.space else 1
+    trials = 3 if recipe.measure and recipe.measure.trials and recipe.space else 1
     passes = 1 + 5 * trials  # statistics, and the passes of each application
     work = float(passes * tokens * layout.blocks * block)
     if recipe.measure and recipe.space:

@@ -306,12 +306,7 @@ class Session:
                 plans.append(module.search(solved, config))
                 progress(1, 1)
             background = background_of(plans[-1], self.layout)
-        return min(
-            plans,
-            key=lambda plan: (
-                plan.found_by.measured_damage if plan.found_by.measured_damage is not None else float("inf")
-            ),
-        )
+        return problem.best(plans)[0]
 
     def measure(self, background: Background, number: int) -> Measurements:
         """Damage of every choice in a background; a stored measurement is reused, a broken-off one goes on."""
