@@ -18,7 +18,22 @@ def test_names_parse_and_print(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["", "int4", "int1g64", "int9g64", "int4g16", "INT4g64", "int4g64 ", "uint4g64x", "fp16", "sint4row"]
+    "name",
+    [
+        "",
+        "int4",
+        "int1g64",
+        "int9g64",
+        "int4g16",
+        "INT4g64",
+        "int4g64 ",
+        "uint4g64x",
+        "nf3g64",
+        "nf4",
+        "unf4g64",
+        "fp16",
+        "sint4row",
+    ],
 )
 def test_unknown_names_are_refused(name):
     with pytest.raises(PlanError, match=r"unknown number format .*int4g64"):
@@ -36,6 +51,7 @@ def test_unknown_names_are_refused(name):
         ([(100, "int3g32")], 38 + 8, 4),
         ([(100, "uint3g32")], 38 + 8 + 2, 4),  # 4 zero points of 3 bits
         ([(100, "uint3row")], 38 + 2 + 1, 1),
+        ([(99, "nf4g64")], 50 + 4, 2),
         ([(3, "int3row"), (3, "int3row")], 2 * (2 + 2), 2),  # each run starts at a whole byte and a new group
         ([(1, "uint2g128"), (2, "bf16"), (33, "uint5g32")], (1 + 2 + 1) + 4 + (21 + 4 + 2), 3),
     ],

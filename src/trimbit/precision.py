@@ -1,8 +1,8 @@
 """Number formats and what a weight costs in bytes. No torch here: these are data.
 
 A format has a short name, used in recipes, plans and tables: `int4g64` is symmetric, 4 bits, one fp16 scale per 64
-input channels; `uint4g64` has a zero point as well, stored in 4 bits; `int4row` has one group per row; `bf16` is not
-quantised.
+input channels; `uint4g64` has a zero point as well, stored in 4 bits; `int4row` has one group per row; `nf4g64` is
+NormalFloat; `bf16` is not quantised.
 """
 
 import re
@@ -51,6 +51,40 @@ class Int(Data):
         return 0 if self.symmetric else -(-self.groups(count) * self.bits // 8)
 
 
+NF4_LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip # code (bitsandbytes); quantiles of a normal distribution, with an exact zero
+
+
+class NormalFloat(Data):
+    """NF4 (QLoRA, arXiv:2305.14314): 16 levels where a normal distribution has its mass, scaled by each group's absmax.
+
+    w ~ s * NF4_LEVELS[c]. Ours: s is fp16, not fp32, and its sign chooses the side of the coarser levels.
+    """
+
+    bits: Literal[4] = 4
+    group: Literal[32, 64, 128] | None  # None: one group a row
+
+    @property
+    def name(self) -> str:
+        """The short name, such as `nf4g64`."""
+        return "nf4row" if self.group is None else f"nf4g{self.group}"
+
+    def groups(self, count: int) -> int:
+        """Number of groups in `count` consecutive channels; the last may be short."""
+        return -(-count // (self.group or count)) if count else 0
+
+    def code_nbytes(self, count: int) -> int:
+        """Bytes of the codes of `count` channels of one row."""
+        return -(-count // 2)
+
+    def zero_nbytes(self, count: int) -> int:
+        """There are no zero points."""
+        return 0
+
+
 class BFloat16(Data):
     """Unquantised bfloat16."""
 
@@ -71,10 +105,10 @@ class BFloat16(Data):
 
 
 BF16 = BFloat16()
-_NAME = re.compile(r"(u?)int([2-8])(?:g(32|64|128)|row)")
+_NAME = re.compile(r"(u?int[2-8]|nf4)(?:g(32|64|128)|row)")
 
 
-def parse_precision(name: str) -> "Int | BFloat16":
+def parse_precision(name: str) -> "Int | NormalFloat | BFloat16":
     """The format with this short name.
 
     Raises:
@@ -84,10 +118,12 @@ def parse_precision(name: str) -> "Int | BFloat16":
         return BF16
     match = _NAME.fullmatch(name)
     if match is None:
-        msg = f"unknown number format {name!r}; known are bf16 and u?int[2-8](g32|g64|g128|row), such as int4g64"
-        raise PlanError(msg)
-    unsigned, bits, group = match.groups()
-    return Int(bits=int(bits), group=int(group) if group else None, symmetric=not unsigned)  # type: ignore[arg-type]
+        msg = f"unknown number format {name!r}; known are bf16 and (int[2-8]|uint[2-8]|nf4)(g32|g64|g128|row)"
+        raise PlanError(f"{msg}, such as int4g64")
+    group: Any = int(match[2]) if match[2] else None
+    if match[1] == "nf4":
+        return NormalFloat(group=group)
+    return Int(bits=int(match[1][-1]), group=group, symmetric=not match[1].startswith("u"))
 
 
 def _from_name(value: Any) -> Any:  # noqa: ANN401
@@ -99,7 +135,9 @@ def _from_name(value: Any) -> Any:  # noqa: ANN401
         raise ValueError(str(err)) from err  # pydantic adds where it stands
 
 
-Precision = Annotated[Int | BFloat16, BeforeValidator(_from_name), PlainSerializer(lambda p: p.name, return_type=str)]
+Precision = Annotated[
+    Int | NormalFloat | BFloat16, BeforeValidator(_from_name), PlainSerializer(lambda p: p.name, return_type=str)
+]
 
 
 class Run(Data):

@@ -1,11 +1,12 @@
 """Dequantisation against a loop over single elements in plain Python."""
 
+import numpy as np
 import pytest
 import torch
 
 from plans import FORMATS, runs
 from trimbit.kernels.reference import dequantize
-from trimbit.precision import code_row_nbytes, group_count, zero_row_nbytes
+from trimbit.precision import NF4_LEVELS, code_row_nbytes, group_count, zero_row_nbytes
 
 MIXED = [
     runs((70, "int4g32"), (33, "uint3g32"), (7, "bf16"), (65, "uint5g64"), (9, "int2row"), (3, "uint7row")),
@@ -29,11 +30,14 @@ def naive(codes, scales, zeros, formats):
         groups = 1 if p.group is None else (n + p.group - 1) // p.group
         size = (n * p.bits + 7) // 8
         number = int.from_bytes(bytes(codes[at_code : at_code + size]), "little")
-        zsize = 0 if p.symmetric else (groups * p.bits + 7) // 8
+        zsize = 0 if not p.name.startswith("uint") else (groups * p.bits + 7) // 8
         zero_number = int.from_bytes(bytes(zeros[at_zero : at_zero + zsize]), "little")
         for i in range(n):
             group = 0 if p.group is None else i // p.group
             code = number >> (i * p.bits) & (2**p.bits - 1)
+            if p.name.startswith("nf4"):
+                out.append(float(np.float32(NF4_LEVELS[code])) * scales[at_scale + group])
+                continue
             offset = 2 ** (p.bits - 1) if p.symmetric else zero_number >> (group * p.bits) & (2**p.bits - 1)
             out.append((code - offset) * scales[at_scale + group])
         at_code, at_scale, at_zero = at_code + size, at_scale + groups, at_zero + zsize

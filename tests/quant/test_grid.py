@@ -1,18 +1,22 @@
 """Scales and zero points of each group."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm
 
 from plans import FORMATS, runs
 from trimbit.errors import NumericsError
+from trimbit.precision import NF4_LEVELS
 from trimbit.quant import gptq, rtn
 from trimbit.quant.grid import fit_grid
 from trimbit.quant.qtensor import QTensor
 from trimbit.stats import Moments
 
-INTEGERS = [name for name in FORMATS if name != "bf16"]
+GROUPED = [name for name in FORMATS if name != "bf16"]
+INTEGERS = [name for name in GROUPED if "int" in name]
 
 
 def errors(w, formats, search, weighting):
@@ -20,13 +24,17 @@ def errors(w, formats, search, weighting):
     (run,) = formats
     grid = fit_grid(w, formats, search, weighting)
     scale, zero, top = grid.columns(len(w))
-    points = torch.arange(int(top[0, 0]) + 1).view(-1, 1, 1)
+    points = (
+        torch.tensor(NF4_LEVELS).view(-1, 1, 1)
+        if "nf4" in run.precision.name
+        else torch.arange(int(top[0, 0]) + 1).view(-1, 1, 1)
+    )
     nearest = (w - (points - zero) * scale).square().amin(0) * weighting
     return torch.stack([part.sum(1) for part in nearest.split(run.precision.group or run.count, 1)], 1)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from(INTEGERS), st.integers(1, 70), st.booleans(), st.booleans(), st.integers(0, 10**6))
+@given(st.sampled_from(GROUPED), st.integers(1, 70), st.booleans(), st.booleans(), st.integers(0, 10**6))
 def test_mse_is_never_worse_than_absmax(name, cols, tails, weighted, seed):
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(3, cols, generator=generator) ** (3 if tails else 1)
@@ -48,6 +56,14 @@ def test_absmax_reaches_the_ends_and_rounds_to_half_a_step(name, generator):
     )
 
 
+def test_nf4_levels_are_normal_quantiles():
+    """As QLoRA says: 8 quantiles below zero, 9 above, an exact zero, scaled to one."""
+    tail = 0.9677083
+    above, below = (norm.ppf(np.linspace(tail, 0.5, n)[:-1]) for n in (9, 8))
+    levels = np.sort(np.concatenate([above, [0.0], -below]))
+    np.testing.assert_allclose(NF4_LEVELS, levels / levels.max(), atol=1e-6)
+
+
 def test_mse_weighs_columns():
     w = torch.tensor([[1.0, *[0.25] * 31]])
     dear = torch.ones(32)
@@ -56,7 +72,7 @@ def test_mse_weighs_columns():
     assert even < 0.5 < outlier
 
 
-@pytest.mark.parametrize("name", INTEGERS)
+@pytest.mark.parametrize("name", GROUPED)
 @pytest.mark.parametrize("search", ["absmax", "mse"])
 def test_zero_groups_stay_zero(name, search, generator):
     w = torch.randn(4, 128, generator=generator)

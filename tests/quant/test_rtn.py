@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from plans import FORMATS, runs
+from trimbit.precision import NF4_LEVELS
 from trimbit.quant import rtn
 from trimbit.quant.grid import fit_grid
 
@@ -17,7 +18,8 @@ def test_every_element_goes_to_the_nearest_point(name, search, generator):
         assert torch.equal(q, w.to(torch.bfloat16).float())
         return
     scale, zero, top = fit_grid(w, runs((77, name)), search).columns(5)
-    points = (torch.arange(int(top[0, 0]) + 1).view(-1, 1, 1) - zero) * scale
+    levels = torch.tensor(NF4_LEVELS) if "nf4" in name else torch.arange(int(top[0, 0]) + 1)
+    points = (levels.view(-1, 1, 1) - zero) * scale
     torch.testing.assert_close((w - q).abs(), (w - points).abs().amin(0))
 
 

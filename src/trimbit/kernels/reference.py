@@ -5,7 +5,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from trimbit.kernels.pack import unpack
-from trimbit.precision import BFloat16, Run
+from trimbit.precision import NF4_LEVELS, BFloat16, NormalFloat, Run
 
 
 def dequantize(
@@ -15,7 +15,10 @@ def dequantize(
     runs: tuple[Run, ...],
     dtype: torch.dtype,
 ) -> Float[Tensor, "rows cols"]:
-    """The weight behind packed codes: s * c, or s * (c - z) where there is a zero point; groups restart at each run."""
+    """The weight behind packed codes; groups restart at each run.
+
+    s * c; s * (c - z) where there is a zero point; s * level[c] for NF4.
+    """
     pieces: list[Tensor] = []
     at_code = at_scale = at_zero = 0
     for run in runs:
@@ -28,7 +31,12 @@ def dequantize(
         groups = precision.groups(count)
         scale = scales[:, at_scale : at_scale + groups]
         at_scale += groups
-        value = unpack(raw, precision.bits, count).to(torch.int16)
+        value = unpack(raw, precision.bits, count)
+        if isinstance(precision, NormalFloat):
+            levels = torch.tensor(NF4_LEVELS, dtype=dtype, device=codes.device)
+            pieces.append(levels[value.int()] * per_column(scale.to(dtype), precision.group, count))
+            continue
+        value = value.to(torch.int16)
         if precision.symmetric:
             value = value - 2 ** (precision.bits - 1)
         else:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trimbit.linalg import inverse_factor
 from trimbit.precision import Data, Run
-from trimbit.quant.grid import ScaleSearch, fit_grid
+from trimbit.quant.grid import PLAIN, TABLE, ScaleSearch, fit_grid, nearest
 from trimbit.quant.qtensor import QTensor, concat_rows, pack_columns
 from trimbit.stats import Moments
 
@@ -101,17 +101,17 @@ def _sweep(wt: Tensor, u: Tensor, scale: Tensor, zero: Tensor, top: Tensor, bloc
     """Round the rows of the transposed weights one after the other; all but u are [cols, rows], so is the result."""
     codes = torch.empty_like(wt)
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)
-    plain = (top == 0).any(1).tolist()  # columns that hold bf16 values
+    plain, tables = (top == PLAIN).any(1).tolist(), (top == TABLE).any(1).tolist()
     for start in range(0, wt.shape[0], block):
         stop = min(start + block, wt.shape[0])
         errors = torch.empty_like(wt[start:stop])
         for j in range(start, stop):
             column = wt[j]
-            code = torch.minimum((column / safe[j]).round_().add_(zero[j]).clamp_(min=0), top[j])
-            value = (code - zero[j]).mul_(scale[j])
+            code, value = nearest(column, safe[j], zero[j], top[j], tables=tables[j])
+            value = value.mul_(scale[j])
             if plain[j]:
                 rounded = column.to(torch.bfloat16).float()
-                code, value = torch.where(top[j] == 0, rounded, code), torch.where(top[j] == 0, rounded, value)
+                code, value = torch.where(top[j] == PLAIN, rounded, code), torch.where(top[j] == PLAIN, rounded, value)
             codes[j] = code
             error = torch.div(column - value, u[j, j], out=errors[j - start])
             if j + 1 < stop:

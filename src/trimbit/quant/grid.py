@@ -1,7 +1,7 @@
 """The quantisation grid of a weight: scale and zero point of each group, by absmax or by least squared error.
 
-Codes are numbered 0 .. 2^b - 1 for every integer format, so that value = s * (c - z), with z = 2^(b-1) for
-symmetric ones.
+Codes are numbered 0 .. 2^b - 1. Value = s * (c - z) for every integer format, with z = 2^(b-1) for symmetric ones;
+s * level[c] for NF4.
 """
 
 from dataclasses import dataclass
@@ -13,12 +13,15 @@ from torch import Tensor
 
 from trimbit.errors import NumericsError
 from trimbit.kernels.reference import per_column
-from trimbit.precision import BFloat16, Int, Run
+from trimbit.precision import NF4_LEVELS, BFloat16, Int, NormalFloat, Run
 
 ScaleSearch = Literal["absmax", "mse"]
 SHRINKS = tuple(1.0 - 0.03 * step for step in range(24))  # ours: 1.00 down to 0.31 of the group's range
 CHUNK = 4_000_000  # elements whose grids are searched at a time: bounds memory
 FLOAT16_MAX = 65504.0
+PLAIN, TABLE = 0.0, -1.0  # in place of a top code: bf16 values; NF4
+LEVELS = torch.tensor(NF4_LEVELS)
+MIDPOINTS = (LEVELS[1:] + LEVELS[:-1]) / 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,17 +33,18 @@ class Grid:
     zeros: list[Float[Tensor, "rows _"] | None]
 
     def columns(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Scale, zero point and top code (0: bf16) of each element of the `count` rows, [rows, cols] each."""
+        """Scale, zero point and top code (or PLAIN, TABLE) of each element of the `count` rows, [rows, cols] each."""
         scales, zeros, tops = [], [], []
         for run, scale, zero in zip(self.runs, self.scales, self.zeros, strict=True):
             if scale is None or zero is None or isinstance(run.precision, BFloat16):
                 scales.append(torch.ones(count, run.count))
                 zeros.append(torch.zeros(count, run.count))
-                tops.append(torch.zeros(count, run.count))
+                tops.append(torch.full((count, run.count), PLAIN))
                 continue
             scales.append(per_column(scale, run.precision.group, run.count))
             zeros.append(per_column(zero, run.precision.group, run.count))
-            tops.append(torch.full((count, run.count), float(2**run.precision.bits - 1)))
+            top = TABLE if isinstance(run.precision, NormalFloat) else float(2**run.precision.bits - 1)
+            tops.append(torch.full((count, run.count), top))
         return torch.cat(scales, 1), torch.cat(zeros, 1), torch.cat(tops, 1)
 
 
@@ -76,7 +80,9 @@ def fit_grid(
     return Grid(runs=runs, scales=scales, zeros=zeros)
 
 
-def _fit_run(w: Tensor, precision: Int, search: ScaleSearch, weighting: Tensor | None) -> tuple[Tensor, Tensor]:
+def _fit_run(
+    w: Tensor, precision: Int | NormalFloat, search: ScaleSearch, weighting: Tensor | None
+) -> tuple[Tensor, Tensor]:
     rows, count = w.shape
     group = precision.group or count
     pad = -count % group
@@ -88,7 +94,7 @@ def _fit_run(w: Tensor, precision: Int, search: ScaleSearch, weighting: Tensor |
     best: tuple[Tensor, Tensor, Tensor] | None = None
     for shrink, side in candidates:
         scale, zero = _grid(x, precision, shrink, side)
-        error = (decode(encode(x, scale, zero, precision), scale, zero) - x).square_().mul_(cost).sum(-1, keepdim=True)
+        error = (rounded(x, scale, zero, precision) - x).square_().mul_(cost).sum(-1, keepdim=True)
         if best is None:
             best = (error, scale, zero)
             continue
@@ -102,13 +108,17 @@ def _fit_run(w: Tensor, precision: Int, search: ScaleSearch, weighting: Tensor |
     return best[1].squeeze(-1), best[2].squeeze(-1)
 
 
-def _sides(precision: Int, search: ScaleSearch) -> tuple[float, ...]:
-    """Signs of a symmetric scale to try: the extra level is on one side only."""
-    return (1.0, -1.0) if precision.symmetric and search == "mse" else (1.0,)
+def _sides(precision: Int | NormalFloat, search: ScaleSearch) -> tuple[float, ...]:
+    """Signs of a scale to try where the two sides of zero do not have the same levels."""
+    both = isinstance(precision, NormalFloat) or precision.symmetric
+    return (1.0, -1.0) if both and search == "mse" else (1.0,)
 
 
-def _grid(x: Tensor, precision: Int, shrink: float, side: float) -> tuple[Tensor, Tensor]:
+def _grid(x: Tensor, precision: Int | NormalFloat, shrink: float, side: float) -> tuple[Tensor, Tensor]:
     """Scale and zero point, [rows, groups, 1], of the range of x shrunk by a factor."""
+    if isinstance(precision, NormalFloat):
+        scale = side * _float16(x.abs().amax(-1, keepdim=True) * shrink)
+        return scale, torch.zeros_like(scale)
     levels = 2**precision.bits
     if precision.symmetric:
         reach = x.abs().amax(-1, keepdim=True) * shrink
@@ -129,12 +139,24 @@ def _float16(scale: Tensor) -> Tensor:
     return scale.to(torch.float16).to(torch.float32)
 
 
-def encode(x: Tensor, scale: Tensor, zero: Tensor, precision: Int) -> Tensor:
-    """Nearest codes, 0 .. 2^b - 1; the code of zero where the scale is zero."""
+def rounded(x: Tensor, scale: Tensor, zero: Tensor, precision: Int | NormalFloat) -> Tensor:
+    """The nearest values on the grid; zero where the scale is zero."""
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return ((x / safe).round_() + zero).clamp_(0, 2**precision.bits - 1)
-
-
-def decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """The values of codes."""
+    if isinstance(precision, NormalFloat):
+        return LEVELS[torch.bucketize(x / safe, MIDPOINTS)] * scale
+    codes = ((x / safe).round_() + zero).clamp_(0, 2**precision.bits - 1)
     return (codes - zero) * scale
+
+
+def nearest(x: Tensor, safe: Tensor, zero: Tensor, top: Tensor, *, tables: bool) -> tuple[Tensor, Tensor]:
+    """The codes nearest to x and their levels, in units of the scale; those of PLAIN elements mean nothing.
+
+    All tensors have one shape; `safe` is the scale, one where it is zero; `tables` says whether any top is TABLE.
+    """
+    x = x / safe
+    codes = torch.minimum(x.round().add_(zero).clamp_(min=0), top)
+    levels = codes - zero
+    if tables:
+        table, index = top == TABLE, torch.bucketize(x, MIDPOINTS)
+        codes, levels = torch.where(table, index.float(), codes), torch.where(table, LEVELS[index], levels)
+    return codes, levels

@@ -18,7 +18,8 @@ class QTensor:
 
     Always: `runs` cover all columns; `codes` has `code_row_nbytes(runs)` bytes a row, `scales` has `group_count(runs)`
     values a row, `zeros` is None exactly if no run has zero points, else `zero_row_nbytes(runs)` bytes a row; each run
-    starts at a whole byte. The weight is s * c for symmetric runs (c signed) and s * (c - z) for the others.
+    starts at a whole byte. The weight is s * c for symmetric runs (c signed), s * (c - z) where there is a zero point,
+    and s * level[c] for NF4.
     """
 
     codes: UInt8[Tensor, "rows code_nbytes"]
@@ -69,7 +70,7 @@ def pack_columns(
             code_parts.append(part.to(torch.bfloat16).contiguous().view(torch.uint8))
             continue
         code_parts.append(pack(part.to(torch.uint8), run.precision.bits))
-        if not run.precision.symmetric and zero is not None:
+        if run.precision.zero_nbytes(1) and zero is not None:
             zero_parts.append(pack(zero.to(torch.uint8), run.precision.bits))
     kept = [scale.to(torch.float16) for scale in scales if scale is not None]
     return QTensor(

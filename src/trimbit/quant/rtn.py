@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trimbit.precision import Data, Run
-from trimbit.quant.grid import ScaleSearch, fit_grid
+from trimbit.quant.grid import PLAIN, TABLE, ScaleSearch, fit_grid, nearest
 from trimbit.quant.qtensor import QTensor, concat_rows, pack_columns
 from trimbit.stats import Moments
 
@@ -39,7 +39,7 @@ def quantize_all(
 
 
 def round_columns(w: Tensor, scale: Tensor, zero: Tensor, top: Tensor) -> Tensor:
-    """Nearest codes of each element; the value itself in bf16 where the column's top code is 0."""
+    """Nearest codes of each element; the value itself in bf16 where the top code is PLAIN."""
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)
-    codes = torch.minimum(((w / safe).round() + zero).clamp(min=0), top)
-    return torch.where(top == 0, w.to(torch.bfloat16).float(), codes)
+    codes, _ = nearest(w, safe, zero, top, tables=bool((top == TABLE).any()))
+    return torch.where(top == PLAIN, w.to(torch.bfloat16).float(), codes)
