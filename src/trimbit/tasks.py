@@ -1,0 +1,306 @@
+"""Zero-shot tasks: lm-eval's own prompts, targets and metrics, on documents from local files or from the hub.
+
+lm-eval defines `acc` (the likeliest choice) for every task, and `acc_norm` (log-likelihood divided by the choice's
+characters) for PIQA, HellaSwag, ARC and OpenBookQA. The headline is `acc_norm` where there is one, else `acc` (BoolQ,
+WinoGrande); both are kept. Log-probabilities are taken in fp32. A limit takes the first documents. A prompt longer than
+the model's positions loses its start, as always in lm-eval.
+"""
+
+import gzip
+import json
+import logging
+import math
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+import yaml
+
+from trimbit.errors import DataError, NumericsError
+from trimbit.evaluate import hardware, load_model, load_tokenizer
+from trimbit.precision import Data
+from trimbit.progress import Progress, Reporter
+
+NEEDS = ("lm_eval", "datasets", "accelerate")
+LOGITS = 2**27  # in a batch: with a vocabulary of 49,152, 2,730 tokens and 0.8 GB in bf16 and fp32
+BATCH = 16  # at most: more pads more and is no faster
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where lm-eval defines a task, and the local file of the split that it evaluates."""
+
+    config: str  # below lm-eval's folder of tasks
+    stem: str
+    split: Literal["validation", "test"]
+    fields: tuple[str, ...]  # what each row must have
+
+
+ARC = ("question", "choices", "answerKey")
+SOURCES = {
+    "boolq": Source(
+        "super_glue/boolq/default.yaml", "boolq_superglue_validation", "validation", ("passage", "question", "label")
+    ),
+    "piqa": Source("piqa/piqa.yaml", "piqa_validation", "validation", ("goal", "sol1", "sol2", "label")),
+    "hellaswag": Source(
+        "hellaswag/hellaswag.yaml",
+        "hellaswag_validation_random",
+        "validation",
+        ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
+    ),
+    "winogrande": Source(
+        "winogrande/default.yaml",
+        "winogrande_xl_validation",
+        "validation",
+        ("sentence", "option1", "option2", "answer"),
+    ),
+    "arc_easy": Source("arc/arc_easy.yaml", "arc_easy_test", "test", ARC),
+    "arc_challenge": Source("arc/arc_challenge.yaml", "arc_challenge_test", "test", ARC),
+    "openbookqa": Source(
+        "openbookqa/openbookqa.yaml", "openbookqa_test", "test", ("question_stem", "choices", "answerKey")
+    ),
+}
+
+
+class Score(Data):
+    """A share of documents, and its standard error."""
+
+    value: float
+    stderr: float | None  # None for a single document
+
+
+class TaskScore(Data):
+    """What lm-eval found for one task."""
+
+    documents: int
+    version: str  # of lm-eval's definition
+    headline: Literal["acc", "acc_norm"]
+    acc: Score
+    acc_norm: Score | None
+    seconds: float
+
+    @property
+    def score(self) -> Score:
+        """The one to report."""
+        return self.acc_norm or self.acc
+
+
+class TaskEvaluation(Data):
+    """Zero-shot scores of a model, on what, and with what."""
+
+    schema_version: Literal[1] = 1
+    model: str
+    task_data: str | None  # the folder; None: lm-eval's own data sets
+    task_limit: int | None
+    tasks: dict[str, TaskScore]
+    task_mean: Score  # of the headlines
+    dtype: str
+    hardware: str
+    threads: int
+    versions: dict[str, str]
+
+
+def check_tasks(names: tuple[str, ...], folder: Path | None, limit: int | None = None) -> None:
+    """See that the tasks can be run, before anything else takes time.
+
+    Raises:
+        DataError: if lm-eval is not installed, a name is not known, or a file is missing or malformed.
+    """
+    if any(find_spec(package) is None for package in NEEDS):
+        raise DataError("zero-shot tasks need the package lm-eval: pip install 'trimbit[eval]'")
+    if limit is not None and limit < 1:
+        raise DataError(f"limit is {limit}; must be at least 1")
+    for name in names or ("",):
+        if name not in SOURCES:
+            raise DataError(f"no task {name!r}; known are {', '.join(SOURCES)}")
+        if folder is not None:
+            _check_rows(_file(name, folder), SOURCES[name].fields)
+
+
+def evaluate_tasks(
+    path: Path, names: tuple[str, ...], *, folder: Path | None, limit: int | None, dtype: torch.dtype,
+    reporter: Reporter,
+) -> TaskEvaluation:  # fmt: skip
+    """Run a model, original or compressed, over zero-shot tasks.
+
+    Args:
+        path: the model.
+        names: of tasks in `SOURCES`.
+        folder: the tasks' files, each .jsonl or .jsonl.gz; without one lm-eval gets its own data sets from the hub.
+        limit: documents a task, the first ones; None for all.
+        dtype: of the model.
+        reporter: gets a stage a task, which counts choices.
+
+    Raises:
+        DataError: if the tasks cannot be run, see `check_tasks`, or lm-eval cannot use their data.
+        NumericsError: if a log-probability is not finite.
+    """
+    check_tasks(names, folder, limit)
+    with _quiet(), TemporaryDirectory(prefix="trimbit-tasks-") as scratch:
+        tasks = {name: _open_task(name, folder, limit, Path(scratch)) for name in names}
+        lm = _wrap(path, dtype)
+        scores = {}
+        for name, task in tasks.items():
+            with reporter.stage(name) as progress:
+                scores[name] = _run(lm, name, task, limit, progress)
+    return TaskEvaluation(
+        model=str(path), task_data=str(folder) if folder else None, task_limit=limit,
+        tasks=scores, task_mean=_mean([found.score for found in scores.values()]),
+        dtype=str(dtype).removeprefix("torch."), hardware=hardware(), threads=torch.get_num_threads(),
+        versions={package: version(package) for package in ("torch", "transformers", "lm_eval")},
+    )  # fmt: skip
+
+
+def _file(name: str, folder: Path) -> Path:
+    stem = SOURCES[name].stem
+    for file in (folder / f"{stem}.jsonl.gz", folder / f"{stem}.jsonl"):
+        if file.is_file():
+            return file
+    raise DataError(f"{folder}: holds neither {stem}.jsonl.gz nor {stem}.jsonl, which {name} needs")
+
+
+def _check_rows(file: Path, fields: tuple[str, ...]) -> None:
+    """Every row must have every field: lm-eval puts the name of a field that no row has into the prompt."""
+    number = 0
+    try:
+        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                row = json.loads(line)
+                missing = [field for field in fields if not isinstance(row, dict) or row.get(field) is None]
+                if missing:
+                    raise DataError(f"{file}, line {number}: has no {', '.join(missing)}")
+    except json.JSONDecodeError as err:
+        raise DataError(f"{file}, line {number}: not valid JSON: {err}") from err
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as err:
+        raise DataError(f"{file}: cannot be read: {err}") from err
+    if number == 0:
+        raise DataError(f"{file}: is empty")
+
+
+def _open_task(name: str, folder: Path | None, limit: int | None, scratch: Path) -> Any:  # noqa: ANN401
+    """lm-eval's task with its requests; only where the documents come from is ours."""
+    import lm_eval.tasks
+
+    source, file = SOURCES[name], _file(name, folder) if folder else None
+    fields: dict[str, Any] = {
+        "include": str(Path(lm_eval.tasks.__file__).parent / source.config),
+        "num_fewshot": 0,
+    }
+    if file:
+        fields |= {"dataset_path": "json", "dataset_name": None}
+        fields |= {"training_split": None, "validation_split": None, "test_split": None}
+        fields[f"{source.split}_split"] = source.split
+        fields["dataset_kwargs"] = {"data_files": {source.split: str(file.absolute())}, "cache_dir": str(scratch)}
+    config = scratch / f"{name}.yaml"
+    config.write_text(yaml.safe_dump(fields), encoding="utf-8")
+    try:
+        loaded = lm_eval.tasks.TaskManager(include_defaults=False).load([str(config)])
+        task = loaded["tasks"][name]
+        for number, doc in task.doc_iterator(limit=limit):
+            _check_target(task, number, doc)
+        task.build_all_requests(limit=limit)
+    except Exception as err:  # what lm-eval, datasets, pyarrow and jinja raise has no common base
+        advice = "" if file else "; give a folder with its file (--task-data)"
+        raise DataError(f"{file or name}: lm-eval cannot use the data: {_reason(err)}{advice}") from err
+    return task
+
+
+def _check_target(task: Any, number: int, doc: dict[str, Any]) -> None:  # noqa: ANN401
+    """lm-eval counts a document whose target is none of its choices as wrong, whatever the model says."""
+    choices = task.doc_to_choice(doc)
+    target = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    if not isinstance(target, int) or not 0 <= target < len(choices):
+        raise ValueError(f"row {number + 1}: the target {target!r} is none of {len(choices)} choices")
+
+
+def _reason(err: BaseException) -> str:
+    """The first line of what went wrong first: `datasets` wraps it."""
+    while err.__cause__ is not None:
+        err = err.__cause__
+    return f"{type(err).__name__}: {err}".splitlines()[0]
+
+
+def _wrap(path: Path, dtype: torch.dtype) -> Any:  # noqa: ANN401
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=load_model(path, dtype), tokenizer=load_tokenizer(path), softmax_dtype="float32")
+
+
+def _run(lm: Any, name: str, task: Any, limit: int | None, progress: Progress) -> TaskScore:  # noqa: ANN401
+    from lm_eval.evaluator import evaluate
+
+    started = time.perf_counter()
+    longest = max(len(lm.tok_encode("".join(request.args))) for request in task.instances)
+    lm.batch_size_per_gpu = max(1, min(BATCH, LOGITS // (lm.model.config.vocab_size * longest)))
+    lm.set_cache_hook(_Answers(name, len(task.instances), progress))
+    results = evaluate(lm=lm, task_dict={"tasks": {name: task}}, limit=limit, log_samples=False)
+    found = results["results"][name]
+    has_norm = "acc_norm,none" in found
+    return TaskScore(
+        documents=results["n-samples"][name]["effective"], version=str(results["versions"][name]),
+        headline="acc_norm" if has_norm else "acc",
+        acc=_score(found, "acc"), acc_norm=_score(found, "acc_norm") if has_norm else None,
+        seconds=time.perf_counter() - started,
+    )  # fmt: skip
+
+
+class _Answers:
+    """What lm-eval calls with each answer: counts them, and stops at one that is no number."""
+
+    def __init__(self, name: str, total: int, progress: Progress) -> None:
+        self.name, self.total, self.progress = name, total, progress
+        self.done = 0
+
+    def add_partial(self, _kind: str, request: tuple[str, str], answer: tuple[float, bool]) -> None:
+        """One choice's log-probability, and whether it is the greedy one."""
+        if not math.isfinite(answer[0]):
+            raise NumericsError(
+                f"{self.name}: the log-probability of {request[1]!r} is {answer[0]}: the model overflows on its "
+                "prompt; try --dtype float32"
+            )
+        self.done += 1
+        self.progress(self.done, self.total)
+
+
+def _score(found: dict[str, Any], metric: str) -> Score:
+    stderr = found[f"{metric}_stderr,none"]
+    return Score(value=float(found[f"{metric},none"]), stderr=None if isinstance(stderr, str) else float(stderr))
+
+
+def _mean(scores: list[Score]) -> Score:
+    """Each task counts once; the tasks' errors are independent."""
+    errors = [score.stderr for score in scores if score.stderr is not None]
+    return Score(
+        value=sum(score.value for score in scores) / len(scores),
+        stderr=math.hypot(*errors) / len(scores) if len(errors) == len(scores) else None,
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars of lm-eval's and datasets', which cannot all be turned off otherwise, and no log but errors."""
+    from tqdm import tqdm
+
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
+    levels, init = [logger.level for logger in loggers], tqdm.__init__
+
+    def without_bar(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        init(self, *args, **(kwargs | {"disable": True}))
+
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    tqdm.__init__ = without_bar
+    try:
+        yield
+    finally:
+        tqdm.__init__ = init
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

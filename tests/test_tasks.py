@@ -1,0 +1,332 @@
+"""Zero-shot tasks: lm-eval on files of ours against log-likelihoods summed here, and data that cannot be used."""
+
+import gzip
+import json
+import logging
+import math
+import os
+import random
+import socket
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from jobs import BUDGET
+from tiny import tiny_model
+from trimbit import pipeline, tasks
+from trimbit.errors import DataError, NumericsError
+from trimbit.pipeline import open_session
+from trimbit.progress import Silent
+from trimbit.recipe import load_recipe
+from trimbit.tasks import SOURCES, Score, check_tasks, evaluate_tasks
+
+for package in tasks.NEEDS:
+    pytest.importorskip(package)
+
+REAL = Path(__file__).parents[1] / ".." / "shared" / "data" / "tasks"
+ROWS = 12
+rng = random.Random(0)
+
+
+def words(count):
+    return " ".join(f"w{rng.randrange(3, 96)}" for _ in range(count))
+
+
+def choices():
+    """Of very different lengths, so that the shortest is the likeliest, but not by its length."""
+    return {"text": [words(count) for count in (1, 2, 4, 8)], "label": ["A", "B", "C", "D"]}
+
+
+LABELS = [rng.randrange(2) for _ in range(ROWS)]
+DOCUMENTS = {
+    "boolq": [{"passage": words(9), "question": words(4), "label": i % 2} for i in range(ROWS)],
+    "piqa": [{"goal": words(5), "sol1": words(1 + i % 3), "sol2": words(6), "label": LABELS[i]} for i in range(ROWS)],
+    "hellaswag": [
+        {
+            "activity_label": words(2),
+            "ctx_a": words(6),
+            "ctx_b": "",
+            "endings": choices()["text"],
+            "label": str(i % 4),
+        }
+        for i in range(ROWS)
+    ],
+    "winogrande": [
+        {
+            "sentence": f"{words(4)} _ {words(3)}",
+            "option1": words(1),
+            "option2": words(1),
+            "answer": str(1 + LABELS[i]),
+        }
+        for i in range(ROWS)
+    ],
+    "arc_easy": [{"question": words(6), "choices": choices(), "answerKey": "ABCD"[i % 4]} for i in range(ROWS)],
+    "arc_challenge": [{"question": words(6), "choices": choices(), "answerKey": "ABCD"[i % 4]} for i in range(ROWS)],
+    "openbookqa": [{"question_stem": words(6), "choices": choices(), "answerKey": "ABCD"[i % 4]} for i in range(ROWS)],
+}
+
+
+def write(folder, name, rows, suffix=".jsonl"):
+    """A task's file; gives its path."""
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path = folder / (SOURCES[name].stem + suffix)
+    path.write_bytes(gzip.compress(text) if suffix.endswith(".gz") else text)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Every task's file, compressed or not by turns."""
+    path = tmp_path_factory.mktemp("tasks")
+    for at, (name, rows) in enumerate(DOCUMENTS.items()):
+        write(path, name, rows, (".jsonl", ".jsonl.gz")[at % 2])
+    return path
+
+
+def run(model, names, folder, limit=None, reporter=None):
+    return evaluate_tasks(
+        model, tuple(names), folder=folder, limit=limit, dtype=torch.float32, reporter=reporter or Silent()
+    )
+
+
+def log_likelihood(model, tokenizer, context, continuation):
+    """Summed over the continuation's tokens, one prompt at a time."""
+    start, ids = len(tokenizer(context)["input_ids"]), tokenizer(context + continuation, return_tensors="pt").input_ids
+    with torch.inference_mode():
+        log_p = model(ids).logits[0, :-1].log_softmax(-1)
+    return sum(float(log_p[at - 1, ids[0, at]]) for at in range(start, ids.shape[1]))
+
+
+def loaded(path):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
+
+
+def naive_piqa(model, tokenizer, rows):
+    """(acc, acc_norm)."""
+    right, right_norm = 0, 0
+    for row in rows:
+        options = [row["sol1"], row["sol2"]]
+        prompt = f"Question: {row['goal']}\nAnswer:"
+        found = [log_likelihood(model, tokenizer, prompt, f" {option}") for option in options]
+        normed = [value / len(option) for value, option in zip(found, options, strict=True)]
+        right += found.index(max(found)) == row["label"]
+        right_norm += normed.index(max(normed)) == row["label"]
+    return right / len(rows), right_norm / len(rows)
+
+
+def naive_winogrande(model, tokenizer, rows):
+    right = 0
+    for row in rows:
+        before, after = row["sentence"].split("_")
+        found = [log_likelihood(model, tokenizer, before + row[option], after) for option in ("option1", "option2")]
+        right += str(1 + found.index(max(found))) == row["answer"]
+    return right / len(rows)
+
+
+# --- what works ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compressed(job, tmp_path_factory):
+    out = tmp_path_factory.mktemp("zero-shot") / "small"
+    session = open_session(
+        job.model, load_recipe(str(job.recipe), ("measure.trials=false",)), calibration=str(job.text)
+    )
+    pipeline.compress(session, pipeline.Budget.parse(BUDGET), out)
+    return out
+
+
+@pytest.mark.parametrize("kind", ["original", "compressed"])
+def test_accuracy_is_that_of_summed_log_likelihoods(job, compressed, folder, kind):
+    path = job.model if kind == "original" else compressed
+    found = run(path, ["piqa", "winogrande"], folder)
+    piqa, winogrande = found.tasks["piqa"], found.tasks["winogrande"]
+    assert (piqa.acc.value, piqa.acc_norm.value) == naive_piqa(*loaded(path), DOCUMENTS["piqa"])
+    assert piqa.acc != piqa.acc_norm
+    assert winogrande.acc.value == naive_winogrande(*loaded(path), DOCUMENTS["winogrande"])
+    assert winogrande.acc_norm is None
+
+
+def test_the_limit_takes_the_first_documents(job, folder):
+    found = run(job.model, ["piqa"], folder, limit=5)
+    piqa = found.tasks["piqa"]
+    assert (piqa.acc.value, piqa.acc_norm.value) == naive_piqa(*loaded(job.model), DOCUMENTS["piqa"][:5])
+    assert (piqa.documents, found.task_limit) == (5, 5)
+    assert run(job.model, ["piqa"], folder, limit=1).tasks["piqa"].acc.stderr is None
+    assert run(job.model, ["piqa"], folder, limit=1).task_mean.stderr is None
+
+
+def test_all_tasks(job, folder):
+    found = run(job.model, SOURCES, folder)
+    assert list(found.tasks) == list(SOURCES)
+    assert {name: task.headline for name, task in found.tasks.items()} == {
+        "boolq": "acc", "piqa": "acc_norm", "hellaswag": "acc_norm", "winogrande": "acc", "arc_easy": "acc_norm",
+        "arc_challenge": "acc_norm", "openbookqa": "acc_norm",
+    }  # fmt: skip
+    for task in found.tasks.values():
+        assert task.documents == ROWS
+        for score in filter(None, (task.acc, task.acc_norm)):
+            assert score.stderr == pytest.approx(math.sqrt(score.value * (1 - score.value) / (ROWS - 1)))
+        assert task.score == (task.acc if task.headline == "acc" else task.acc_norm)
+    scores = [task.score for task in found.tasks.values()]
+    assert found.task_mean.value == pytest.approx(sum(score.value for score in scores) / 7)
+    assert found.task_mean.stderr == pytest.approx(math.sqrt(sum(score.stderr**2 for score in scores)) / 7)
+    assert type(found).model_validate_json(found.model_dump_json()) == found
+
+
+def test_batches_hold_a_limited_number_of_logits(job, folder, monkeypatch):
+    """Whatever their size, the scores are the same."""
+    whole = run(job.model, ["arc_easy"], folder)
+    rows = []
+
+    def opened(path, dtype):
+        model = load(path, dtype)
+        model.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape))
+        return model
+
+    load = tasks.load_model
+    monkeypatch.setattr(tasks, "load_model", opened)
+    monkeypatch.setattr(tasks, "LOGITS", 96 * 50)
+    small = run(job.model, ["arc_easy"], folder)
+    assert small.tasks["arc_easy"].acc == whole.tasks["arc_easy"].acc
+    assert small.tasks["arc_easy"].acc_norm == whole.tasks["arc_easy"].acc_norm
+    assert max(batch for batch, _ in rows) > 1
+    assert max(batch * length for batch, length in rows) <= 50
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs the shared data")
+def test_real_files(job):
+    found = run(job.model, SOURCES, REAL, limit=2)
+    assert {task.documents for task in found.tasks.values()} == {2}
+    versions = {name: task.version for name, task in found.tasks.items()}
+    assert versions == dict.fromkeys(SOURCES, "1.0") | {"boolq": "2.0"}
+
+
+class Recorder:
+    """Keeps what progress was reported."""
+
+    def __init__(self):
+        self.seen = {}
+
+    @contextmanager
+    def stage(self, name):
+        yield lambda done, total: self.seen.setdefault(name, []).append((done, total))
+
+
+def test_progress_counts_choices_and_nothing_is_printed(job, folder, capfd, caplog):
+    recorder = Recorder()
+    run(job.model, ["piqa", "openbookqa"], folder, limit=3, reporter=recorder)
+    assert recorder.seen == {
+        "piqa": [(i, 6) for i in range(1, 7)],
+        "openbookqa": [(i, 12) for i in range(1, 13)],
+    }
+    assert capfd.readouterr() == ("", "")
+    assert caplog.records == []
+
+
+def test_no_network_and_nothing_is_left_behind(job, folder, tmp_path, monkeypatch):
+    import datasets
+    from huggingface_hub import constants
+    from tqdm import tqdm
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for switch in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setattr(datasets.config, switch, False, raising=False)
+    for place in ("HF_DATASETS_CACHE", "DOWNLOADED_DATASETS_PATH", "EXTRACTED_DATASETS_PATH"):
+        monkeypatch.setattr(datasets.config, place, tmp_path / "cache")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    before = dict(os.environ), tqdm.__init__, logging.getLogger("lm_eval").level
+    run(job.model, ["piqa", "hellaswag"], folder)
+    assert before == (dict(os.environ), tqdm.__init__, logging.getLogger("lm_eval").level)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- what does not ---------------------------------------------------------------------------------------------------
+
+
+def test_unknown_tasks(job, folder):
+    for names in (["piqa", "mmlu"], [""], []):
+        with pytest.raises(DataError, match=r"no task '.*'; known are boolq, piqa, .*, openbookqa$"):
+            run(job.model, names, folder)
+
+
+def test_missing_files(job, folder, tmp_path):
+    with pytest.raises(DataError, match=r"none: holds neither piqa_validation\.jsonl\.gz nor .* which piqa needs"):
+        run(job.model, ["piqa"], tmp_path / "none")
+    write(tmp_path, "boolq", DOCUMENTS["boolq"])
+    with pytest.raises(DataError, match=r"neither arc_easy_test\.jsonl\.gz nor arc_easy_test\.jsonl, which arc_easy"):
+        run(job.model, ["boolq", "arc_easy"], tmp_path)
+    with pytest.raises(DataError, match="limit is 0"):
+        run(job.model, ["boolq"], tmp_path, limit=0)
+
+
+GOOD = DOCUMENTS["piqa"][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "words"),
+    [
+        ("piqa", {key: value for key, value in GOOD.items() if key != "sol2"}, ["line 2: has no sol2"]),
+        ("piqa", GOOD | {"goal": None, "label": None}, ["line 2: has no goal, label"]),
+        ("piqa", [1, 2], ["line 2: has no goal, sol1, sol2, label"]),
+        ("piqa", GOOD | {"label": 2}, ["row 2", "target 2 is none of 2 choices"]),
+        ("piqa", GOOD | {"label": -1}, ["row 2", "target -1 is none of 2 choices"]),
+        ("piqa", GOOD | {"label": "one"}, ["one"]),
+        ("winogrande", DOCUMENTS["winogrande"][0] | {"answer": "3"}, ["KeyError: '3'"]),
+        ("arc_easy", DOCUMENTS["arc_easy"][0] | {"answerKey": "E"}, ["'E' is not in list"]),
+    ],
+)
+def test_malformed_rows(job, tmp_path, name, row, words):
+    file = write(tmp_path, name, [DOCUMENTS[name][0], row])
+    with pytest.raises(DataError) as caught:
+        run(job.model, [name], tmp_path)
+    for word in [str(file), *words]:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_files(job, tmp_path):
+    file = write(tmp_path, "piqa", [GOOD])
+    for content, words in ((b"", "is empty"), (b"{\n", "line 1: not valid JSON"), (b"\xff\xff\n", "cannot be read")):
+        file.write_bytes(content)
+        with pytest.raises(DataError, match=words):
+            check_tasks(("piqa",), tmp_path)
+    file = write(tmp_path, "piqa", [GOOD] * 9, ".jsonl.gz")
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"jsonl\.gz: cannot be read"):
+        check_tasks(("piqa",), tmp_path)
+
+
+def test_the_hub_cannot_be_reached(job):
+    with pytest.raises(DataError, match=r"piqa: lm-eval cannot use .*[Oo]ffline.*\(--task-data\)$"):
+        run(job.model, ["piqa"], None)
+
+
+def test_without_lm_eval(job, folder, monkeypatch):
+    monkeypatch.setattr(tasks, "find_spec", lambda name: None if name == "lm_eval" else object())
+    with pytest.raises(DataError, match=r"pip install 'trimbit\[eval\]'"):
+        run(job.model, ["piqa"], folder)
+
+
+def test_a_model_that_overflows(job, folder, monkeypatch):
+    model = tiny_model("llama")
+    model.get_output_embeddings().weight.data[:] = math.nan
+    monkeypatch.setattr(tasks, "load_model", lambda *_: model)
+    with pytest.raises(NumericsError, match=r"piqa: the log-probability of .* is nan"):
+        run(job.model, ["piqa"], folder)
+
+
+def test_mean():
+    found = tasks._mean([Score(value=0.5, stderr=0.03), Score(value=0.7, stderr=0.04)])
+    assert (found.value, found.stderr) == pytest.approx((0.6, 0.025))
+    assert tasks._mean([Score(value=0.5, stderr=0.03), Score(value=0.7, stderr=None)]).stderr is None
