@@ -9,9 +9,10 @@ import pytest
 import trimbit.criteria
 import trimbit.quant
 import trimbit.search
+from trimbit.criteria import mutual_information
 from trimbit.precision import Data
 
-SHARED = {"trimbit.search.problem"}
+SHARED = {"trimbit.search.problem", "trimbit.search.levels", "trimbit.search.optimise"}
 
 
 def modules(package):
@@ -37,10 +38,14 @@ def test_the_walk_finds_what_there_is():
     assert found >= {
         "search.knapsack",
         "search.uniform",
+        "search.fixed",
+        "search.importance",
+        "search.bayes",
         "quant.rtn",
         "quant.gptq",
         "criteria.obs",
         "criteria.activation",
+        "criteria.taylor",
     }
 
 
@@ -70,6 +75,11 @@ def test_a_quantiser(module):
     assert isinstance(module.NEEDS_MOMENTS, bool)
 
 
-@pytest.mark.parametrize("module", CRITERIA, ids=name)
+@pytest.mark.parametrize("module", [module for module in CRITERIA if hasattr(module, "score")], ids=name)
 def test_a_criterion(module):
-    assert arguments(module.score) == ["w", "moments", "size", "config"]
+    reads = {"moments": ["w", "moments"], "gradients": ["parts"]}[module.READS]
+    assert arguments(module.score) == [*reads, "size", "config"]
+
+
+def test_what_ranks_layers():
+    assert arguments(mutual_information.information) == ["x", "y", "config"]

@@ -13,6 +13,7 @@ from trimbit.precision import Data
 from trimbit.stats import Moments
 
 PAPER = "Wanda-sp and FLAP: An et al. 2023, arXiv:2312.11983"
+READS = "moments"
 
 
 class Config(Data):

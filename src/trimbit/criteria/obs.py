@@ -15,6 +15,7 @@ from trimbit.precision import Data
 from trimbit.stats import Moments
 
 PAPER = "ZipLM (arXiv:2302.04089) and OSSCAR (arXiv:2403.12983)"
+READS = "moments"
 
 
 class Config(Data):

@@ -26,6 +26,20 @@ def mentions(axis: str, dim: str) -> bool:
     return any(dim in part for part in parts(axis))
 
 
+def members(axis: str, sizes: Mapping[str, int], dim: str) -> Int[Tensor, " channels"]:
+    """For each channel along `axis`, the index of `dim` that it belongs to; -1 in parts without that factor."""
+    pieces = []
+    for part in parts(axis):
+        shape = [sizes[factor] for factor in part]
+        if dim not in part:
+            pieces.append(torch.full((prod(shape),), -1))
+            continue
+        at = part.index(dim)
+        view = [-1 if axis_at == at else 1 for axis_at in range(len(shape))]
+        pieces.append(torch.arange(shape[at]).view(view).expand(shape).flatten())
+    return torch.cat(pieces)
+
+
 def kept_indices(axis: str, sizes: Mapping[str, int], dim: str, keep: Sequence[int]) -> Int[Tensor, " kept"]:
     """Flat indices along `axis` that stay, in stored order, when `dim` keeps the indices `keep`."""
     keep_index = torch.tensor(keep, dtype=torch.long)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
+from types import MappingProxyType
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -116,11 +117,14 @@ class Layout:
         return {**self.sizes, unit.dim.rsplit(".", 1)[1]: width}
 
     def weight_tensors(
-        self, weight: Weight, runs: tuple[Run, ...], width: int | None, *, bias: bool
+        self, weight: Weight, runs: tuple[Run, ...], width: int | None, *, bias: bool, rank: int = 0
     ) -> dict[str, TensorSpec]:
         """The stored tensors of one weight."""
         rows, cols = self.weight_shape(weight, width)
         specs = {f"{weight.name}.bias": TensorSpec("BF16", (rows,))} if bias else {}
+        if rank:
+            specs[f"{weight.name}.adapter.a"] = TensorSpec("BF16", (rank, cols))
+            specs[f"{weight.name}.adapter.b"] = TensorSpec("BF16", (rows, rank))
         if len(runs) == 1 and isinstance(runs[0].precision, BFloat16):
             return {**specs, f"{weight.name}.weight": TensorSpec("BF16", (rows, cols))}
         specs[f"{weight.name}.codes"] = TensorSpec("U8", (rows, code_row_nbytes(runs)))
@@ -136,14 +140,16 @@ class Layout:
         width: int | None,
         *,
         biases: tuple[str, ...],
+        adapters: Mapping[str, int] = MappingProxyType({}),
     ) -> dict[str, TensorSpec]:
-        """The stored tensors of one unit: weights, biases, norms and vectors."""
+        """The stored tensors of one unit: weights, biases, low-rank pairs, norms and vectors."""
         if unit.dim is not None and width == 0:
             return {}
         specs: dict[str, TensorSpec] = {}
         for name in unit.weights:
             weight = self.weights[name]
-            specs |= self.weight_tensors(weight, runs[name], width, bias=weight.bias or name in biases)
+            bias, rank = weight.bias or name in biases, adapters.get(name, 0)
+            specs |= self.weight_tensors(weight, runs[name], width, bias=bias, rank=rank)
         sizes = self.cut_sizes(unit, width)
         specs |= {name: TensorSpec("BF16", (axes.length(axis, sizes),)) for name, axis in unit.kept}
         return specs
@@ -152,7 +158,8 @@ class Layout:
         """All tensors that a plan writes, in the order of the model."""
         specs: dict[str, TensorSpec] = {}
         for unit in self.units.values():
-            specs |= self.unit_tensors(unit, plan.weights, self.width(unit, plan), biases=plan.biases)
+            width = self.width(unit, plan)
+            specs |= self.unit_tensors(unit, plan.weights, width, biases=plan.biases, adapters=plan.adapters)
         return specs | {name: TensorSpec("BF16", self.shapes[name]) for name in self.fixed}
 
     def tensor_nbytes(self, plan: Plan) -> int:
@@ -187,6 +194,12 @@ class Layout:
                 raise PlanError(
                     f"weight {name} cannot gain a bias: it is not a kept weight that writes to the residual stream"
                 )
+        for name, rank in plan.adapters.items():
+            if name not in alive or alive[name].block is None:
+                raise PlanError(f"weight {name} cannot have a low-rank pair: it is not a kept weight of a block")
+            most = min(self.weight_shape(self.weights[name], self.width(alive[name], plan)))
+            if not 1 <= rank <= most:
+                raise PlanError(f"weight {name}: a low-rank pair of rank {rank}, but it can have 1 to {most}")
 
 
 def build_layout(config: PreTrainedConfig) -> Layout:
@@ -330,9 +343,10 @@ def _stored_order(specs: Mapping[str, TensorSpec]) -> Iterator[tuple[str, Tensor
     yield from sorted(specs.items(), key=lambda item: (_RANK[item[1].dtype], item[0]))
 
 
-def header_bound(layout: Layout) -> int:
+def header_bound(layout: Layout, rank: int = 0) -> int:
     """An upper bound on the header of any plan: every weight with all its tensors, offsets of full length."""
-    names = [f"{w}.{part}" for w in layout.weights for part in ("codes", "scales", "zeros", "bias")]
+    parts = ("codes", "scales", "zeros", "bias", *(("adapter.a", "adapter.b") if rank else ()))
+    names = [f"{w}.{part}" for w in layout.weights for part in parts]
     names += [name for unit in layout.units.values() for name, _ in unit.kept] + list(layout.fixed)
     digits = len(str(2 * layout.parameters + 10**6))
     entry = (

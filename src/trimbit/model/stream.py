@@ -41,11 +41,13 @@ def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
 @contextmanager
 def computing(compute: torch.dtype) -> Iterator[None]:
     """No gradients, and matrix products in `compute`."""
-    with (
-        torch.no_grad(),
-        torch.autocast("cpu", dtype=torch.bfloat16, enabled=compute is torch.bfloat16, cache_enabled=False),
-    ):
+    with torch.no_grad(), products_in(compute):
         yield
+
+
+def products_in(compute: torch.dtype) -> torch.autocast:
+    """Matrix products in `compute`."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=compute is torch.bfloat16, cache_enabled=False)
 
 
 class _Recorder(nn.Module):
@@ -93,9 +95,9 @@ class BlockStream:
         self.skeleton = build_skeleton(checkpoint.config)
         family = layout.family
         self._embed = self.skeleton.get_submodule(family.embed)
-        self._final = self.skeleton.get_submodule(family.final_norm)
+        self.norm = self.skeleton.get_submodule(family.final_norm)
         materialize(self._embed, checkpoint, family.embed + ".", torch.bfloat16)
-        materialize(self._final, checkpoint, family.final_norm + ".", torch.float32)
+        materialize(self.norm, checkpoint, family.final_norm + ".", torch.float32)
         self._arguments: dict[tuple[int, int], list[dict[str, Any]]] = {}
 
     def embed(self, tokens: Int[Tensor, "rows length"]) -> Float[Tensor, "rows length hidden"]:
@@ -116,7 +118,7 @@ class BlockStream:
     def final_norm(self, hidden: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
         """The head's input."""
         with torch.no_grad():
-            return self._final(hidden)  # type: ignore[no-any-return]
+            return self.norm(hidden)  # type: ignore[no-any-return]
 
     def load(self, index: int) -> nn.Module:
         """A fresh copy of a block with its weights in fp32."""
@@ -131,11 +133,17 @@ class BlockStream:
         self, index: int, block: nn.Module, hidden: Float[Tensor, "rows length hidden"]
     ) -> Float[Tensor, "rows length hidden"]:
         """One block's output; the block may be compressed."""
+        with computing(self.compute):
+            return self.forward(index, block, hidden)
+
+    def forward(
+        self, index: int, block: nn.Module, hidden: Float[Tensor, "rows length hidden"]
+    ) -> Float[Tensor, "rows length hidden"]:
+        """One block's output, with whatever gradients and types the caller computes in."""
         shape = (hidden.shape[0], hidden.shape[1])
         if shape not in self._arguments:
             self._arguments[shape] = block_arguments(self.skeleton, *shape)
-        with computing(self.compute):
-            out = block(hidden, **self._arguments[shape][index])
+        out = block(hidden, **self._arguments[shape][index])
         return (out[0] if isinstance(out, tuple) else out).float()  # type: ignore[no-any-return]
 
     def site_modules(self, index: int, block: nn.Module) -> dict[str, nn.Module]:

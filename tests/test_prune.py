@@ -1,0 +1,60 @@
+"""Widths by a ratio: the parameters that go, the blocks that are spared, and ratios that leave nothing."""
+
+import pytest
+from transformers import AutoConfig
+
+from plans import make_plan
+from trimbit.errors import RecipeError
+from trimbit.measurements import Prune
+from trimbit.model.layout import build_layout
+from trimbit.prune import kept_widths, protected
+
+
+def layout(blocks, heads=8, kv=8, mid=704):
+    config = AutoConfig.for_model(
+        "llama", hidden_size=256, num_hidden_layers=blocks, num_attention_heads=heads, num_key_value_heads=kv,
+        intermediate_size=mid, vocab_size=96,
+    )  # fmt: skip
+    return build_layout(config)
+
+
+def test_the_first_and_last_blocks_are_spared_as_in_the_reference_code():
+    assert protected(layout(32), Prune(ratio=0.2)) == (0, 1, 2, 3, 30, 31)
+    assert protected(layout(30), Prune(ratio=0.2)) == (0, 1, 2, 3, 28, 29)
+    assert protected(layout(3), Prune(ratio=0.2, first=0, last=0)) == ()
+
+
+@pytest.mark.parametrize("kv", [8, 2])
+@pytest.mark.parametrize("ratio", [0.2, 0.3, 0.5])
+def test_that_share_of_the_blocks_parameters_goes(ratio, kv):
+    """Few KV groups cannot follow the ratio; feed-forward channels make up for that."""
+    found = layout(32, kv=kv)
+    widths = kept_widths(found, Prune(ratio=ratio, multiple=1))
+    plan = make_plan(found, cuts={dim: tuple(range(width)) for dim, width in widths.items()})
+    sizes = {
+        name: rows * cols
+        for name, weight in found.weights.items()
+        if found.units[weight.unit].block is not None
+        for rows, cols in [found.weight_shape(weight, found.width(found.units[weight.unit], plan))]
+    }
+    total = sum(w.rows * w.cols for w in found.weights.values() if found.units[w.unit].block is not None)
+    assert 1 - sum(sizes.values()) / total == pytest.approx(ratio, abs=0.001)
+    spared = protected(found, Prune(ratio=ratio))
+    assert not any(int(dim.split(".")[1]) in spared for dim in widths)
+    assert len({width for dim, width in widths.items() if dim.endswith("mid")}) == 1
+
+
+def test_kept_channels_are_a_multiple():
+    widths = kept_widths(layout(32), Prune(ratio=0.3))
+    assert {width % 32 for dim, width in widths.items() if dim.endswith("mid")} == {0}
+
+
+@pytest.mark.parametrize("ratio", [0.8, 0.95])
+def test_a_ratio_that_empties_a_block_is_refused(ratio):
+    with pytest.raises(RecipeError, match=r"prune.ratio .* leaves .* of block 4; a ratio up to about 0\.71"):
+        kept_widths(layout(32), Prune(ratio=ratio))
+
+
+def test_a_ratio_needs_blocks_to_prune():
+    with pytest.raises(RecipeError, match="leave none of the 4 blocks"):
+        kept_widths(layout(4), Prune(ratio=0.1, first=0.5, last=0.5))
