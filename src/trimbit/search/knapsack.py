@@ -18,7 +18,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from trimbit.errors import BudgetError
-from trimbit.measure import menu_of, reference_width, sites_of, widths_of
+from trimbit.measure import menu_of, reference_width, sites_of, spared_format, widths_of
 from trimbit.measurements import Background
 from trimbit.model.layout import Unit, header_bound
 from trimbit.plan import Plan
@@ -130,18 +130,21 @@ def background(problem: Problem, config: Config) -> Background:
         blocks = min(sizes, key=lambda p: abs(sizes[p] - problem.limit))
     want = max(blocks.bits, config.table_bits)
     table = min(problem.space.table_formats, key=lambda p: (abs(p.bits - want), p.name))
-    formats = {
-        site: blocks if unit.block is not None else table
-        for unit in layout.units.values()
-        for site in sites_of(layout, unit)
-    }
-    return Background(widths={}, formats=formats)
+    formats: dict[str, Precision] = {}
+    for unit in layout.units.values():
+        own = table if unit.block is None else spared_format(unit, problem.space) or blocks
+        formats |= dict.fromkeys(sites_of(layout, unit), own)
+    return Background(widths=problem.space.kept, formats=formats)
 
 
 def _limit(problem: Problem) -> int:
     """What is left of the budget for the units."""
     layout = problem.layout
-    return problem.limit - header_bound(layout) - sum(2 * int(np.prod(layout.shapes[name])) for name in layout.fixed)
+    return (
+        problem.limit
+        - header_bound(layout, problem.rank)
+        - sum(2 * int(np.prod(layout.shapes[name])) for name in layout.fixed)
+    )
 
 
 def _content(plan: Plan) -> str:
@@ -175,7 +178,7 @@ def choices(problem: Problem, unit: Unit, pruning_cost: float | None) -> list[Ch
     found: list[Choice] = []
     for width in widths_of(layout, unit, problem.space) or (None,):
         cut = width is not None and width != unit.size
-        if cut and pruning_cost is None:
+        if cut and pruning_cost is None and not problem.space.kept:
             continue
         shape = by_width[unit.dim or "", width] if width is not None else 0.0
         price = (pruning_cost - 1) * max(shape, 0.0) if cut and pruning_cost is not None else 0.0  # none on a gain
@@ -211,7 +214,8 @@ def _nbytes(problem: Problem, unit: Unit, width: int | None, formats: Mapping[st
         for name in names
     }
     biases = (unit.out_weight,) if cut and problem.refit_biases and unit.out_weight else ()
-    return sum(spec.nbytes for spec in layout.unit_tensors(unit, runs, width, biases=biases).values())
+    specs = layout.unit_tensors(unit, runs, width, biases=biases, adapters=problem.adapters(unit))
+    return sum(spec.nbytes for spec in specs.values())
 
 
 def pareto(found: list[Choice]) -> list[Choice]:

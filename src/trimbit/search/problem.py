@@ -1,15 +1,17 @@
 """What a search method is given: the layout, the budget, the space, the measurements, and a way to try a plan."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from trimbit.errors import BudgetError
 from trimbit.measure import menu_of, sites_of, widths_of
 from trimbit.measurements import Measurements, Space
-from trimbit.model.layout import Layout
+from trimbit.model.layout import Layout, Unit
 from trimbit.plan import ModelRef, Plan, Provenance
 from trimbit.precision import Data, Precision, Run
+from trimbit.progress import Reporter, Silent
 
 Evaluate = Callable[[Plan], float]
 
@@ -42,7 +44,12 @@ class Problem:
     measurement_hash: str | None = None
     evaluate: Evaluate | None = None  # quick: KL of a plan put together from what was quantised alone
     trial: Evaluate | None = None  # real: KL of the plan as it is applied
+    importance: Callable[[], Mapping[str, float]] | None = None  # of `blocks.7`, `blocks.7.attn`, ... to the task
+    journal: Path | None = None  # of trials, for a search that may be broken off and go on
+    key: str = ""  # content key of all that decides a trial's result
+    reporter: Reporter = field(default_factory=Silent)
     refit_biases: bool = True  # a cut unit's out weight gains a bias
+    rank: int = 0  # of the low-rank pair beside each weight of the blocks
 
     def plan(
         self, widths: Mapping[str, int], formats: Mapping[str, Precision], method: str, predicted: float | None = None,
@@ -53,14 +60,16 @@ class Problem:
         cuts: dict[str, tuple[int, ...]] = {}
         weights: dict[str, tuple[Run, ...]] = {}
         biases: list[str] = []
+        adapters: dict[str, int] = {}
         for unit in layout.units.values():
-            width = widths.get(unit.dim, unit.size) if unit.dim else None
+            width = widths.get(unit.dim, self.space.kept.get(unit.dim, unit.size)) if unit.dim else None
             if unit.dim and width != unit.size:
                 cuts[unit.dim] = tuple(sorted(self.rankings[unit.dim][:width]))
                 if self.refit_biases and width and unit.out_weight:
                     biases.append(unit.out_weight)
             if unit.dim and width == 0:
                 continue
+            adapters |= self.adapters(unit)
             for site, names in sites_of(layout, unit).items():
                 for name in names:
                     cols = layout.weight_shape(layout.weights[name], width)[1]
@@ -69,8 +78,14 @@ class Problem:
             method=method, recipe_hash=self.recipe_hash, measurement_hash=self.measurement_hash, seed=self.seed,
             predicted_damage=predicted, measured_damage=None, nbytes=0, notes=notes,
         )  # fmt: skip
-        plan = Plan(model=self.model, cuts=cuts, weights=weights, biases=tuple(biases), found_by=found)
+        plan = Plan(
+            model=self.model, cuts=cuts, weights=weights, biases=tuple(biases), adapters=adapters, found_by=found
+        )
         return plan.model_copy(update={"found_by": found.model_copy(update={"nbytes": layout.file_nbytes(plan)})})
+
+    def adapters(self, unit: Unit) -> dict[str, int]:
+        """The ranks of the low-rank pairs of a unit's weights."""
+        return dict.fromkeys(unit.weights, self.rank) if self.rank and unit.block is not None else {}
 
     def quick_best(self, plans: Sequence[Plan]) -> tuple[Plan, tuple[str, ...]]:
         """The plan of least quick KL, and a note about each; the first where there is no choice or nothing can tell."""

@@ -1,0 +1,74 @@
+"""Bits by importance: the wide formats go to the layers that tell most about the prediction, exactly within the budget.
+
+A layer's gain from more bits is max(I, 0) * log2(bits), with I its importance to the task (QPruner: the mutual
+information of its output and the prediction). The sum of gains is maximised under the bytes by the knapsack's solver;
+for two formats and layers of one size that is the layers of largest I, as QPruner-2 has it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from pydantic import Field
+
+from trimbit.plan import Plan
+from trimbit.precision import Data
+from trimbit.search.knapsack import Config as Solver
+from trimbit.search.knapsack import knapsack
+from trimbit.search.levels import Levels, Per, levels
+from trimbit.search.problem import Problem
+
+PAPER = "QPruner, arXiv:2412.11629"
+NEEDS_MEASUREMENTS = False
+
+
+class Config(Data):
+    """What shares a format, and the default budget."""
+
+    per: Per = "block"  # code (harrysyz99/Qmixtuner): one format a block
+    share: float = Field(default=0.25, ge=0, le=1)  # ours, without a budget: blocks in the largest format
+
+
+def default_limit(problem: Problem, config: Config) -> int:
+    """Bytes with `share` of the variables in the largest format."""
+    return levels(problem, config.per).share(config.share)
+
+
+def require_feasible(problem: Problem, config: Config) -> None:
+    """Refuse, before anything long, a budget below the smallest formats everywhere.
+
+    Raises:
+        BudgetError: naming the smallest feasible budget.
+    """
+    found = levels(problem, config.per)
+    problem.require_feasible(found.plan([0] * len(found.costs), "smallest"))
+
+
+def search(problem: Problem, config: Config) -> Plan:
+    """The plan of largest total gain.
+
+    Raises:
+        BudgetError: if nothing fits; names the smallest feasible budget.
+    """
+    assert problem.importance is not None, "bits by importance need the importance of each layer"
+    require_feasible(problem, config)
+    found = levels(problem, config.per)
+    return found.plan(allocate(found, problem.importance()), "bits by importance")
+
+
+def allocate(found: Levels, importance: Mapping[str, float]) -> Sequence[int]:
+    """A level for each variable; a site has its sub-block's importance."""
+    gains = [
+        [max(importance[_layer(key)], 0.0) * math.log2(p.bits / found.formats[0].bits) for p in found.formats]
+        for key in found.sites
+    ]
+    items = [
+        [(nbytes, -gain) for nbytes, gain in zip(costs, gain, strict=True)]
+        for costs, gain in zip(found.costs, gains, strict=True)
+    ]
+    picked = knapsack(items, found.limit, Solver())
+    return [0] * len(items) if picked is None else picked  # so near the smallest that the header's bound leaves no room
+
+
+def _layer(key: str) -> str:
+    """`blocks.7` or `blocks.7.mlp`, of which a site is a part."""
+    return ".".join(key.split(".")[:3])
