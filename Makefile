@@ -22,7 +22,7 @@ venv: .venv/.stamp ## Install everything into .venv
 	@echo '== torch'
 	@$(PIP) torch==2.13.0
 	@echo '== trimbit and its dependencies'
-	@$(PIP) -e '.[gguf,plot,dev]'
+	@$(PIP) -e '.[gguf,plot,eval,bo,tune,dev]'
 	@touch $@
 
 model: $(MODEL) ## Get the small real model, without the hub

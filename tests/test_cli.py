@@ -25,7 +25,10 @@ OPTIONS = {
     "compress": (["model", "out"], SEARCHING),
     "plan": (["model", "out"], SEARCHING),
     "apply": (["model", "plan_file", "out"], ["--calibration", "--recipe", "--seed", "--set"]),
-    "eval": (["model"], ["--against", "--context", "--dtype", "--json", "--text", "--windows"]),
+    "eval": (
+        ["model"],
+        ["--against", "--context", "--dtype", "--json", "--limit", "--task-data", "--tasks", "--text", "--windows"],
+    ),
     "show": (["path"], ["--json"]),
 }
 
@@ -143,6 +146,46 @@ def test_eval_prints_json(run, job, compressed):
     code, out, err = run("eval", job.model, "--text", job.text, "--context", 32, "--json")
     assert code == 0, err
     assert json.loads(out)["kl"] is None
+
+
+@pytest.fixture
+def task_data(tmp_path):
+    """A folder with the files of two tasks."""
+    pytest.importorskip("lm_eval")
+    piqa = {"goal": "w3 w4", "sol1": "w5", "sol2": "w6 w7 w8", "label": 1}
+    winogrande = {"sentence": "w3 _ w4", "option1": "w5", "option2": "w6", "answer": "1"}
+    for name, row in (("piqa_validation", piqa), ("winogrande_xl_validation", winogrande)):
+        (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
+    return tmp_path
+
+
+TASKS = {
+    "schema_version", "model", "task_data", "task_limit", "tasks", "task_mean", "dtype", "hardware", "threads",
+    "versions",
+}  # fmt: skip
+
+
+def test_eval_of_tasks(run, job, compressed, task_data):
+    arguments = ["eval", compressed, "--tasks", "piqa,winogrande", "--task-data", task_data, "--dtype", "float32"]
+    code, out, err = run(*arguments, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found.keys() == TASKS
+    piqa, winogrande = found["tasks"]["piqa"], found["tasks"]["winogrande"]
+    assert piqa.keys() == winogrande.keys() == {"documents", "version", "headline", "acc", "acc_norm", "seconds"}
+    assert piqa["acc_norm"].keys() == found["task_mean"].keys() == {"value", "stderr"}
+    assert winogrande["acc_norm"] is None
+    assert (piqa["documents"], found["task_limit"]) == (3, None)
+    assert found["versions"].keys() == {"torch", "transformers", "lm_eval"}
+    code, out, err = run(*arguments, "--limit", 2)
+    assert code == 0, err
+    for row in ("piqa, acc_norm of 2", "winogrande, acc of 2", "mean of the tasks", "± 0.0 %"):
+        assert row in out
+    code, out, err = run(*arguments, "--text", job.text, "--context", 32, "--windows", 1, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found.keys() > TASKS | {"ppl", "weight_nbytes"}
+    assert found["versions"].keys() == {"torch", "transformers", "lm_eval"}
 
 
 def test_show(run, compressed):
@@ -427,7 +470,7 @@ def test_a_plan_needs_a_folder_to_lie_in(refused, job, options, tmp_path):
     ("arguments", "word"),
     [
         (["compress"], "Missing argument"),
-        (["compress", "a", "b"], "Missing option '--budget'"),
+        (["compress", "a"], "Missing argument 'out'"),
         (["compress", "a", "b", "--budget", "1MB", "--bugdet", "2"], "No such option"),
         (["squeeze"], "No such command 'squeeze'"),
         (["compress", "a", "b", "--budget", "1MB", "--seed", "x"], "Invalid value for '--seed'"),
@@ -442,3 +485,13 @@ def test_show_and_eval_of_what_is_no_model(refused, job, tmp_path):
     refused("show", tmp_path / "nonesuch", words=["is not a compressed directory"])
     refused("eval", tmp_path / "nonesuch", "--text", job.text, words=["does not exist"])
     refused("eval", job.model, "--text", job.text, "--dtype", "float8", words=["--dtype float8", "bfloat16 or float32"])
+
+
+def test_eval_of_nothing_or_of_unknown_tasks(refused, job, task_data):
+    refused("eval", job.model, words=["--text FILE", "--tasks NAMES"])
+    refused("eval", job.model, "--tasks", "piqa,mmlu", words=["no task 'mmlu'", "known are boolq"])
+    tasks = ["--tasks", "piqa,boolq", "--task-data", task_data]
+    refused("eval", job.model, *tasks, words=[str(task_data), "boolq_superglue_validation.jsonl"])
+    refused("eval", job.model, "--tasks", "piqa", "--limit", 0, words=["limit is 0"])
+    refused("eval", job.model, "--tasks", "piqa", "--against", job.model, words=["--against", "--text FILE"])
+    refused("eval", job.model, "--text", job.text, "--limit", 5, words=["--limit", "--tasks NAMES"])

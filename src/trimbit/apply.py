@@ -7,6 +7,7 @@ along in the dense model too, and say at the end what the plan really costs.
 """
 
 import copy
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trimbit.artifact import Writer
-from trimbit.errors import NumericsError
+from trimbit.errors import NumericsError, RecipeError
 from trimbit.model import axes
 from trimbit.model.head import kl, logit_slices
 from trimbit.model.layout import Layout, Unit, Weight
@@ -29,27 +30,76 @@ from trimbit.precision import BFloat16, Data, Run
 from trimbit.progress import Progress
 from trimbit.quant import rtn
 from trimbit.quant.qtensor import QTensor
-from trimbit.repair import refit
+from trimbit.repair import lowrank, refit
+from trimbit.repair.lowrank import LowRank
 from trimbit.runtime import input_known, only_half, set_width
 from trimbit.stats import Accumulator, Moments, Stats, Tap
 
 
+@dataclass(frozen=True, slots=True)
+class Compressed:
+    """A packed weight, and the low-rank pair beside it."""
+
+    packed: QTensor
+    pair: LowRank | None = None
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix that the layer multiplies by."""
+        dense = self.packed.dequantize(dtype)
+        return dense if self.pair is None else dense + self.pair.dense().to(dtype)
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The stored tensors by name."""
+        stored = {f"{name}.{part}": tensor for part, tensor in self.packed.tensors().items()}
+        if self.pair is not None:
+            stored |= {
+                f"{name}.adapter.a": self.pair.a.to(torch.bfloat16), f"{name}.adapter.b": self.pair.b.to(torch.bfloat16)
+            }  # fmt: skip
+        return stored
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """A quantiser and its constants."""
+    """How a weight is compressed: a quantiser with its constants, and how low-rank pairs start."""
 
     module: ModuleType
     config: Data
+    pairs: lowrank.Config | None = None
+    seed: int = 0
 
-    def quantize(self, w: Tensor, moments: Moments | None, name: str, runs: tuple[Run, ...]) -> QTensor:
-        """Quantise one weight; an error names it."""
-        return self.quantize_all([w], moments, name, [runs])[0]
+    @property
+    def needs_moments(self) -> bool:
+        """Whether H of a weight's inputs is needed."""
+        return self.module.NEEDS_MOMENTS or (self.pairs is not None and self.pairs.start == "qera")
 
-    def quantize_all(
+    def compress(
+        self, ws: Sequence[Tensor], moments: Moments | None, names: Sequence[str], runs: Sequence[tuple[Run, ...]],
+        ranks: Sequence[int],
+    ) -> list[Compressed]:  # fmt: skip
+        """Compress weights that read the same input; those of rank 0 have no pair. An error names a weight."""
+        if not any(ranks):
+            return [Compressed(packed) for packed in self._quantize_all(ws, moments, names[0], runs)]
+        return [self._one(*one, moments) for one in zip(ws, names, runs, ranks, strict=True)]
+
+    def _one(self, w: Tensor, name: str, runs: tuple[Run, ...], rank: int, moments: Moments | None) -> Compressed:
+        def quantize(part: Tensor) -> QTensor:
+            return self._quantize_all([part], moments, name, [runs])[0]
+
+        if rank == 0:
+            return Compressed(quantize(w))
+        # a pair that makes up for next to nothing is no start for training
+        start = "zeros" if _unquantised(runs) else (self.pairs or lowrank.Config()).start
+        config = (self.pairs or lowrank.Config()).model_copy(update={"rank": rank, "start": start})
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
+        try:
+            return Compressed(*lowrank.correct(w, quantize, moments, config, generator))
+        except RecipeError as err:
+            raise RecipeError(f"{name}: {err}") from err
+
+    def _quantize_all(
         self, ws: Sequence[Tensor], moments: Moments | None, name: str, runs: Sequence[tuple[Run, ...]]
     ) -> list[QTensor]:
-        """Quantise weights that read the same input; an error names the first."""
-        if all(isinstance(run.precision, BFloat16) for own in runs for run in own):
+        if all(_unquantised(own) for own in runs):
             return rtn.quantize_all(ws, None, runs, rtn.Config())  # a cast
         try:
             packed: list[QTensor] = self.module.quantize_all(ws, moments, runs, self.config)
@@ -58,8 +108,12 @@ class Method:
         return packed
 
 
+def _unquantised(runs: tuple[Run, ...]) -> bool:
+    return all(isinstance(run.precision, BFloat16) for run in runs)
+
+
 def apply_plan(
-    stream: BlockStream, plan: Plan, tokens: Int[Tensor, "rows length"], method: Method, repair: refit.Config,
+    stream: BlockStream, plan: Plan, tokens: Int[Tensor, "rows length"], method: Method, repair: refit.Config | None,
     stats: Stats | None, writer: Writer, progress: Progress, held_out: Int[Tensor, "held held_length"] | None = None,
 ) -> float | None:  # fmt: skip
     """Write all tensors of a plan through `writer`; memory holds one block, twice, and the hidden states.
@@ -77,15 +131,15 @@ def apply_plan(
     layout = stream.layout
     layout.check(plan)
     family = layout.family
-    needs = method.module.NEEDS_MOMENTS
+    needs = method.needs_moments
     table = stream.checkpoint.tensor(f"{family.embed}.weight").float()
     lookup = identity_moments(table.shape[1])
     if layout.tied and needs:
         assert stats is not None, "a tied head needs statistics"
         lookup = tied_moments(stats.moments("head_in"))
-    packed = method.quantize(table, lookup, family.embed, plan.weights[family.embed])
-    writer.add(_named(family.embed, packed))
-    job = _Job(stream, plan, tokens, method, repair, packed, held_out)
+    (packed,) = method.compress([table], lookup, [family.embed], [plan.weights[family.embed]], [0])
+    writer.add(packed.tensors(family.embed))
+    job = _Job(stream, plan, tokens, method, repair or refit.Config(), packed, held_out)
     del table
     for index in range(layout.blocks):
         writer.add(job.block(index))
@@ -95,14 +149,15 @@ def apply_plan(
         for chunk in job.compressed if needs else ():
             final.add(stream.final_norm(chunk).flatten(0, -2))
         head = stream.checkpoint.tensor(f"{family.head}.weight").float()
-        packed = method.quantize(head, final.moments() if needs else None, family.head, plan.weights[family.head])
-        writer.add(_named(family.head, packed))
+        moments = final.moments() if needs else None
+        (packed,) = method.compress([head], moments, [family.head], [plan.weights[family.head]], [0])
+        writer.add(packed.tensors(family.head))
     writer.add({name: stream.checkpoint.tensor(name).to(torch.bfloat16) for name in layout.fixed})
     if held_out is None:
         return None
     head_name = family.embed if layout.tied else family.head
     original = stream.checkpoint.tensor(f"{head_name}.weight").to(stream.compute)
-    return job.damage(original, packed.dequantize(torch.bfloat16).to(stream.compute))
+    return job.damage(original, packed.dense(torch.bfloat16).to(stream.compute))
 
 
 def identity_moments(n: int) -> Moments:
@@ -147,8 +202,8 @@ class _Job:
     """The state of one application: the hidden states of both paths."""
 
     def __init__(
-        self, stream: BlockStream, plan: Plan, tokens: Tensor, method: Method, repair: refit.Config, table: QTensor,
-        held_out: Tensor | None,
+        self, stream: BlockStream, plan: Plan, tokens: Tensor, method: Method, repair: refit.Config,
+        table: Compressed, held_out: Tensor | None,
     ) -> None:  # fmt: skip
         self.stream = stream
         self.layout = stream.layout
@@ -157,7 +212,7 @@ class _Job:
         self.repair = repair
         self.inputs: list[Tensor] = []  # of the unit's last projection, for each chunk
         self.held_dense: Chunks = embed_chunks(stream, held_out) if held_out is not None else []
-        with stream.embedding_replaced(table.dequantize(torch.bfloat16)):
+        with stream.embedding_replaced(table.dense(torch.bfloat16)):
             self.compressed: Chunks = embed_chunks(stream, tokens)
             self.held_compressed: Chunks = embed_chunks(stream, held_out) if held_out is not None else []
 
@@ -223,31 +278,36 @@ class _Job:
             sites.setdefault(self.layout.weights[name].site, []).append(self.layout.weights[name])
         for members in sites.values():
             modules: list[Any] = [block.get_submodule(weight.name.removeprefix(prefix)) for weight in members]
-            refits = members[0].name == unit.out_weight and self._refits(unit)
+            names, refits = (
+                [weight.name for weight in members],
+                members[0].name == unit.out_weight and self._refits(unit),
+            )
             train, held = self._moments(index, members[0], dense if refits else None, block, prefix)
             if refits:
                 original: Any = dense.get_submodule(members[0].name.removeprefix(prefix))
-                quantised = [self._refit_and_quantize(members[0], modules[0], original, train, held)]
+                compressed = self._refit_and_compress(names[0], modules[0], original, train, held)
             else:
-                quantised = self.method.quantize_all(
-                    [linear.weight.detach() for linear in modules], train.moments() if train else None,
-                    members[0].name, [self.plan.weights[weight.name] for weight in members],
-                )  # fmt: skip
-            for weight, linear, packed in zip(members, modules, quantised, strict=True):
-                linear.weight = nn.Parameter(packed.dequantize(), requires_grad=False)
-                stored |= _named(weight.name, packed)
+                moments = train.moments() if train else None
+                compressed = self._compress(names, [linear.weight.detach() for linear in modules], moments)
+            for name, linear, one in zip(names, modules, compressed, strict=True):
+                linear.weight = nn.Parameter(one.dense(), requires_grad=False)
+                stored |= one.tensors(name)
                 if linear.bias is not None:
-                    stored[f"{weight.name}.bias"] = linear.bias.detach().to(torch.bfloat16)
+                    stored[f"{name}.bias"] = linear.bias.detach().to(torch.bfloat16)
         for name, _ in unit.kept:
             stored[name] = block.get_parameter(name.removeprefix(prefix)).detach().to(torch.bfloat16)
         return stored
+
+    def _compress(self, names: Sequence[str], ws: Sequence[Tensor], moments: Moments | None) -> list[Compressed]:
+        ranks = [self.plan.adapters.get(name, 0) for name in names]
+        return self.method.compress(ws, moments, names, [self.plan.weights[name] for name in names], ranks)
 
     def _moments(
         self, index: int, weight: Weight, dense: nn.Module | None, block: nn.Module, prefix: str
     ) -> tuple[Accumulator | None, Accumulator]:
         """Moments of a site; with those of the `dense` half on the same inputs, split into train and held-out."""
         train, held = Accumulator(), Accumulator()
-        if dense is None and not self.method.module.NEEDS_MOMENTS:
+        if dense is None and not self.method.needs_moments:
             return None, held
         relative = weight.name.removeprefix(prefix)
         chunks = len(self.compressed)
@@ -266,9 +326,9 @@ class _Job:
                 self.inputs.append(seen["x"])
         return train, held
 
-    def _refit_and_quantize(
-        self, weight: Weight, linear: Any, original: Any, train: Accumulator | None, held: Accumulator  # noqa: ANN401
-    ) -> QTensor:  # fmt: skip
+    def _refit_and_compress(
+        self, name: str, linear: Any, original: Any, train: Accumulator | None, held: Accumulator  # noqa: ANN401
+    ) -> list[Compressed]:  # fmt: skip
         assert train is not None
         w, bias = original.weight.detach(), None if original.bias is None else original.bias.detach()
         fitted = refit.refit(
@@ -280,10 +340,6 @@ class _Job:
             self.repair,
         )
         both = train.plus(held).moments() if held.count else train.moments()
-        packed = self.method.quantize(fitted.weight, both, weight.name, self.plan.weights[weight.name])
-        linear.bias = nn.Parameter(refit.bias_for(w, packed.dequantize(), bias, both), requires_grad=False)
-        return packed
-
-
-def _named(weight: str, packed: QTensor) -> dict[str, Tensor]:
-    return {f"{weight}.{part}": tensor for part, tensor in packed.tensors().items()}
+        compressed = self._compress([name], [fitted.weight], both)
+        linear.bias = nn.Parameter(refit.bias_for(w, compressed[0].dense(), bias, both), requires_grad=False)
+        return compressed

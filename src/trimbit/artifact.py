@@ -5,10 +5,10 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -61,17 +61,24 @@ class Writer:
             self._save(part, self._file_name(self.written))
             self.written += 1
 
-    def take(self, folder: Path) -> None:
-        """Take the weight files and the plan of a directory that the same plan was applied to before."""
+    def take(self, folder: Path, changed: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        """Take the weight files and the plan of a directory that the same plan was applied to before.
+
+        Tensors in `changed` take the place of those in the files.
+        """
         for at, specs in enumerate(self.files):
             source = folder / self._file_name(at)
             if not source.is_file() or source.stat().st_size != shard_nbytes(specs):
                 raise ArtifactError(f"{folder}, where the plan was tried, is damaged; remove it and run again")
+            if specs.keys() & changed.keys():
+                tensors = load_file(source)
+                self.add(tensors | {name: changed[name] for name in specs.keys() & changed.keys()})
+                continue
             try:
                 shutil.copyfile(source, self.partial / source.name)
             except OSError as err:
                 raise ArtifactError(f"cannot write {self.out}: {err.strerror}") from err
-        self.written = len(self.files)
+            self.written += 1
         found = load_plan(folder / PLAN_FILE).found_by
         told = self.plan.found_by.model_copy(update={"measured_damage": found.measured_damage})
         self.plan = self.plan.model_copy(update={"found_by": told})

@@ -19,9 +19,11 @@ from trimbit.errors import TrimbitError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from trimbit.evaluate import Evaluation
     from trimbit.model.layout import Layout
     from trimbit.pipeline import Session
-    from trimbit.plan import Plan
+    from trimbit.plan import Budget, Plan
+    from trimbit.tasks import Score, TaskEvaluation
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Fit a language model to a budget."
@@ -31,7 +33,10 @@ stdout, stderr = Console(), Console(stderr=True)
 
 Model = Annotated[Path, typer.Argument(help="a directory with config.json and safetensors, or a .gguf file")]
 Out = Annotated[Path, typer.Argument(help="the directory or file to write")]
-BudgetText = Annotated[str, typer.Option("--budget", help="limit on the weight files: 45MB, 45MiB, 2.5bpw or 0.2x")]
+BudgetText = Annotated[
+    str | None,
+    typer.Option("--budget", help="limit on the weight files: 45MB, 45MiB, 2.5bpw or 0.2x; default the recipe's own"),
+]
 RecipeName = Annotated[str, typer.Option("--recipe", help="the name of a recipe, or a .yaml file")]
 Calibration = Annotated[
     str, typer.Option("--calibration", help="`self` (sampled from the model) or a .txt, .jsonl or .jsonl.gz file")
@@ -93,15 +98,15 @@ def _session(model: Path, recipe: str, calibration: str, overrides: list[str] | 
 
 @app.command()
 def compress(
-    model: Model, out: Out, budget: BudgetText, recipe: RecipeName = "knapsack", calibration: Calibration = "self",
-    overrides: Overrides = None, seed: Seed = 0, dry_run: DryRun = False,
+    model: Model, out: Out, budget: BudgetText = None, recipe: RecipeName = "knapsack",
+    calibration: Calibration = "self", overrides: Overrides = None, seed: Seed = 0, dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """Find the best model within a budget and write it."""
     from trimbit.artifact import require_absent
     from trimbit.pipeline import compress as run
     from trimbit.plan import Budget
 
-    limit = Budget.parse(budget)
+    limit = Budget.parse(budget) if budget is not None else None
     require_absent(out)
     session = _session(model, recipe, calibration, overrides, seed)
     if dry_run:
@@ -113,14 +118,14 @@ def compress(
 
 @app.command()
 def plan(
-    model: Model, out: Out, budget: BudgetText, recipe: RecipeName = "knapsack", calibration: Calibration = "self",
-    overrides: Overrides = None, seed: Seed = 0, dry_run: DryRun = False,
+    model: Model, out: Out, budget: BudgetText = None, recipe: RecipeName = "knapsack",
+    calibration: Calibration = "self", overrides: Overrides = None, seed: Seed = 0, dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """Find the best plan within a budget and write it as JSON."""
     from trimbit.errors import ArtifactError
     from trimbit.plan import Budget
 
-    limit = Budget.parse(budget)
+    limit = Budget.parse(budget) if budget is not None else None
     if out.exists():
         raise ArtifactError(f"{out} exists already; give a new file or remove it")
     session = _session(model, recipe, calibration, overrides, seed)
@@ -151,40 +156,77 @@ def apply_command(
 @app.command(name="eval")
 def eval_command(
     model: Annotated[Path, typer.Argument(help="an original model or a compressed directory")],
-    text: Annotated[Path, typer.Option("--text", help="a .txt, .raw, .jsonl or .jsonl.gz file")],
+    text: Annotated[Path | None, typer.Option("--text", help="a .txt, .raw, .jsonl or .jsonl.gz file")] = None,
     context: Annotated[int, typer.Option("--context", help="tokens in a window; part of the perplexity's name")] = 2048,
     windows: Annotated[int | None, typer.Option("--windows", help="how many, from the start; default all")] = None,
     against: Annotated[Path | None, typer.Option("--against", help="the original model, for KL and agreement")] = None,
+    tasks: Annotated[str | None, typer.Option("--tasks", help="zero-shot tasks of lm-eval: boolq,piqa,...")] = None,
+    task_data: Annotated[
+        Path | None, typer.Option("--task-data", help="the folder of the tasks' files; default lm-eval's, from the hub")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="documents a task, the first; default all")] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="bfloat16 or float32")] = "bfloat16",
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Measure perplexity, KL to the original, bytes, memory and speed."""
+    """Measure perplexity, KL to the original, bytes, memory and speed on a text; accuracy on zero-shot tasks."""
     import torch
 
     from trimbit.errors import DataError
     from trimbit.evaluate import evaluate
+    from trimbit.tasks import check_tasks, evaluate_tasks
 
     if dtype not in {"bfloat16", "float32"}:
         raise DataError(f"--dtype {dtype}: give bfloat16 or float32")
-    with Bars().stage("evaluation") as progress:
-        found = evaluate(
-            model, text, context=context, limit=windows, against=against, dtype=getattr(torch, dtype), progress=progress
+    if text is None and tasks is None:
+        raise DataError("nothing to measure; give --text FILE, --tasks NAMES or both")
+    if text is None and against is not None:
+        raise DataError("--against compares on a text; give --text FILE")
+    if tasks is None and (task_data is not None or limit is not None):
+        raise DataError("--task-data and --limit belong to tasks; give --tasks NAMES")
+    names = tuple(name.strip() for name in tasks.split(",")) if tasks is not None else ()
+    if names:
+        check_tasks(names, task_data, limit)
+    found, scores = None, None
+    if text is not None:
+        with Bars().stage("evaluation") as progress:
+            found = evaluate(
+                model, text, context=context, limit=windows, against=against, dtype=getattr(torch, dtype),
+                progress=progress,
+            )  # fmt: skip
+    if names:
+        scores = evaluate_tasks(
+            model, names, folder=task_data, limit=limit, dtype=getattr(torch, dtype), reporter=Bars()
         )
     if as_json:
-        typer.echo(found.model_dump_json(indent=1))
+        fields = found.model_dump(mode="json") if found else {}
+        typer.echo(json.dumps(fields | (scores.model_dump(mode="json") if scores else {}), indent=1))
         return
     table = Table(show_header=False, title=str(model))
-    table.add_row(f"ppl@{context} on {found.text}", f"{found.ppl:.3f}")
-    if found.kl is not None and found.top1_agreement is not None and found.bits_per_weight is not None:
-        table.add_row("KL to the original", f"{found.kl:.4f} nats a token")
-        table.add_row("same first choice", f"{100 * found.top1_agreement:.1f} %")
-        table.add_row("bits per weight", f"{found.bits_per_weight:.2f}")
-    table.add_row("weight files", f"{found.weight_nbytes:,} bytes")
-    table.add_row("peak memory", f"{found.peak_rss_nbytes / 1e6:.0f} MB")
-    table.add_row(
-        "prefill, decode", f"{found.prefill_tokens_per_second:.0f}, {found.decode_tokens_per_second:.1f} tokens/s"
-    )
+    for what, value in [*(_text_rows(found) if found else ()), *(_task_rows(scores) if scores else ())]:
+        table.add_row(what, value)
     stdout.print(table)
+
+
+def _text_rows(found: "Evaluation") -> "Iterator[tuple[str, str]]":
+    yield f"ppl@{found.context} on {found.text}", f"{found.ppl:.3f}"
+    if found.kl is not None and found.top1_agreement is not None and found.bits_per_weight is not None:
+        yield "KL to the original", f"{found.kl:.4f} nats a token"
+        yield "same first choice", f"{100 * found.top1_agreement:.1f} %"
+        yield "bits per weight", f"{found.bits_per_weight:.2f}"
+    yield "weight files", f"{found.weight_nbytes:,} bytes"
+    yield "peak memory", f"{found.peak_rss_nbytes / 1e6:.0f} MB"
+    yield "prefill, decode", f"{found.prefill_tokens_per_second:.0f}, {found.decode_tokens_per_second:.1f} tokens/s"
+
+
+def _task_rows(scores: "TaskEvaluation") -> "Iterator[tuple[str, str]]":
+    for name, task in scores.tasks.items():
+        yield f"{name}, {task.headline} of {task.documents}", _percent(task.score)
+    yield "mean of the tasks", _percent(scores.task_mean)
+
+
+def _percent(score: "Score") -> str:
+    error = "" if score.stderr is None else f" ± {100 * score.stderr:.1f}"
+    return f"{100 * score.value:.1f}{error} %"
 
 
 @app.command()
@@ -223,7 +265,10 @@ def plan_rows(layout: "Layout", plan: "Plan") -> list[dict[str, Any]]:
     for unit in layout.units.values():
         width = layout.width(unit, plan)
         nbytes = sum(
-            spec.nbytes for spec in layout.unit_tensors(unit, plan.weights, width, biases=plan.biases).values()
+            spec.nbytes
+            for spec in layout.unit_tensors(
+                unit, plan.weights, width, biases=plan.biases, adapters=plan.adapters
+            ).values()
         )
         formats: dict[str, list[str]] = {}
         for name in unit.weights if not layout.dropped(unit, plan) else ():
@@ -262,12 +307,10 @@ def print_summary(layout: "Layout", plan: "Plan", limit: int, out: Path) -> None
         stdout.print(note, highlight=False)
 
 
-def _estimate(session: "Session", budget: "object") -> None:
+def _estimate(session: "Session", budget: "Budget | None") -> None:
     """What a run would take: bytes exactly bounded, memory and time from sizes."""
     from trimbit.estimate import estimate
-    from trimbit.plan import Budget
 
-    assert isinstance(budget, Budget)
     table = Table(show_header=False, title="dry run: nothing was written")
     for what, value in estimate(session, budget):
         table.add_row(what, value)

@@ -67,6 +67,28 @@ def read_text(path: Path) -> str:
     Raises:
         DataError: if the file is missing, of another kind, or not valid utf-8, gzip or JSON.
     """
+    suffix, text = _decoded(path)
+    if suffix == ".raw":
+        lines = io.StringIO(text, newline="\n")  # only \n ends a line, not U+2028 or U+0085
+        return "\n\n".join(line if line.strip() else "" for line in lines)
+    return "\n\n".join(_documents(path, text)) if suffix == ".jsonl" else text
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """The rows of a `.jsonl` file, with or without `.gz`, and their line numbers.
+
+    Raises:
+        DataError: if the file is missing, of another kind, or not valid utf-8, gzip or JSON.
+    """
+    suffix, text = _decoded(path)
+    if suffix != ".jsonl":
+        msg = f"{path}: a .jsonl file is needed, with or without .gz"
+        raise DataError(msg)
+    return _rows(path, text)
+
+
+def _decoded(path: Path) -> tuple[str, str]:
+    """A file's suffix, without `.gz`, and its text."""
     suffix = (path.with_suffix("") if path.suffix == ".gz" else path).suffix
     if suffix not in SUFFIXES or not path.is_file():
         problem = "no such file" if suffix in SUFFIXES else f"unknown suffix {path.suffix!r}"
@@ -78,21 +100,22 @@ def read_text(path: Path) -> str:
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         msg = f"{path}: cannot be read as utf-8 text{' in gzip' * (path.suffix == '.gz')}: {error}"
         raise DataError(msg) from error
-    if suffix == ".raw":
-        lines = io.StringIO(text, newline="\n")  # only \n ends a line, not U+2028 or U+0085
-        return "\n\n".join(line if line.strip() else "" for line in lines)
-    return "\n\n".join(_documents(path, text)) if suffix == ".jsonl" else text
+    return suffix, text
 
 
-def _documents(path: Path, text: str) -> Iterator[str]:
+def _rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            yield number, json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
             msg = f"{path}, line {number}: not valid JSON: {error}"
             raise DataError(msg) from error
+
+
+def _documents(path: Path, text: str) -> Iterator[str]:
+    for number, row in _rows(path, text):
         document = _row_text(row) if isinstance(row, dict) else None
         if document is None:
             found = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__

@@ -8,7 +8,7 @@ from trimbit.pipeline import Session
 from trimbit.plan import Budget
 
 
-def estimate(session: Session, budget: Budget) -> list[tuple[str, str]]:
+def estimate(session: Session, budget: Budget | None) -> list[tuple[str, str]]:
     """Rows of (what, how much) for one job; checks that the budget is feasible.
 
     Time counts matrix products at the speed of one that is timed here; it is an order of magnitude, not a promise.

@@ -33,6 +33,8 @@ def widths_of(layout: Layout, unit: Unit, space: Space) -> tuple[int, ...]:
     """The widths that a unit may have, the full one first."""
     if unit.dim is None:
         return ()
+    if space.kept:
+        return (space.kept.get(unit.dim, unit.size),)
     if unit.name.endswith(".attn"):
         return tuple(range(unit.size, -1, -1)) if space.groups else (unit.size,)
     step = min(space.multiple, unit.size)
@@ -50,7 +52,15 @@ def sites_of(layout: Layout, unit: Unit) -> dict[str, tuple[str, ...]]:
 
 def menu_of(unit: Unit, space: Space) -> tuple[Precision, ...]:
     """The formats that a unit's sites may have."""
-    return space.formats if unit.block is not None else space.table_formats
+    if unit.block is None:
+        return space.table_formats
+    spared = spared_format(unit, space)
+    return space.formats if spared is None else (spared,)
+
+
+def spared_format(unit: Unit, space: Space) -> Precision | None:
+    """The format of a unit that is fixed before the search, if it is."""
+    return space.spared_format if unit.block in space.spared else None
 
 
 def install(whole: WholeModel, layout: Layout, candidates: Candidates, plan: Background) -> None:

@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import nn
 
 import trimbit
 from trimbit import data
-from trimbit.apply import Method, apply_plan
+from trimbit.apply import Method, apply_plan, cut_unit
 from trimbit.artifact import PLAN_FILE, RECIPE_FILE, Writer, model_card, require_absent
 from trimbit.cache import cache_root, save_whole, source_digest
 from trimbit.candidates import CandidateWeights
-from trimbit.errors import ArtifactError, DataError, PlanError, RecipeError
+from trimbit.errors import ArtifactError, BudgetError, DataError, PlanError, RecipeError
+from trimbit.information import layer_information
+from trimbit.instructions import from_instructions, from_rows
 from trimbit.measure import background_of, install, measure
 from trimbit.measurements import Background, Measurements, Space
 from trimbit.model.checkpoint import Checkpoint
@@ -29,7 +31,12 @@ from trimbit.model.stream import BlockStream
 from trimbit.model.whole import Judge, WholeModel
 from trimbit.plan import Budget, ModelRef, Plan, digest, load_plan
 from trimbit.progress import Reporter, Silent
+from trimbit.prune import kept_widths, protected
+from trimbit.ranking import by_gradients, by_moments
 from trimbit.recipe import Recipe, Step, step_config
+from trimbit.recovery import TUNING_FILE, adapter_tensors, held_out_kl, recover, tuning_record
+from trimbit.repair.tune import Config as Tuning
+from trimbit.repair.tune import Example
 from trimbit.search.problem import Problem
 from trimbit.stats import Stats, collect, stored
 
@@ -62,8 +69,15 @@ class Session:
         self.quant = self._module("quant", recipe.quant)
         self.search = self._module("search", recipe.search)
         self.criterion = self._module("criteria", recipe.criterion) if recipe.criterion else None
-        self.repair = self._module("repair", recipe.repair)
+        self.layers = self._module("criteria", recipe.importance) if recipe.importance else None
+        self.repair = self._module("repair", recipe.repair) if recipe.repair else None
+        self.lowrank = self._module("repair", recipe.lowrank)[1] if recipe.lowrank else None
+        self.tuning: Tuning | None = self._module("repair", recipe.tune)[1] if recipe.tune else None
         self.compute: torch.dtype = getattr(torch, recipe.compute)
+        if self.tuning is not None and self.lowrank is None:
+            raise RecipeError("`tune` trains low-rank pairs: the recipe needs a `lowrank` too")
+        if self.tuning is not None and self.tuning.loss == "instruct" and self.tuning.data is None:
+            raise RecipeError("tune.loss instruct needs tune.data, a .jsonl file with `instruction` and `output`")
         if self.search[0].NEEDS_MEASUREMENTS and (recipe.space is None or recipe.measure is None):
             raise RecipeError(f"search {recipe.search.name} needs a `space` to choose from and a `measure`")
         if self.calibration != "self" and not Path(self.calibration).is_file():
@@ -146,10 +160,16 @@ class Session:
             ]
         )
 
+    @property
+    def _needs_moments(self) -> bool:
+        ranks = self.criterion is not None and self.criterion[0].READS == "moments"
+        refits = self.criterion is not None and self.repair is not None
+        return self.method.needs_moments or ranks or refits
+
     @cached_property
     def stats(self) -> Stats | None:
         """Moments of the dense model, where any stage needs them."""
-        if not self.quant[0].NEEDS_MOMENTS and self.criterion is None:
+        if not self._needs_moments:
             return None
         tokens, folder = self.tokens.tokens, self.cache / "stats" / self.stats_key
         known = stored(folder, self.layout.blocks, tokens.numel())
@@ -168,34 +188,71 @@ class Session:
         path = self.cache / "rankings" / f"{digest([self.stats_key, self._step(self.recipe.criterion)])}.json"
         if path.exists():
             return {dim: tuple(order) for dim, order in json.loads(path.read_text(encoding="utf-8")).items()}
-        assert self.stats is not None
-        found: dict[str, tuple[int, ...]] = {}
-        units = [unit for unit in self.layout.units.values() if unit.dim is not None]
         with self.reporter.stage("ranking of channels and heads") as progress:
-            for at, unit in enumerate(units):
-                assert unit.out_weight is not None
-                weight = self.layout.weights[unit.out_weight]
-                w = self.checkpoint.tensor(f"{weight.name}.weight").float()
-                scores: Tensor = module.score(w, self.stats.moments(weight.site), weight.cols // unit.size, config)
-                found[unit.dim or ""] = tuple(scores.argsort(descending=True, stable=True).tolist())
-                progress(at + 1, len(units))
+            if module.READS == "moments":
+                assert self.stats is not None
+                found = by_moments(module, config, self.layout, self.checkpoint, self.stats, progress)
+            else:
+                found = by_gradients(module, config, self.stream, self.tokens.tokens, progress)
         save_whole(path, lambda beside: beside.write_text(json.dumps(found), encoding="utf-8"))
         return found
+
+    @cached_property
+    def importance(self) -> dict[str, float]:
+        """The importance of each block and sub-block of the pruned model to the task."""
+        assert self.layers is not None
+        steps = [self._step(self.recipe.importance), self._step(self.recipe.criterion)]
+        prune = self.recipe.prune.model_dump(mode="json") if self.recipe.prune else None
+        path = self.cache / "importance" / f"{digest([self.stats_key, *steps, prune])}.json"
+        if path.exists():
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        with self.reporter.stage("importance of each layer") as progress:
+            found = layer_information(self.stream, self._pruned, self.tokens.tokens, self.layers[1], progress)
+        save_whole(path, lambda beside: beside.write_text(json.dumps(found), encoding="utf-8"))
+        return found
+
+    def _pruned(self, index: int) -> nn.Module:
+        """A block with the widths that are fixed before the search."""
+        block = self.stream.load(index)
+        for unit in self.layout.units.values():
+            width = self.space.kept.get(unit.dim or "")
+            if unit.block == index and unit.dim is not None and width is not None:
+                keep = tuple(sorted(self.rankings[unit.dim][:width]))
+                cut_unit(block, self.layout, unit, keep, f"{self.layout.family.blocks}.{index}.")
+        return block
 
     def _step(self, step: Step | None) -> dict[str, Any] | None:
         return step.model_dump(mode="json") if step else None
 
     @property
     def method(self) -> Method:
-        """The quantiser."""
-        return Method(module=self.quant[0], config=self.quant[1])
+        """How a weight is compressed."""
+        return Method(module=self.quant[0], config=self.quant[1], pairs=self.lowrank, seed=self.seed)
+
+    @property
+    def rank(self) -> int:
+        """Of the low-rank pair beside each weight of the blocks; 0: none."""
+        return self.lowrank.rank if self.lowrank is not None else 0
+
+    @cached_property
+    def space(self) -> Space:
+        """What the search may choose from, with what is fixed before it."""
+        space = self.recipe.space or Space(formats=(), table_formats=())
+        if self.recipe.prune is None:
+            return space
+        fixed = {
+            "kept": kept_widths(self.layout, self.recipe.prune),
+            "spared": protected(self.layout, self.recipe.prune),
+        }
+        return space.model_copy(update=fixed)
 
     @cached_property
     def candidates(self) -> CandidateWeights:
         """The weights of every choice."""
-        key = digest(
-            [self.stats_key if self.stats is not None else self.model.weights_hash, self._step(self.recipe.quant)]
-        )
+        recipe = self.recipe
+        source = self.stats_key if self.stats is not None else self.model.weights_hash
+        steps = [self._step(step) for step in (recipe.quant, recipe.repair, recipe.lowrank)]
+        key = digest([source, *steps, self.seed if self.rank else 0])
         return CandidateWeights(
             self.checkpoint,
             self.layout,
@@ -203,7 +260,9 @@ class Session:
             self.method,
             self.cache / "candidates" / key,
             self.rankings,
-            self.recipe.space,
+            self.space,
+            rank=self.rank,
+            refits=self.repair is not None,
         )
 
     @cached_property
@@ -249,6 +308,8 @@ class Session:
             self.held_out.digest,
             self._step(self.recipe.quant),
             self._step(self.recipe.repair),
+            self._step(self.recipe.lowrank),
+            self.seed if self.rank else 0,
             plan.model_dump(mode="json", exclude={"found_by"}),
         ]
         return self.cache / "trials" / digest(decides)
@@ -265,33 +326,48 @@ class Session:
 
     def problem(self, limit: int, *, ready: bool = True) -> Problem:
         """The search problem of a budget; not `ready`: for sizes alone, before anything long."""
-        space = self.recipe.space or Space(formats=(), table_formats=())
+        key = self._search_key(limit) if ready else ""
         empty = {unit.dim: tuple(range(unit.size)) for unit in self.layout.units.values() if unit.dim is not None}
         return Problem(
-            layout=self.layout, model=self.model, limit=limit, space=space, rankings=self.rankings if ready else empty,
-            recipe_hash=self.recipe.hash, seed=self.seed,
+            layout=self.layout, model=self.model, limit=limit, space=self.space,
+            rankings=self.rankings if ready else empty, recipe_hash=self.recipe.hash, seed=self.seed,
             evaluate=self.evaluate if ready and self.recipe.measure else None,
             trial=self.trial if ready and self.recipe.measure and self.recipe.measure.trials else None,
+            refit_biases=self.repair is not None, rank=self.rank,
+            importance=(lambda: self.importance) if self.layers is not None else None,
+            reporter=self.reporter, key=key, journal=self.cache / "plans" / f"{key}.jsonl" if ready else None,
         )  # fmt: skip
 
-    def limit(self, budget: Budget) -> int:
-        """A budget in bytes, checked to be feasible.
+    def _search_key(self, limit: int) -> str:
+        """What decides the result of a trial put together from candidates, and which plans are tried."""
+        held_out, measure = self.held_out.digest, self.recipe.measure
+        want = None if measure is None else measure.length
+        decides = [self.stats_key, self.candidates.folder.name, held_out, want, limit, self.seed, self.rankings]
+        return digest([*decides, self._step(self.recipe.search), self.space.model_dump(mode="json")])
+
+    def limit(self, budget: Budget | None) -> int:
+        """A budget in bytes, checked to be feasible; without one, what the recipe itself asks for.
 
         Raises:
-            BudgetError: if it is not; names the smallest feasible one.
+            BudgetError: if it is not feasible, naming the smallest that is; or if there is none.
         """
-        limit = budget.nbytes(self.layout.parameters)
         module, config = self.search
+        if budget is None and not hasattr(module, "default_limit"):
+            raise BudgetError(f"search {self.recipe.search.name} needs a budget: give --budget, such as 0.3x")
+        if budget is None:
+            limit: int = module.default_limit(self.problem(0, ready=False), config)
+            return limit
+        limit = budget.nbytes(self.layout.parameters)
         module.require_feasible(self.problem(limit, ready=False), config)
         return limit
 
-    def find_plan(self, budget: Budget) -> Plan:
-        """Search the best plan within a budget."""
+    def find_plan(self, budget: Budget | None) -> Plan:
+        """Search the best plan within a budget; None: the recipe's own."""
         limit = self.limit(budget)
         module, config = self.search
         problem = self.problem(limit)
         want = self.recipe.measure
-        if self.recipe.space is None or want is None:
+        if not module.NEEDS_MEASUREMENTS or want is None:
             with self.reporter.stage("search") as progress:
                 plan: Plan = module.search(problem, config)
                 progress(1, 1)
@@ -310,12 +386,9 @@ class Session:
 
     def measure(self, background: Background, number: int) -> Measurements:
         """Damage of every choice in a background; a stored measurement is reused, a broken-off one goes on."""
-        space, want = self.recipe.space, self.recipe.measure
-        assert space is not None
-        assert want is not None
-        tokens = self.judges[0].tokens
+        space, tokens = self.space, self.judges[0].tokens
         key = digest(
-            [self.stats_key, self._step(self.recipe.quant), background.model_dump(mode="json"), list(tokens.shape)]
+            [self.stats_key, self.candidates.folder.name, background.model_dump(mode="json"), list(tokens.shape)]
         )
         journal = self.cache / "measurements" / f"{key}.jsonl"
         with self.reporter.stage("damage of each choice" + (f", round {number + 1}" if number else "")) as progress:
@@ -342,7 +415,9 @@ class Session:
         self._release()
         with Writer(out, self.layout, plan) as writer:
             trial = self._trial_folder(plan) if self._judges else None
-            if trial is not None and trial.exists():
+            if self.tuning is not None:
+                self._tune(plan, writer)
+            elif trial is not None and trial.exists():
                 writer.take(trial)
             else:
                 self._apply(plan, writer, "pruning, refit, quantisation")
@@ -355,10 +430,39 @@ class Session:
         with self.reporter.stage(stage) as progress:
             measured = apply_plan(
                 self.stream, plan, self.tokens.tokens if needs else torch.zeros(1, 2, dtype=torch.long), self.method,
-                self.repair[1], self.stats, writer, progress, self.held_out.tokens if self._judges else None,
+                self.repair[1] if self.repair else None, self.stats, writer, progress,
+                self.held_out.tokens if self._judges else None,
             )  # fmt: skip
         found = plan.found_by.model_copy(update={"measured_damage": measured})
         writer.plan = plan.model_copy(update={"found_by": found})
+
+    def _tune(self, plan: Plan, writer: Writer) -> None:
+        """Apply a plan, train its low-rank pairs, and fill `writer` with the result."""
+        assert self.tuning is not None
+        self.trial(plan)
+        folder = self._trial_folder(plan)
+        decides = [folder.name, self._step(self.recipe.tune), self._examples_key, self.seed]
+        state = self.cache / "tuned" / f"{digest(decides)}.safetensors"
+        with self.reporter.stage("recovery") as progress:
+            tuned = recover(folder, self.checkpoint.path, self.examples, self.tuning, state, self.seed, progress)
+        writer.take(folder, adapter_tensors(tuned.pairs))
+        writer.write(TUNING_FILE, tuning_record(tuned))
+        with self.reporter.stage("judging the recovered model") as progress:
+            measured = held_out_kl(folder, tuned.pairs, self.checkpoint.path, self.held_out.tokens, progress)
+        found = writer.plan.found_by.model_copy(update={"measured_damage": measured})
+        writer.plan = writer.plan.model_copy(update={"found_by": found})
+
+    @cached_property
+    def examples(self) -> list[Example]:
+        """What recovery trains on."""
+        assert self.tuning is not None
+        if self.tuning.data is None:
+            return from_rows(self.tokens.tokens, self.tuning.length)
+        return from_instructions(Path(self.tuning.data), self.checkpoint.tokenizer(), self.tuning.length)
+
+    @property
+    def _examples_key(self) -> str:
+        return digest([[row.tokens.tolist(), row.target.tolist()] for row in self.examples])
 
     def _beside(self, plan: Plan, writer: Writer) -> None:
         """The files beside the weights: tokenizer, templates, licence, recipe, model card."""
@@ -381,7 +485,7 @@ def open_session(model: str | Path, recipe: Recipe, **fields: Any) -> Session:  
     return Session(checkpoint=open_checkpoint(model), recipe=recipe, **fields)
 
 
-def compress(session: Session, budget: Budget, out: Path) -> Plan:
+def compress(session: Session, budget: Budget | None, out: Path) -> Plan:
     """The main job: find the best plan within the budget, apply it, write the directory."""
     require_absent(out)
     return session.write(session.find_plan(budget), out)

@@ -48,7 +48,8 @@ class Plan(Data):
     """What to do to one model; every search method returns one.
 
     `cuts` maps a dim to its kept original indices (an empty tuple drops the sub-block), in the order in which they are
-    stored. `weights` maps a weight to runs along its stored input channels. `biases` names weights that gain a bias.
+    stored. `weights` maps a weight to runs along its stored input channels. `biases` names weights that gain a bias,
+    `adapters` those that have a low-rank pair in bf16 beside them, with its rank.
     """
 
     schema_version: Literal[1] = 1
@@ -56,6 +57,7 @@ class Plan(Data):
     cuts: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     weights: dict[str, tuple[Run, ...]]
     biases: tuple[str, ...] = ()
+    adapters: dict[str, int] = Field(default_factory=dict)
     found_by: Provenance
 
     def nbytes(self, layout: Sized) -> int:

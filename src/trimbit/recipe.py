@@ -9,7 +9,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from trimbit.errors import RecipeError
-from trimbit.measurements import Space
+from trimbit.measurements import Prune, Space
 from trimbit.plan import digest, first_problem
 from trimbit.precision import Data
 
@@ -46,10 +46,14 @@ class Recipe(Data):
     calibration: Calibration = Field(default_factory=Calibration)
     space: Space | None = None
     criterion: Step | None = None  # ranks what may be cut
+    prune: Prune | None = None  # a ratio, before the search
     measure: Measure | None = None
     search: Step
     quant: Step
-    repair: Step = Step(name="refit")
+    importance: Step | None = None  # of layers to the task, for a search that asks for it
+    repair: Step | None = Step(name="refit")
+    lowrank: Step | None = None  # a pair beside each weight of the blocks, where training starts
+    tune: Step | None = None  # trains these pairs, the packed weights frozen
     compute: Literal["bfloat16", "float32"] = "bfloat16"  # of matrix products
 
     @property

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -30,11 +31,13 @@ class Structure(Data):
     widths: dict[str, int]  # of the dims that are cut
     weights: dict[str, tuple[Run, ...]]
     biases: tuple[str, ...] = ()
+    adapters: dict[str, int] = Field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: Plan) -> "Structure":
         """The structure of a plan."""
-        return cls(widths={dim: len(keep) for dim, keep in plan.cuts.items()}, weights=plan.weights, biases=plan.biases)
+        widths = {dim: len(keep) for dim, keep in plan.cuts.items()}
+        return cls(widths=widths, weights=plan.weights, biases=plan.biases, adapters=plan.adapters)
 
 
 class Packed(nn.Module):
@@ -64,18 +67,51 @@ class Packed(nn.Module):
         return f"rows={self.rows}, cols={sum(run.count for run in self.runs)}, runs=[{formats}]"
 
 
+class Adapter(nn.Module):
+    """A low-rank pair beside a weight: y = B A x."""
+
+    def __init__(self, rows: int, cols: int, rank: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.zeros(rank, cols, dtype=dtype), requires_grad=False)
+        self.b = nn.Parameter(torch.zeros(rows, rank, dtype=dtype), requires_grad=False)
+
+    def forward(self, x: Float[Tensor, "*batch cols"]) -> Float[Tensor, "*batch rows"]:
+        """Two thin products."""
+        return functional.linear(functional.linear(x, self.a), self.b)
+
+
+class AdaptedLinear(nn.Linear):
+    """An unquantised y = W x + b with a low-rank pair beside it, unless it is taken out."""
+
+    def __init__(self, cols: int, rows: int, *, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__(cols, rows, bias=bias, dtype=dtype)
+        self.adapter: Adapter | None = None
+
+    def forward(self, x: Float[Tensor, "*batch cols"]) -> Float[Tensor, "*batch rows"]:
+        """The layer and its pair."""
+        y = super().forward(x)
+        return y if self.adapter is None else y + self.adapter(x)
+
+
 class PackedLinear(Packed):
-    """y = W x + b with W packed."""
+    """y = W x + b with W packed, and perhaps a low-rank pair beside it."""
 
     def __init__(self, rows: int, runs: tuple[Run, ...], *, bias: bool, dtype: torch.dtype) -> None:
         super().__init__(rows, runs)
         self.in_features = sum(run.count for run in runs)
         self.out_features = rows
         self.bias = nn.Parameter(torch.zeros(rows, dtype=dtype), requires_grad=False) if bias else None
+        self.adapter: Adapter | None = None
+
+    @property
+    def qweight(self) -> Tensor:
+        """The codes, by the name that PEFT knows quantised layers by."""
+        return self.codes
 
     def forward(self, x: Float[Tensor, "*batch cols"]) -> Float[Tensor, "*batch rows"]:
         """Dequantise and multiply."""
-        return functional.linear(x, self.dense(x.dtype), self.bias)
+        y = functional.linear(x, self.dense(x.dtype), self.bias)
+        return y if self.adapter is None else y + self.adapter(x)
 
 
 class PackedEmbedding(Packed):
@@ -228,6 +264,7 @@ def _install(model: PreTrainedModel, layout: Layout, structure: Structure, name:
     old: Any = model.get_submodule(name)
     rows, cols = layout.weight_shape(weight, width)
     bias = weight.bias or name in structure.biases
+    rank = structure.adapters.get(name, 0)
     plain = len(runs) == 1 and isinstance(runs[0].precision, BFloat16)
     dtype, device = old.weight.dtype, old.weight.device
     with torch.device(device):
@@ -235,7 +272,9 @@ def _install(model: PreTrainedModel, layout: Layout, structure: Structure, name:
             if not plain:
                 scale = getattr(old, "scalar_embed_scale", None)
                 set_module(model, name, PackedEmbedding(rows, runs, dtype=dtype, scale=scale))
-        elif plain:
-            set_module(model, name, nn.Linear(cols, rows, bias=bias, dtype=dtype))
-        else:
-            set_module(model, name, PackedLinear(rows, runs, bias=bias, dtype=dtype))
+            return
+        kind = AdaptedLinear if rank else nn.Linear
+        new = kind(cols, rows, bias=bias, dtype=dtype) if plain else PackedLinear(rows, runs, bias=bias, dtype=dtype)
+        if rank:
+            new.adapter = Adapter(rows, cols, rank, dtype)
+        set_module(model, name, new)

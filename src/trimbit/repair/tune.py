@@ -1,0 +1,253 @@
+"""Train the low-rank pairs beside frozen, packed weights: LoRA through PEFT, by instructions or by distillation.
+
+The model is whole and stays as it is stored; only the pairs have gradients, in fp32. Every step draws its rows and its
+dropout from the seed and the step's number, so that a run that was broken off goes on as if it had not been.
+"""
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import Field
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from trimbit.errors import ArtifactError, NumericsError, RecipeError
+from trimbit.precision import Data
+from trimbit.progress import Progress
+from trimbit.repair.lowrank import LowRank
+
+PAPER = "LoRA, arXiv:2106.09685; LLM-Pruner's recovery, arXiv:2305.11627"
+LOGIT_TOKENS = 512  # tokens whose logits are in memory at a time; they are made again for the backward pass
+
+
+class Config(Data):
+    """How the pairs are trained."""
+
+    data: str | None = None  # a .jsonl file of instructions; None: the calibration text, by distillation
+    loss: Literal["instruct", "distill"] = "distill"
+    steps: int = Field(default=100, ge=1)  # ours, for two cores; code (horseee/LLM-Pruner): 2 epochs of 50,000 rows
+    batch: int = Field(default=16, ge=1)  # ours; code (horseee/LLM-Pruner): 64
+    micro: int = Field(default=4, ge=1)  # rows run at a time
+    length: int = Field(default=256, ge=16)  # code (horseee/LLM-Pruner): tokens of a row
+    learning_rate: float = Field(default=1e-4, gt=0)  # code (horseee/LLM-Pruner)
+    warmup: float = Field(default=0.1, ge=0, lt=1)  # ours: share of the steps; then a straight line to zero
+    alpha: int = Field(default=16, ge=1)  # code (horseee/LLM-Pruner): the pair counts alpha / rank times
+    dropout: float = Field(default=0.05, ge=0, lt=1)  # code (horseee/LLM-Pruner): on the pair's input
+    save_every: int = Field(default=20, ge=1)  # steps between two stored states
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A row of tokens, and which of them are to be predicted."""
+
+    tokens: Int[Tensor, " length"]
+    target: Bool[Tensor, " length"]
+
+
+Teacher = Callable[[Int[Tensor, "rows length"], Bool[Tensor, "rows length"]], Float[Tensor, "rows length hidden"]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Original:
+    """The model that is learnt from: its final hidden states, and its head."""
+
+    hidden: Teacher
+    head: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuned:
+    """The trained pairs, the loss of every step, and the bytes that training held beside the frozen weights."""
+
+    pairs: dict[str, LowRank]
+    losses: list[float]
+    trained_nbytes: int  # the pairs in fp32
+    optimizer_nbytes: int
+
+
+def tune(
+    model: PreTrainedModel, pairs: Mapping[str, LowRank], kinds: Sequence[type[nn.Module]],
+    examples: Sequence[Example], original: Original | None, config: Config, state: Path, seed: int, progress: Progress,
+) -> Tuned:  # fmt: skip
+    """Train `pairs`, by the names of the layers that they lie beside, in a model whose layers are of `kinds`.
+
+    `original` is needed to distil. `state` is a file that a run which is broken off goes on from.
+
+    Raises:
+        NumericsError: if the loss is not finite; says the step. The last stored state stays.
+        RecipeError: if peft is missing.
+    """
+    lora = _attach(model, pairs, kinds, config)
+    parameters = {f"{name}.{part}": p for name, own in lora.items() for part, p in zip("ab", own, strict=True)}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
+    losses = _resume(state, parameters, optimizer)
+    model.train()
+    for step in range(len(losses), config.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * _schedule(step, config)
+        loss = _step(model, examples, original, config, seed, step)
+        if not math.isfinite(loss):
+            kept = len(losses) // config.save_every * config.save_every
+            raise NumericsError(
+                f"the loss of recovery step {step + 1} is {loss}; the state after step {kept} is kept. "
+                "Lower tune.learning_rate"
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss)
+        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+            _save(state, parameters, optimizer, losses)
+        progress(step + 1, config.steps)
+    model.eval()
+    found = {}
+    for name, (a, b) in lora.items():
+        scale = config.alpha / a.shape[0]
+        found[name] = LowRank(a=_bf16(a.detach()), b=_bf16(b.detach() * scale))
+    moments = [value for p in parameters.values() for key, value in optimizer.state[p].items() if key != "step"]
+    trained = _nbytes(parameters.values())
+    return Tuned(pairs=found, losses=losses, trained_nbytes=trained, optimizer_nbytes=_nbytes(moments))
+
+
+def _nbytes(tensors: Any) -> int:  # noqa: ANN401
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _bf16(x: Tensor) -> Tensor:
+    return x.to(torch.bfloat16).float()
+
+
+def _attach(
+    model: PreTrainedModel, pairs: Mapping[str, LowRank], kinds: Sequence[type[nn.Module]], config: Config
+) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """Put PEFT's layers around the frozen ones; gives A and B of each by the layer's name."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora.layer import Linear
+    except ImportError as err:
+        raise RecipeError("recovery needs peft: pip install 'trimbit[tune]'") from err
+    ranks = {name: pair.a.shape[0] for name, pair in pairs.items()}
+    rank = next(iter(ranks.values()))
+    lora = LoraConfig(
+        r=rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=list(pairs), bias="none",
+        rank_pattern={name: own for name, own in ranks.items() if own != rank},
+        alpha_pattern={name: config.alpha for name, own in ranks.items() if own != rank},
+    )  # fmt: skip
+    lora._register_custom_module(dict.fromkeys(kinds, Linear))
+    model.requires_grad_(requires_grad=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it does not know our layers, which have what it needs
+        inject_adapter_in_model(lora, model)
+    found = {}
+    for name, pair in pairs.items():
+        layer: Any = model.get_submodule(name)
+        a, b = layer.lora_A["default"], layer.lora_B["default"]
+        a.weight = nn.Parameter(pair.a.clone())
+        b.weight = nn.Parameter(pair.b / layer.scaling["default"])
+        found[name] = (a.weight, b.weight)
+    return found
+
+
+def _schedule(step: int, config: Config) -> float:
+    """Factor on the learning rate: up in a straight line, then down to zero."""
+    rise = round(config.warmup * config.steps)
+    return (step + 1) / rise if step < rise else (config.steps - step) / (config.steps - rise)
+
+
+def _step(
+    model: PreTrainedModel, examples: Sequence[Example], original: Original | None, config: Config, seed: int, step: int
+) -> float:
+    """Add the gradients of one batch; returns its loss, the mean over target tokens."""
+    first = step * config.batch
+    shuffle = torch.Generator().manual_seed(seed * 1_000_003 + first // len(examples))  # anew in every epoch
+    order = torch.randperm(len(examples), generator=shuffle).tolist()
+    rows = [examples[order[(first + at) % len(examples)]] for at in range(config.batch)]
+    count = sum(int(row.target[1:].sum()) for row in rows)
+    torch.manual_seed(seed * 1_000_003 + step)  # of dropout
+    total = 0.0
+    for start in range(0, len(rows), config.micro):
+        tokens, target = _padded(rows[start : start + config.micro])
+        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+            hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+            wanted = target[:, 1:]
+            student, labels = hidden[:, :-1][wanted], tokens[:, 1:][wanted]
+            taught = None
+            if original is not None:
+                with torch.no_grad():
+                    taught = original.hidden(tokens, target)[:, :-1][wanted]
+            loss = _loss(model, student, labels, original, taught) / count
+            loss.backward()
+        total += float(loss.detach())
+    return total
+
+
+def _padded(rows: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """Rows padded at the end, where a causal model does not look back from."""
+    length = max(len(row.tokens) for row in rows)
+    tokens = torch.zeros(len(rows), length, dtype=torch.long)
+    target = torch.zeros(len(rows), length, dtype=torch.bool)
+    for at, row in enumerate(rows):
+        tokens[at, : len(row.tokens)], target[at, : len(row.tokens)] = row.tokens, row.target
+    return tokens, target
+
+
+def _loss(
+    model: PreTrainedModel, student: Tensor, labels: Tensor, original: Original | None, taught: Tensor | None
+) -> Tensor:
+    """Sum over tokens of cross-entropy, or of KL(original || model); logits some tokens at a time."""
+    head, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
+
+    def capped(logits: Tensor) -> Tensor:
+        return torch.tanh(logits.float() / cap) * cap if cap else logits.float()
+
+    def part(hidden: Tensor, label: Tensor, beside: Tensor | None) -> Tensor:
+        log_q = torch.log_softmax(capped(head(hidden)), -1)
+        if original is None or beside is None:
+            return functional.nll_loss(log_q, label, reduction="sum")
+        log_p = torch.log_softmax(capped(original.head(beside)), -1)
+        return functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+
+    total = student.new_zeros((), dtype=torch.float32)
+    for start in range(0, len(student), LOGIT_TOKENS):
+        own = slice(start, start + LOGIT_TOKENS)
+        beside = None if taught is None else taught[own]
+        total = total + checkpoint(part, student[own], labels[own], beside, use_reentrant=False)
+    return total
+
+
+def _save(state: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
+    """Parameters, the optimiser's moments and the losses so far; the file appears whole."""
+    tensors = {name: p.detach() for name, p in parameters.items()}
+    for name, p in parameters.items():
+        tensors |= {f"{name}.{key}": optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq", "step")}
+    state.parent.mkdir(parents=True, exist_ok=True)
+    beside = state.with_suffix(f".{os.getpid()}.tmp")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, {"losses": json.dumps(losses)})
+    beside.replace(state)
+
+
+def _resume(state: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> list[float]:
+    """Take up a stored state; returns its losses."""
+    if not state.exists():
+        return []
+    with safe_open(state, framework="pt") as file:
+        want = {*parameters, *(f"{name}.{key}" for name in parameters for key in ("exp_avg", "exp_avg_sq", "step"))}
+        if set(file.keys()) != want:
+            raise ArtifactError(f"{state}: the stored state of another recovery; remove it and run again")
+        for name, p in parameters.items():
+            with torch.no_grad():
+                p.copy_(file.get_tensor(name))
+            keys = ("exp_avg", "exp_avg_sq", "step")
+            optimizer.state[p] = {key: file.get_tensor(f"{name}.{key}") for key in keys}
+        return list(json.loads(file.metadata()["losses"]))

@@ -1,0 +1,206 @@
+"""QPruner's recipes whole, on a tiny llama: pruned, bits allocated, low-rank pairs trained in the quantised state."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tiny import VOCAB
+from trimbit.artifact import weight_nbytes
+from trimbit.errors import BudgetError, NumericsError, PlanError, RecipeError
+from trimbit.pipeline import compress, open_session
+from trimbit.plan import Budget, load_plan
+from trimbit.recipe import load_recipe
+from trimbit.repair.tune import Config
+
+SMALL = (
+    "calibration.rows=6", "calibration.length=64", "calibration.held_out=2", "measure.rows=2", "measure.length=32",
+    "lowrank.rank=2", "tune.steps=4", "tune.batch=12", "tune.micro=5", "tune.length=32", "tune.save_every=2",
+    "tune.learning_rate=0.01", "tune.dropout=0",
+)  # fmt: skip
+PRUNED = ("criterion.samples=4", "criterion.length=32", "prune.first=0.3", "prune.last=0", "prune.multiple=16")
+CHOOSING = ("importance.classes=8", "space.formats=[nf4g64, int8row]")
+TRIALS = ("search.optimiser={trials: 5, initial: 3, pool: 16, near: 8, steps: 5}",)
+RECIPES = {
+    "loftq-only": SMALL,
+    "llm-pruner": SMALL + PRUNED,
+    "qpruner-1": SMALL + PRUNED,
+    "qpruner-2": SMALL + PRUNED + CHOOSING,
+    "qpruner-3": SMALL + PRUNED + CHOOSING + TRIALS,
+}
+
+
+def session(job, name, *overrides, **fields):
+    return open_session(job.model, load_recipe(name, RECIPES[name] + overrides), calibration=str(job.text), **fields)
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def compressed(request, job, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    opened = session(job, request.param, cache=folder / "cache")
+    return opened, compress(opened, None, folder / "out"), folder / "out"
+
+
+def test_as_large_as_the_plan_says_pairs_included(compressed):
+    opened, plan, out = compressed
+    assert weight_nbytes(out) == plan.found_by.nbytes == opened.layout.file_nbytes(plan)
+    assert plan == load_plan(out / "plan.json")
+    weights = {name for name in plan.weights if name.startswith("model.layers.")}
+    assert set(plan.adapters) == weights
+    stored = load_file(out / "model.safetensors")
+    for name in weights:
+        assert stored[f"{name}.adapter.a"].shape[0] == stored[f"{name}.adapter.b"].shape[1] == 2
+    assert plan.found_by.nbytes <= opened.limit(None)
+
+
+def test_loads_and_its_loss_fell(compressed):
+    opened, plan, out = compressed
+    model = AutoModelForCausalLM.from_pretrained(out)
+    logits = model(torch.randint(3, VOCAB, (1, 9))).logits
+    assert bool(logits.isfinite().all())
+    record = json.loads((out / "tuning.json").read_text())
+    assert len(record["losses"]) == 4
+    assert record["losses"][-1] < record["losses"][0]
+    assert record["optimizer_nbytes"] == 2 * record["trained_nbytes"]
+    specs = opened.layout.tensors(plan)
+    pairs = sum(spec.nbytes // 2 for name, spec in specs.items() if ".adapter." in name)
+    assert record["trained_nbytes"] == 4 * pairs
+
+
+def test_the_pruned_ratio_and_the_spared_block(compressed):
+    opened, plan, _ = compressed
+    if opened.recipe.prune is None:
+        assert not plan.cuts
+        return
+    assert plan.cuts
+    assert not any(dim.startswith("blocks.0.") for dim in plan.cuts)
+    assert {plan.weights[name][0].precision.name for name in plan.weights if ".0." in name} == {"bf16"}
+
+
+def test_bits_follow_importance(job, tmp_path):
+    opened = session(job, "qpruner-2", "search.share=0.5", cache=tmp_path)
+    plan = opened.find_plan(None)
+    eight = {name.split(".")[2] for name, runs in plan.weights.items() if runs[0].precision.name == "int8row"}
+    ranked = sorted(("1", "2"), key=lambda block: opened.importance[f"blocks.{block}"])
+    assert eight == {ranked[-1]}
+
+
+def test_a_search_that_was_broken_off_goes_on(job, tmp_path, monkeypatch):
+    """Killed at every trial, it tries nothing twice and ends with the same plan."""
+    whole = session(job, "qpruner-3", cache=tmp_path / "one").find_plan(None)
+    calls = []
+    for _ in range(6):
+        opened = session(job, "qpruner-3", cache=tmp_path / "two")
+        real = opened.evaluate
+        killed = []
+
+        def once(plan, real=real, killed=killed):
+            if killed:
+                raise KeyboardInterrupt
+            killed.append(1)
+            calls.append(plan.weights)
+            return real(plan)
+
+        monkeypatch.setattr(opened, "evaluate", once)
+        try:
+            plan = opened.find_plan(None)
+            break
+        except KeyboardInterrupt:
+            continue
+    assert plan.weights == whole.weights
+    assert plan.found_by.notes == whole.found_by.notes
+    assert all(a != b for at, a in enumerate(calls) for b in calls[:at])
+
+
+def test_another_searchs_journal_is_refused(job, tmp_path):
+    opened = session(job, "qpruner-3", cache=tmp_path)
+    opened.find_plan(None)
+    (journal,) = (tmp_path / "plans").glob("*.jsonl")
+    lines = journal.read_text().splitlines()
+    journal.write_text("\n".join([lines[0].replace("block", "unit"), *lines[1:]]) + "\n")
+    with pytest.raises(PlanError, match="trials of another"):
+        session(job, "qpruner-3", cache=tmp_path).find_plan(None)
+
+
+def test_recovery_that_was_broken_off_goes_on(job, tmp_path, monkeypatch):
+    compress(session(job, "qpruner-1", cache=tmp_path / "one"), None, tmp_path / "whole")
+    from trimbit.repair import tune
+
+    real, steps = tune._step, []
+
+    def breaking(*arguments):
+        if len(steps) == 3:
+            steps.append("killed")
+            raise KeyboardInterrupt
+        steps.append(arguments[-1])
+        return real(*arguments)
+
+    monkeypatch.setattr(tune, "_step", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        compress(session(job, "qpruner-1", cache=tmp_path / "two"), None, tmp_path / "broken")
+    assert not (tmp_path / "broken").exists()
+    compress(session(job, "qpruner-1", cache=tmp_path / "two"), None, tmp_path / "resumed")
+    assert steps == [0, 1, 2, "killed", 2, 3]
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "resumed")]
+    assert files[0] == files[1]
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(job, tmp_path, monkeypatch):
+    from trimbit.repair import tune
+
+    real = tune._step
+    monkeypatch.setattr(tune, "_step", lambda *a: float("nan") if a[-1] == 3 else real(*a))
+    with pytest.raises(NumericsError, match="step 4 is nan; the state after step 2 is kept"):
+        compress(session(job, "qpruner-1", cache=tmp_path), None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (state,) = (tmp_path / "tuned").glob("*.safetensors")
+    assert all(bool(tensor.isfinite().all()) for tensor in load_file(state).values())
+
+
+def test_instructions_mask_the_prompt(job, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    rows = [{"instruction": "w5 w6", "input": "w7" * (at % 2), "output": f"w{at + 8} w9"} for at in range(5)]
+    data.write_text("\n".join(json.dumps(row) for row in rows))
+    opened = session(
+        job,
+        "qpruner-1",
+        "tune.loss=instruct",
+        f"tune.data={data}",
+        "tune.length=64",
+        "tune.batch=5",
+        cache=tmp_path / "c",
+    )
+    for row in opened.examples:
+        assert int(row.target.sum()) == 3  # the output and its end
+        assert bool(row.target[-3:].all())
+    compress(opened, None, tmp_path / "out")
+    losses = json.loads((tmp_path / "out" / "tuning.json").read_text())["losses"]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "error", "says"),
+    [
+        ("qpruner-1", ["prune.ratio=0.9"], RecipeError, "leaves"),
+        ("qpruner-1", ["tune.loss=instruct"], RecipeError, "needs tune.data"),
+        ("qpruner-1", ["lowrank=null"], RecipeError, "needs a `lowrank`"),
+        ("qpruner-1", ["lowrank.rank=40"], PlanError, "rank 40, but it can have 1 to 24"),
+        ("qpruner-2", ["criterion.samples=99"], RecipeError, "99 samples of 32 tokens"),
+    ],
+)
+def test_bad_recipes(job, tmp_path, name, overrides, error, says):
+    with pytest.raises(error, match=says):
+        compress(session(job, name, *overrides, cache=tmp_path / "cache"), None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_below_all_lowest_names_the_smallest(job, tmp_path):
+    with pytest.raises(BudgetError, match="smallest feasible budget"):
+        session(job, "qpruner-3", cache=tmp_path).find_plan(Budget.parse("20kB"))
+
+
+def test_defaults_are_those_of_the_reference():
+    assert Config().learning_rate == 1e-4
+    assert Config().length == 256
