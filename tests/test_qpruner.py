@@ -87,6 +87,24 @@ def test_bits_follow_importance(job, tmp_path):
     assert eight == {ranked[-1]}
 
 
+def test_what_was_tried_lies_beside(compressed):
+    opened, plan, out = compressed
+    if opened.recipe.search.name != "bayes":
+        assert not (out / "trials.csv").exists()
+        return
+    header, *rows = (out / "trials.csv").read_text().splitlines()
+    assert header == "trial,nbytes,kl,pareto"
+    found = [(int(nbytes), float(kl), int(front)) for _, nbytes, kl, front in (row.split(",") for row in rows)]
+    limit = opened.limit(None)
+    assert 1 <= len(found) <= 5
+    assert all(nbytes <= limit for nbytes, _, _ in found)
+    for nbytes, kl, front in found:
+        beaten = any(n <= nbytes and k <= kl and (n, k) != (nbytes, kl) for n, k, _ in found)
+        assert front == (not beaten)
+    assert plan.found_by.nbytes == min(found, key=lambda one: one[1])[0]
+    assert (out / "trials.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_search_that_was_broken_off_goes_on(job, tmp_path, monkeypatch):
     """Killed at every trial, it tries nothing twice and ends with the same plan."""
     whole = session(job, "qpruner-3", cache=tmp_path / "one").find_plan(None)

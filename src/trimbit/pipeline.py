@@ -39,6 +39,7 @@ from trimbit.repair.tune import Config as Tuning
 from trimbit.repair.tune import Example
 from trimbit.search.problem import Problem
 from trimbit.stats import Stats, collect, stored
+from trimbit.trials import Trial, picture, require_plot, table
 
 
 def module_of(stage: str, step: Step) -> ModuleType:
@@ -73,6 +74,7 @@ class Session:
         self.repair = self._module("repair", recipe.repair) if recipe.repair else None
         self.lowrank = self._module("repair", recipe.lowrank)[1] if recipe.lowrank else None
         self.tuning: Tuning | None = self._module("repair", recipe.tune)[1] if recipe.tune else None
+        self.searched: Problem | None = None  # the last problem that was solved
         self.compute: torch.dtype = getattr(torch, recipe.compute)
         if self.tuning is not None and self.lowrank is None:
             raise RecipeError("`tune` trains low-rank pairs: the recipe needs a `lowrank` too")
@@ -352,6 +354,8 @@ class Session:
             BudgetError: if it is not feasible, naming the smallest that is; or if there is none.
         """
         module, config = self.search
+        if hasattr(module, "trials"):
+            require_plot()
         if budget is None and not hasattr(module, "default_limit"):
             raise BudgetError(f"search {self.recipe.search.name} needs a budget: give --budget, such as 0.3x")
         if budget is None:
@@ -365,7 +369,7 @@ class Session:
         """Search the best plan within a budget; None: the recipe's own."""
         limit = self.limit(budget)
         module, config = self.search
-        problem = self.problem(limit)
+        self.searched = problem = self.problem(limit)
         want = self.recipe.measure
         if not module.NEEDS_MEASUREMENTS or want is None:
             with self.reporter.stage("search") as progress:
@@ -467,6 +471,11 @@ class Session:
     def _beside(self, plan: Plan, writer: Writer) -> None:
         """The files beside the weights: tokenizer, templates, licence, recipe, model card."""
         writer.write(RECIPE_FILE, self.recipe.to_yaml())
+        module, config = self.search
+        if self.searched is not None and hasattr(module, "trials"):
+            tried = [Trial(*one) for one in module.trials(self.searched, config)]
+            writer.write("trials.csv", table(tried))
+            writer.write("trials.png", picture(tried, self.searched.limit))
         c = self.checkpoint
         writer.write(
             "README.md", model_card(trimbit.__version__, c.model_id, c.license, self.layout, plan, self.calibration)

@@ -65,7 +65,7 @@ def search(problem: Problem, config: Config) -> Plan:
     widths = tuple(tuple(math.log2(p.bits) for p in found.formats) for _ in found.costs)
     box = Box(costs=found.costs, values=widths, limit=found.limit)
     start = [tuple(importance.allocate(found, problem.importance()))] if problem.importance is not None else []
-    journal = Journal(problem.journal, [problem.key, config.model_dump(mode="json", exclude={"optimiser"})])
+    journal = _journal(problem, config)
 
     def evaluate(points: Sequence[Point]) -> list[float]:
         assert problem.evaluate is not None
@@ -79,6 +79,17 @@ def search(problem: Problem, config: Config) -> Plan:
     return _best(found, box, tried, "Bayesian optimisation" if config.engine == "bayes" else "random search")
 
 
+def trials(problem: Problem, config: Config) -> list[tuple[int, float]]:
+    """Bytes and KL of every plan that a search has tried, in their order."""
+    found = levels(problem, config.per)
+    tried = _journal(problem, config).read()
+    return [(found.plan(point, "trial").found_by.nbytes, math.exp(value)) for point, value in tried.items()]
+
+
+def _journal(problem: Problem, config: Config) -> "Journal":
+    return Journal(problem.journal, [problem.key, config.model_dump(mode="json", exclude={"optimiser"})])
+
+
 def _best(found: Levels, box: Box, tried: Sequence[tuple[Point, float]], method: str) -> Plan:
     damages = [math.exp(value) for _, value in tried]
     best = min(range(len(tried)), key=damages.__getitem__)
@@ -88,7 +99,7 @@ def _best(found: Levels, box: Box, tried: Sequence[tuple[Point, float]], method:
         nbytes = found.plan(tried[at][0], method).found_by.nbytes
         notes.append(f"Pareto: {nbytes:,} bytes, {damages[at]:.4f} nats")
     plan = found.plan(tried[best][0], method)
-    told = plan.found_by.model_copy(update={"notes": tuple(notes), "predicted_damage": damages[best]})
+    told = plan.found_by.model_copy(update={"notes": tuple(notes)})
     return plan.model_copy(update={"found_by": told})
 
 
