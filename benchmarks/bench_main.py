@@ -35,6 +35,7 @@ from trimbit.recipe import load_recipe
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "main.json"
+PAGE = HERE.parent / "docs" / "benchmarks.md"
 WORK = HERE / ".work"
 CONTEXT, WINDOWS = 2048, 16
 BUDGETS = ("90MB", "72MB", "55MB", "45MB", "36MB")
@@ -47,9 +48,9 @@ METHODS = {"rtn": ("uniform-rtn", ()), "gptq": ("uniform-gptq", ())}
 class Bench:
     """Runs cells and keeps their results."""
 
-    def __init__(self, source: Path, folder: Path) -> None:
-        self.source, self.folder = source, folder
-        self.results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    def __init__(self, source: Path, folder: Path, stored: Path = RESULTS) -> None:
+        self.source, self.folder, self.stored = source, folder, stored
+        self.results = json.loads(stored.read_text()) if stored.exists() else {}
 
     def off_grid(self, seed: int) -> Path:
         path = WORK / f"offgrid-{seed}"
@@ -69,8 +70,8 @@ class Bench:
             "torch": torch.__version__,
         }
         self.results[key] = found
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(self.results, indent=1, sort_keys=True) + "\n")
+        self.stored.parent.mkdir(exist_ok=True)
+        self.stored.write_text(json.dumps(self.results, indent=1, sort_keys=True) + "\n")
         print(key, json.dumps(found), flush=True)
 
     def quality(self, path: Path, original: Path) -> dict:
@@ -243,12 +244,11 @@ def tables(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_tables(results: dict) -> None:
-    """Replace the part of docs/benchmarks.md between its markers."""
-    path = HERE.parent / "docs" / "benchmarks.md"
+def write_tables(path: Path, text: str) -> None:
+    """Replace the part of a page between its markers."""
     before, _, rest = path.read_text(encoding="utf-8").partition("<!-- tables -->")
     after = rest.partition("<!-- end of tables -->")[2]
-    path.write_text(f"{before}<!-- tables -->\n{tables(results)}<!-- end of tables -->{after}", encoding="utf-8")
+    path.write_text(f"{before}<!-- tables -->\n{text}<!-- end of tables -->{after}", encoding="utf-8")
 
 
 def draw(results: dict) -> None:
@@ -301,7 +301,7 @@ def main() -> None:
         for budget in options.budgets:
             for recipe in reversed(RECIPES):  # what the widest search tries, the others need not apply again
                 bench.cell(f"budget/{recipe}/{budget}", lambda r=recipe, b=budget: bench.budget(r, b, 0))
-    write_tables(bench.results)
+    write_tables(PAGE, tables(bench.results))
     draw(bench.results)
 
 
