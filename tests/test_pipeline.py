@@ -258,7 +258,7 @@ def test_a_measured_search_without_moments(job, tmp_path):
 
 @pytest.mark.parametrize("missing", ["measure", "space"])
 def test_a_search_that_needs_measurements(job, missing):
-    with pytest.raises(RecipeError, match="search knapsack needs a `space` to choose from and a `measure`"):
+    with pytest.raises(RecipeError, match=r"search knapsack needs a `(space|measure)` in the recipe"):
         session(job, f"{missing}=null")
 
 
@@ -346,3 +346,13 @@ def test_a_plan_of_several_runs_is_no_background(job, compressed):
     torn = plan.model_copy(update={"weights": {**plan.weights, name: halves}})
     with pytest.raises(PlanError, match=f"{name} has 2 runs"):
         background_of(torn, session(job).layout)
+
+
+def test_a_recipe_that_fits_nothing_asks_for_no_text(job, tmp_path, monkeypatch):
+    def asked(*_, **__):
+        raise AssertionError("text was asked for")
+
+    monkeypatch.setattr(pipeline.data, "sample_self", asked)
+    recipe = load_recipe("uniform-rtn", ("search.formats=[uint4g32]",))
+    compress(open_session(job.model, recipe, cache=tmp_path / "cache"), Budget.parse("60kB"), tmp_path / "out")
+    assert weight_nbytes(tmp_path / "out") <= 60_000

@@ -49,12 +49,27 @@ def test_kept_channels_are_a_multiple():
     assert {width % 32 for dim, width in widths.items() if dim.endswith("mid")} == {0}
 
 
-@pytest.mark.parametrize("ratio", [0.8, 0.95])
+@pytest.mark.parametrize("ratio", [0.82, 0.95])
 def test_a_ratio_that_empties_a_block_is_refused(ratio):
-    with pytest.raises(RecipeError, match=r"prune.ratio .* leaves .* of block 4; a ratio up to about 0\.71"):
+    with pytest.raises(RecipeError, match=r"leaves no feed-forward channels of block 4; a ratio up to about 0\.7\d"):
         kept_widths(layout(32), Prune(ratio=ratio))
 
 
 def test_a_ratio_needs_blocks_to_prune():
     with pytest.raises(RecipeError, match="leave none of the 4 blocks"):
         kept_widths(layout(4), Prune(ratio=0.1, first=0.5, last=0.5))
+
+
+@pytest.mark.parametrize(("kv", "ratio"), [(1, 0.3), (1, 0.5), (2, 0.5)])
+def test_the_last_kv_group_stays(kv, ratio):
+    widths = kept_widths(layout(32, kv=kv), Prune(ratio=ratio))
+    assert min(widths.get("blocks.9.attn.kv", kv), 1) == 1
+
+
+def test_a_ratio_that_cuts_nothing_is_refused():
+    with pytest.raises(RecipeError, match="too small to cut 32 channels"):
+        kept_widths(layout(32), Prune(ratio=0.001))
+
+
+def test_a_multiple_that_does_not_divide_never_widens():
+    assert max(kept_widths(layout(32, mid=1536), Prune(ratio=0.1, multiple=1000)).values()) <= 1536

@@ -9,12 +9,16 @@ from transformers import AutoModelForCausalLM
 
 from tiny import VOCAB
 from trimbit.artifact import weight_nbytes
-from trimbit.errors import BudgetError, NumericsError, PlanError, RecipeError
+from trimbit.errors import BudgetError, DataError, NumericsError, PlanError, RecipeError
+from trimbit.evaluate import load_model
 from trimbit.pipeline import compress, open_session
 from trimbit.plan import Budget, load_plan
 from trimbit.recipe import load_recipe
-from trimbit.repair.tune import Config
+from trimbit.recovery import _taken_out
+from trimbit.repair.tune import Config, _drawn, tune
+from trimbit.runtime import AdaptedLinear, PackedLinear
 
+TOKENS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
 SMALL = (
     "calibration.rows=6", "calibration.length=64", "calibration.held_out=2", "measure.rows=2", "measure.length=32",
     "lowrank.rank=2", "tune.steps=4", "tune.batch=12", "tune.micro=5", "tune.length=32", "tune.save_every=2",
@@ -137,13 +141,22 @@ def test_another_searchs_journal_is_refused(job, tmp_path):
     opened.find_plan(None)
     (journal,) = (tmp_path / "plans").glob("*.jsonl")
     lines = journal.read_text().splitlines()
-    journal.write_text("\n".join([lines[0].replace("block", "unit"), *lines[1:]]) + "\n")
+    journal.write_text("\n".join([lines[0].replace('": "', '": "x'), *lines[1:]]) + "\n")
     with pytest.raises(PlanError, match="trials of another"):
         session(job, "qpruner-3", cache=tmp_path).find_plan(None)
 
 
+def test_every_row_is_seen_once_an_epoch():
+    seen = [at for step in range(12) for at in _drawn(step, 5, 12, seed=3)]
+    epochs = [seen[at : at + 12] for at in range(0, 60, 12)]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
 def test_recovery_that_was_broken_off_goes_on(job, tmp_path, monkeypatch):
-    compress(session(job, "qpruner-1", cache=tmp_path / "one"), None, tmp_path / "whole")
+    """With dropout, in the middle of an epoch."""
+    noisy = ("tune.dropout=0.3", "tune.batch=5")
+    compress(session(job, "qpruner-1", *noisy, cache=tmp_path / "one"), None, tmp_path / "whole")
     from trimbit.repair import tune
 
     real, steps = tune._step, []
@@ -157,9 +170,9 @@ def test_recovery_that_was_broken_off_goes_on(job, tmp_path, monkeypatch):
 
     monkeypatch.setattr(tune, "_step", breaking)
     with pytest.raises(KeyboardInterrupt):
-        compress(session(job, "qpruner-1", cache=tmp_path / "two"), None, tmp_path / "broken")
+        compress(session(job, "qpruner-1", *noisy, cache=tmp_path / "two"), None, tmp_path / "broken")
     assert not (tmp_path / "broken").exists()
-    compress(session(job, "qpruner-1", cache=tmp_path / "two"), None, tmp_path / "resumed")
+    compress(session(job, "qpruner-1", *noisy, cache=tmp_path / "two"), None, tmp_path / "resumed")
     assert steps == [0, 1, 2, "killed", 2, 3]
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "resumed")]
     assert files[0] == files[1]
@@ -201,7 +214,13 @@ def test_instructions_mask_the_prompt(job, tmp_path):
 @pytest.mark.parametrize(
     ("name", "overrides", "error", "says"),
     [
-        ("qpruner-1", ["prune.ratio=0.9"], RecipeError, "leaves"),
+        ("qpruner-1", ["prune.ratio=0.9"], RecipeError, "leaves no feed-forward"),
+        ("qpruner-1", ["criterion=null"], RecipeError, "needs a `criterion`"),
+        ("qpruner-1", ["criterion.name=mutual_information"], RecipeError, "does not offer `score`"),
+        ("qpruner-1", ["tune.data=missing.jsonl"], DataError, "missing.jsonl"),
+        ("qpruner-2", ["importance=null"], RecipeError, "needs a `importance`"),
+        ("qpruner-3", ["measure=null"], RecipeError, "needs a `measure`"),
+        ("qpruner-3", ["space=null"], RecipeError, "needs a `space`"),
         ("qpruner-1", ["tune.loss=instruct"], RecipeError, "needs tune.data"),
         ("qpruner-1", ["lowrank=null"], RecipeError, "needs a `lowrank`"),
         ("qpruner-1", ["lowrank.rank=40"], PlanError, "rank 40, but it can have 1 to 24"),
@@ -214,9 +233,77 @@ def test_bad_recipes(job, tmp_path, name, overrides, error, says):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_budget_below_all_lowest_names_the_smallest(job, tmp_path):
-    with pytest.raises(BudgetError, match="smallest feasible budget"):
-        session(job, "qpruner-3", cache=tmp_path).find_plan(Budget.parse("20kB"))
+@pytest.mark.parametrize("name", ["qpruner-2", "qpruner-3"])
+def test_a_budget_below_all_lowest_names_the_smallest_and_that_one_fits(job, tmp_path, name):
+    with pytest.raises(BudgetError, match="smallest feasible budget") as err:
+        session(job, name, cache=tmp_path).find_plan(Budget.parse("20kB"))
+    smallest = str(err.value).split("--budget ")[1].rstrip(")")
+    found = session(job, name, cache=tmp_path).find_plan(Budget.parse(smallest))
+    assert found.found_by.nbytes == int(smallest.removesuffix("B"))
+
+
+def test_another_estimator_is_another_search(job, tmp_path):
+    session(job, "qpruner-3", cache=tmp_path).find_plan(None)
+    session(job, "qpruner-3", "importance.estimator=histogram", cache=tmp_path).find_plan(None)
+    assert len(list((tmp_path / "plans").glob("*.jsonl"))) == 2
+    session(job, "qpruner-3", "search.optimiser={trials: 6, initial: 3, pool: 16, near: 8, steps: 5}", cache=tmp_path)
+    assert len(list((tmp_path / "plans").glob("*.jsonl"))) == 2  # more trials go on from those there are
+
+
+def test_a_plan_that_the_recipe_cannot_apply_is_refused(job, tmp_path):
+    paired = session(job, "qpruner-1", cache=tmp_path / "cache").find_plan(None)
+    plain = session(job, "loftq-only", "lowrank=null", "tune=null", cache=tmp_path / "cache")
+    with pytest.raises(PlanError, match="has no `lowrank`"):
+        plain.write(paired, tmp_path / "a")
+    with pytest.raises(PlanError, match="but the plan has none"):
+        session(job, "loftq-only", cache=tmp_path / "cache").write(plain.find_plan(None), tmp_path / "b")
+    refitted = open_session(job.model, load_recipe(str(job.recipe)), calibration=str(job.text)).find_plan(
+        Budget.parse("30kB")
+    )
+    assert refitted.biases
+    with pytest.raises(PlanError, match="fits nothing"):
+        plain.write(refitted, tmp_path / "c")
+
+
+def test_training_keeps_no_dense_weight(compressed):
+    """What autograd saves of a packed layer is not the matrix."""
+    _, plan, out = compressed
+    model = AutoModelForCausalLM.from_pretrained(out)
+    sizes = []
+    layer = next(m for m in model.modules() if isinstance(m, PackedLinear)) if "bf16" not in str(plan.weights) else None
+    if layer is None:
+        return
+    x = torch.randn(1, 3, layer.in_features, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        y = layer(x)
+    y.float().sum().backward()
+    assert layer.in_features * layer.out_features not in sizes
+    want = layer.dense(torch.float32).sum(0) + (layer.adapter.b.float() @ layer.adapter.a.float()).sum(0)
+    torch.testing.assert_close(x.grad[0, 0].float(), want, rtol=2e-2, atol=2e-2)
+
+
+def test_the_written_pairs_are_those_that_were_trained(job, tmp_path):
+    """PEFT's model, with its scale of alpha / rank = 8, and the directory give the same logits."""
+    opened = session(job, "qpruner-1", cache=tmp_path)
+    plan = opened.find_plan(None)
+    opened.trial(plan)
+    folder = opened._trial_folder(plan)
+    model = load_model(folder, torch.bfloat16)
+    kinds, before = (PackedLinear, AdaptedLinear), model(TOKENS).logits
+    pairs = _taken_out(model)
+    tuned = tune(
+        model, pairs, kinds, opened.examples, None, opened.tuning, tmp_path / "s.safetensors", 0, lambda *_: None
+    )
+    again = load_model(folder, torch.bfloat16)
+    with torch.no_grad():
+        for name, module in again.named_modules():
+            if name in tuned.pairs:
+                module.adapter.a.copy_(tuned.pairs[name].a)
+                module.adapter.b.copy_(tuned.pairs[name].b)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        trained, written = model(TOKENS).logits, again(TOKENS).logits
+    assert (trained - before).abs().max() > 0.5
+    torch.testing.assert_close(trained.float(), written.float(), rtol=0.05, atol=0.1)
 
 
 def test_defaults_are_those_of_the_reference():

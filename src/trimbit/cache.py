@@ -14,9 +14,12 @@ def cache_root() -> Path:
 
 
 @cache
-def source_digest() -> str:
-    """Content key of the package's code: a result of other code is not this code's result."""
-    return digest([path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.rglob("*.py"))])
+def source_digest(*parts: str) -> str:
+    """Content key of the package's code, or of some of its files and folders: other code has other results."""
+    root = Path(__file__).parent
+    files = [file for part in parts for file in (root / part).rglob("*.py")] if parts else root.rglob("*.py")
+    files = [*files, *(root / part for part in parts if part.endswith(".py"))]
+    return digest([path.read_text(encoding="utf-8") for path in sorted(set(files))])
 
 
 def save_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from trimbit.data import encode, read_rows
+from trimbit.data import default_bos, encode, read_rows
 from trimbit.errors import DataError
 from trimbit.repair.tune import Example
 
@@ -29,14 +29,16 @@ def from_instructions(path: Path, tokenizer: Any, length: int) -> list[Example]:
     Rows whose prompt alone fills the length are left out.
 
     Raises:
-        DataError: if the file cannot be read, a row lacks a field, or no row is left.
+        DataError: if the file cannot be read, a row lacks a field, no row is left, or the tokenizer has no EOS.
     """
-    found = []
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"{path}: the tokenizer has no EOS to end an output with")
+    found, start = [], _start(tokenizer)
     for number, row in read_rows(path):
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("instruction", "output")):
             raise DataError(f"{path}, line {number}: needs `instruction` and `output`, and may have `input`")
         prompt = (WITH_INPUT if row.get("input") else WITHOUT_INPUT).format_map(row)
-        before = encode(prompt, tokenizer)
+        before = torch.cat([start, encode(prompt, tokenizer)])
         after = torch.cat([encode(row["output"], tokenizer), torch.tensor([tokenizer.eos_token_id])])
         tokens = torch.cat([before, after])[:length]
         if len(tokens) > len(before):
@@ -47,7 +49,17 @@ def from_instructions(path: Path, tokenizer: Any, length: int) -> list[Example]:
     return found
 
 
-def from_rows(tokens: Int[Tensor, "rows length"], length: int) -> list[Example]:
-    """Plain rows cut into pieces of `length`; all but the first token of each are predicted."""
-    pieces = tokens[:, : tokens.shape[1] // length * length].reshape(-1, min(length, tokens.shape[1]))
+def from_rows(tokens: Int[Tensor, "rows _"], tokenizer: Any, length: int) -> list[Example]:  # noqa: ANN401
+    """Plain rows cut into pieces of at most `length`; all but the first token of each are predicted."""
+    start = _start(tokenizer)
+    body = tokens[:, len(start) :]
+    step = min(length - len(start), body.shape[1])
+    cut = body[:, : body.shape[1] // step * step].reshape(-1, step)
+    pieces = torch.cat([start.expand(len(cut), -1), cut], dim=1)
     return [Example(tokens=piece, target=torch.arange(len(piece)) > 0) for piece in pieces]
+
+
+def _start(tokenizer: Any) -> Tensor:  # noqa: ANN401
+    """The BOS, where this tokenizer puts it before a text by default."""
+    bos = default_bos(tokenizer)
+    return torch.tensor([] if bos is None else [bos], dtype=torch.long)

@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +37,7 @@ from trimbit.ranking import by_gradients, by_moments
 from trimbit.recipe import Recipe, Step, step_config
 from trimbit.recovery import TUNING_FILE, adapter_tensors, held_out_kl, recover, tuning_record
 from trimbit.repair.tune import Config as Tuning
-from trimbit.repair.tune import Example
+from trimbit.repair.tune import Example, require_peft
 from trimbit.search.problem import Problem
 from trimbit.stats import Stats, collect, stored
 from trimbit.trials import Trial, picture, require_plot, table
@@ -67,26 +68,31 @@ class Session:
 
     def __post_init__(self) -> None:
         recipe = self.recipe
-        self.quant = self._module("quant", recipe.quant)
-        self.search = self._module("search", recipe.search)
-        self.criterion = self._module("criteria", recipe.criterion) if recipe.criterion else None
-        self.layers = self._module("criteria", recipe.importance) if recipe.importance else None
-        self.repair = self._module("repair", recipe.repair) if recipe.repair else None
-        self.lowrank = self._module("repair", recipe.lowrank)[1] if recipe.lowrank else None
-        self.tuning: Tuning | None = self._module("repair", recipe.tune)[1] if recipe.tune else None
+        self.quant = self._module("quant", recipe.quant, "quantize")
+        self.search = self._module("search", recipe.search, "search")
+        self.criterion = self._module("criteria", recipe.criterion, "score") if recipe.criterion else None
+        self.layers = self._module("criteria", recipe.importance, "information") if recipe.importance else None
+        self.repair = self._module("repair", recipe.repair, "refit") if recipe.repair else None
+        self.lowrank = self._module("repair", recipe.lowrank, "correct")[1] if recipe.lowrank else None
+        self.tuning: Tuning | None = self._module("repair", recipe.tune, "tune")[1] if recipe.tune else None
         self.searched: Problem | None = None  # the last problem that was solved
         self.compute: torch.dtype = getattr(torch, recipe.compute)
         if self.tuning is not None and self.lowrank is None:
             raise RecipeError("`tune` trains low-rank pairs: the recipe needs a `lowrank` too")
         if self.tuning is not None and self.tuning.loss == "instruct" and self.tuning.data is None:
             raise RecipeError("tune.loss instruct needs tune.data, a .jsonl file with `instruction` and `output`")
-        if self.search[0].NEEDS_MEASUREMENTS and (recipe.space is None or recipe.measure is None):
-            raise RecipeError(f"search {recipe.search.name} needs a `space` to choose from and a `measure`")
+        for field_name in self.search[0].NEEDS:
+            if getattr(recipe, field_name) is None:
+                raise RecipeError(f"search {recipe.search.name} needs a `{field_name}` in the recipe")
+        if recipe.prune is not None and recipe.criterion is None:
+            raise RecipeError("`prune` needs a `criterion` in the recipe, to say what goes first")
         if self.calibration != "self" and not Path(self.calibration).is_file():
             raise DataError(f"no calibration text {self.calibration!r}: give `self` or a file")
 
-    def _module(self, stage: str, step: Step) -> tuple[ModuleType, Any]:
+    def _module(self, stage: str, step: Step, offers: str) -> tuple[ModuleType, Any]:
         module = module_of(stage, step)
+        if not hasattr(module, offers):
+            raise RecipeError(f"{stage} {step.name} cannot stand here: it does not offer `{offers}`")
         return module, step_config(module.Config, stage, step)
 
     @cached_property
@@ -203,15 +209,19 @@ class Session:
     def importance(self) -> dict[str, float]:
         """The importance of each block and sub-block of the pruned model to the task."""
         assert self.layers is not None
-        steps = [self._step(self.recipe.importance), self._step(self.recipe.criterion)]
-        prune = self.recipe.prune.model_dump(mode="json") if self.recipe.prune else None
-        path = self.cache / "importance" / f"{digest([self.stats_key, *steps, prune])}.json"
+        steps = [self._step(self.recipe.importance)]
+        decides = [source_digest("criteria", "information.py"), self.stats_key, *steps, self._kept(self.space.kept)]
+        path = self.cache / "importance" / f"{digest(decides)}.json"
         if path.exists():
             return dict(json.loads(path.read_text(encoding="utf-8")))
         with self.reporter.stage("importance of each layer") as progress:
             found = layer_information(self.stream, self._pruned, self.tokens.tokens, self.layers[1], progress)
         save_whole(path, lambda beside: beside.write_text(json.dumps(found), encoding="utf-8"))
         return found
+
+    def _kept(self, widths: Mapping[str, int]) -> dict[str, list[int]]:
+        """The members of each dim that a width keeps."""
+        return {dim: sorted(self.rankings[dim][:width]) for dim, width in widths.items()}
 
     def _pruned(self, index: int) -> nn.Module:
         """A block with the widths that are fixed before the search."""
@@ -254,7 +264,8 @@ class Session:
         recipe = self.recipe
         source = self.stats_key if self.stats is not None else self.model.weights_hash
         steps = [self._step(step) for step in (recipe.quant, recipe.repair, recipe.lowrank)]
-        key = digest([source, *steps, self.seed if self.rank else 0])
+        code = source_digest("quant", "kernels", "repair", "candidates.py", "apply.py")
+        key = digest([code, source, *steps, self.seed if self.rank else 0])
         return CandidateWeights(
             self.checkpoint,
             self.layout,
@@ -319,7 +330,7 @@ class Session:
     @property
     def _judges(self) -> bool:
         """Whether there is text to say what a plan costs: a recipe that neither fits nor measures needs none."""
-        return self.stats is not None or self.recipe.measure is not None
+        return self.stats is not None or self.recipe.measure is not None or self.tuning is not None
 
     def _release(self) -> None:
         """Let go of the whole model: what follows streams block by block."""
@@ -328,7 +339,7 @@ class Session:
 
     def problem(self, limit: int, *, ready: bool = True) -> Problem:
         """The search problem of a budget; not `ready`: for sizes alone, before anything long."""
-        key = self._search_key(limit) if ready else ""
+        key = self._search_key(limit) if ready and hasattr(self.search[0], "trials") else ""
         empty = {unit.dim: tuple(range(unit.size)) for unit in self.layout.units.values() if unit.dim is not None}
         return Problem(
             layout=self.layout, model=self.model, limit=limit, space=self.space,
@@ -337,15 +348,17 @@ class Session:
             trial=self.trial if ready and self.recipe.measure and self.recipe.measure.trials else None,
             refit_biases=self.repair is not None, rank=self.rank,
             importance=(lambda: self.importance) if self.layers is not None else None,
-            reporter=self.reporter, key=key, journal=self.cache / "plans" / f"{key}.jsonl" if ready else None,
+            reporter=self.reporter, key=key, journal=self.cache / "plans" / f"{key}.jsonl" if key else None,
         )  # fmt: skip
 
     def _search_key(self, limit: int) -> str:
         """What decides the result of a trial put together from candidates, and which plans are tried."""
         held_out, measure = self.held_out.digest, self.recipe.measure
         want = None if measure is None else measure.length
+        module, config = self.search
         decides = [self.stats_key, self.candidates.folder.name, held_out, want, limit, self.seed, self.rankings]
-        return digest([*decides, self._step(self.recipe.search), self.space.model_dump(mode="json")])
+        steps = [module.identity(config), self._step(self.recipe.importance), self.space.model_dump(mode="json")]
+        return digest([*decides, *steps])
 
     def limit(self, budget: Budget | None) -> int:
         """A budget in bytes, checked to be feasible; without one, what the recipe itself asks for.
@@ -356,6 +369,10 @@ class Session:
         module, config = self.search
         if hasattr(module, "trials"):
             require_plot()
+        if self.tuning is not None:
+            require_peft()
+            if self.tuning.data is not None:
+                _ = self.examples
         if budget is None and not hasattr(module, "default_limit"):
             raise BudgetError(f"search {self.recipe.search.name} needs a budget: give --budget, such as 0.3x")
         if budget is None:
@@ -371,7 +388,7 @@ class Session:
         module, config = self.search
         self.searched = problem = self.problem(limit)
         want = self.recipe.measure
-        if not module.NEEDS_MEASUREMENTS or want is None:
+        if not hasattr(module, "background") or want is None:
             with self.reporter.stage("search") as progress:
                 plan: Plan = module.search(problem, config)
                 progress(1, 1)
@@ -392,7 +409,13 @@ class Session:
         """Damage of every choice in a background; a stored measurement is reused, a broken-off one goes on."""
         space, tokens = self.space, self.judges[0].tokens
         key = digest(
-            [self.stats_key, self.candidates.folder.name, background.model_dump(mode="json"), list(tokens.shape)]
+            [
+                self.stats_key,
+                self.candidates.folder.name,
+                background.model_dump(mode="json"),
+                self._kept(background.widths),
+                list(tokens.shape),
+            ]
         )
         journal = self.cache / "measurements" / f"{key}.jsonl"
         with self.reporter.stage("damage of each choice" + (f", round {number + 1}" if number else "")) as progress:
@@ -416,6 +439,7 @@ class Session:
                 f"not to {self.model.id} (weights {self.model.weights_hash[:12]})"
             )
         self.layout.check(plan)
+        self._check_recipe(plan)
         self._release()
         with Writer(out, self.layout, plan) as writer:
             trial = self._trial_folder(plan) if self._judges else None
@@ -427,6 +451,16 @@ class Session:
                 self._apply(plan, writer, "pruning, refit, quantisation")
             self._beside(writer.plan, writer)
         return writer.plan
+
+    def _check_recipe(self, plan: Plan) -> None:
+        """Refuse a plan that this recipe has no means to apply."""
+        advice = "apply it with the recipe that found it (--recipe)"
+        if plan.adapters and self.lowrank is None:
+            raise PlanError(f"the plan has low-rank pairs, but the recipe has no `lowrank`: {advice}")
+        if self.tuning is not None and not plan.adapters:
+            raise PlanError(f"the recipe trains low-rank pairs, but the plan has none: {advice}")
+        if plan.biases and (self.repair is None or self.stats is None):
+            raise PlanError(f"the plan refits {len(plan.biases)} weights, but the recipe fits nothing: {advice}")
 
     def _apply(self, plan: Plan, writer: Writer, stage: str) -> None:
         """Fill `writer`, and say in its plan what the plan costs on held-out tokens."""
@@ -461,7 +495,7 @@ class Session:
         """What recovery trains on."""
         assert self.tuning is not None
         if self.tuning.data is None:
-            return from_rows(self.tokens.tokens, self.tuning.length)
+            return from_rows(self.tokens.tokens, self.checkpoint.tokenizer(), self.tuning.length)
         return from_instructions(Path(self.tuning.data), self.checkpoint.tokenizer(), self.tuning.length)
 
     @property

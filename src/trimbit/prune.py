@@ -16,10 +16,11 @@ def protected(layout: Layout, prune: Prune) -> tuple[int, ...]:
 def kept_widths(layout: Layout, prune: Prune) -> dict[str, int]:
     """For each dim of the pruned blocks, how much it keeps, so that `ratio` of all blocks' parameters go.
 
-    KV groups go whole, to the nearest number of them; feed-forward channels make up for the rest.
+    KV groups go whole, to the nearest number of them but for the last; feed-forward channels make up for the rest.
 
     Raises:
-        RecipeError: if nothing of a sub-block would be left; says the largest ratio that leaves something.
+        RecipeError: if nothing of a sub-block would be left, naming the largest ratio that leaves something, or if
+            nothing would go.
     """
     spared = protected(layout, prune)
     blocks = [index for index in range(layout.blocks) if index not in spared]
@@ -31,19 +32,21 @@ def kept_widths(layout: Layout, prune: Prune) -> dict[str, int]:
         attn, mlp = layout.units[f"blocks.{index}.attn"], layout.units[f"blocks.{index}.mlp"]
         per_group, per_channel = _per_member(layout, attn), _per_member(layout, mlp)
         total = per_group * attn.size + per_channel * mlp.size
-        groups = attn.size - round(share * attn.size)
+        groups = max(1, attn.size - round(share * attn.size))
         channels = mlp.size - (share * total - per_group * (attn.size - groups)) / per_channel
         step = min(prune.multiple, mlp.size)
-        kept = mlp.size if channels >= mlp.size else round(channels / step) * step
-        if groups < 1 or kept < 1:
-            largest = (1 - 1 / attn.size) * len(blocks) / layout.blocks
+        kept = min(mlp.size, round(channels / step) * step)
+        if kept < 1:
+            left = 1 - (per_group + step * per_channel) / total
             raise RecipeError(
-                f"prune.ratio {prune.ratio:g} leaves {max(groups, 0)} KV groups and {max(kept, 0)} feed-forward "
-                f"channels of block {index}; a ratio up to about {largest:.2f} leaves both"
+                f"prune.ratio {prune.ratio:g} leaves no feed-forward channels of block {index}; "
+                f"a ratio up to about {left * len(blocks) / layout.blocks:.2f} leaves a KV group and {step} channels"
             )
         widths |= {
             dim: width for unit, width in ((attn, groups), (mlp, kept)) if width != unit.size and (dim := unit.dim)
         }
+    if not widths:
+        raise RecipeError(f"prune.ratio {prune.ratio:g} is too small to cut {prune.multiple} channels of any block")
     return widths
 
 

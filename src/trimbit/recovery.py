@@ -10,7 +10,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimbit.evaluate import final_hidden, load_model, score
+from trimbit.evaluate import final_hidden, load_model
+from trimbit.model.head import kl, logit_slices
 from trimbit.progress import Progress
 from trimbit.repair.lowrank import LowRank
 from trimbit.repair.tune import Config, Example, Original, Tuned, tune
@@ -76,7 +77,7 @@ def tuning_record(tuned: Tuned) -> str:
 def held_out_kl(
     folder: Path, pairs: Mapping[str, LowRank], original: Path, tokens: Int[Tensor, "rows length"], progress: Progress
 ) -> float:
-    """KL(original || model with these pairs) in nats a token."""
+    """KL(original || model with these pairs) in nats a token, both run as they would be used: whole, in bf16."""
     model, reference = load_model(folder, torch.bfloat16), load_model(original, torch.bfloat16)
     with torch.no_grad():
         for name, module in _layers(model).items():
@@ -84,7 +85,12 @@ def held_out_kl(
             module.adapter.b.copy_(pairs[name].b)
     total = 0.0
     for at, row in enumerate(tokens):
-        beside = (reference, final_hidden(reference, row))
-        total += float(score(model, final_hidden(model, row), row, beside)[1])
+        heads = [
+            logit_slices(each.get_output_embeddings(), each.config, final_hidden(each, row))
+            for each in (reference, model)
+        ]
+        with torch.inference_mode():
+            for (_, p), (_, q) in zip(*heads, strict=True):
+                total += kl(torch.log_softmax(p, -1), torch.log_softmax(q, -1))
         progress(at + 1, len(tokens))
-    return total / (tokens.shape[0] * (tokens.shape[1] - 1))
+    return total / tokens.numel()

@@ -67,6 +67,19 @@ class Packed(nn.Module):
         return f"rows={self.rows}, cols={sum(run.count for run in self.runs)}, runs=[{formats}]"
 
 
+class _FrozenProduct(torch.autograd.Function):
+    """W x + b whose W is dequantised again for the gradient of x, so that training keeps the codes alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: "PackedLinear") -> Tensor:  # noqa: ANN401
+        ctx.layer = layer
+        return functional.linear(x, layer.dense(x.dtype), layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        return grad @ ctx.layer.dense(grad.dtype), None
+
+
 class Adapter(nn.Module):
     """A low-rank pair beside a weight: y = B A x."""
 
@@ -110,7 +123,10 @@ class PackedLinear(Packed):
 
     def forward(self, x: Float[Tensor, "*batch cols"]) -> Float[Tensor, "*batch rows"]:
         """Dequantise and multiply."""
-        y = functional.linear(x, self.dense(x.dtype), self.bias)
+        if torch.is_grad_enabled() and x.requires_grad:
+            y: Tensor = _FrozenProduct.apply(x, self)  # type: ignore[no-untyped-call]
+        else:
+            y = functional.linear(x, self.dense(x.dtype), self.bias)
         return y if self.adapter is None else y + self.adapter(x)
 
 

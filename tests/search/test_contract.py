@@ -11,6 +11,7 @@ import trimbit.quant
 import trimbit.search
 from trimbit.criteria import mutual_information
 from trimbit.precision import Data
+from trimbit.recipe import Recipe
 
 SHARED = {"trimbit.search.problem", "trimbit.search.levels", "trimbit.search.optimise"}
 
@@ -65,7 +66,7 @@ def test_has_a_paper_and_a_configuration_with_defaults(module):
 def test_a_search(module):
     assert arguments(module.search) == ["problem", "config"]
     assert arguments(module.require_feasible) == ["problem", "config"]
-    assert isinstance(module.NEEDS_MEASUREMENTS, bool)
+    assert set(module.NEEDS) <= set(Recipe.model_fields)
 
 
 @pytest.mark.parametrize("module", QUANTS, ids=name)

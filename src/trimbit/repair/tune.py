@@ -4,6 +4,7 @@ The model is whole and stays as it is stored; only the pairs have gradients, in 
 dropout from the seed and the step's number, so that a run that was broken off goes on as if it had not been.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -77,6 +78,16 @@ class Tuned:
     optimizer_nbytes: int
 
 
+def require_peft() -> None:
+    """Fail before anything long where the pairs cannot be trained.
+
+    Raises:
+        RecipeError: if peft is missing.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise RecipeError("recovery needs peft: pip install 'trimbit[tune]'")
+
+
 def tune(
     model: PreTrainedModel, pairs: Mapping[str, LowRank], kinds: Sequence[type[nn.Module]],
     examples: Sequence[Example], original: Original | None, config: Config, state: Path, seed: int, progress: Progress,
@@ -87,7 +98,6 @@ def tune(
 
     Raises:
         NumericsError: if the loss is not finite; says the step. The last stored state stays.
-        RecipeError: if peft is missing.
     """
     lora = _attach(model, pairs, kinds, config)
     parameters = {f"{name}.{part}": p for name, own in lora.items() for part, p in zip("ab", own, strict=True)}
@@ -97,7 +107,9 @@ def tune(
     for step in range(len(losses), config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _schedule(step, config)
-        loss = _step(model, examples, original, config, seed, step)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed * 1_000_003 + step)  # of dropout
+            loss = _step(model, examples, original, config, seed, step)
         if not math.isfinite(loss):
             kept = len(losses) // config.save_every * config.save_every
             raise NumericsError(
@@ -132,11 +144,9 @@ def _attach(
     model: PreTrainedModel, pairs: Mapping[str, LowRank], kinds: Sequence[type[nn.Module]], config: Config
 ) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
     """Put PEFT's layers around the frozen ones; gives A and B of each by the layer's name."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-        from peft.tuners.lora.layer import Linear
-    except ImportError as err:
-        raise RecipeError("recovery needs peft: pip install 'trimbit[tune]'") from err
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora.layer import Linear
+
     ranks = {name: pair.a.shape[0] for name, pair in pairs.items()}
     rank = next(iter(ranks.values()))
     lora = LoraConfig(
@@ -169,12 +179,8 @@ def _step(
     model: PreTrainedModel, examples: Sequence[Example], original: Original | None, config: Config, seed: int, step: int
 ) -> float:
     """Add the gradients of one batch; returns its loss, the mean over target tokens."""
-    first = step * config.batch
-    shuffle = torch.Generator().manual_seed(seed * 1_000_003 + first // len(examples))  # anew in every epoch
-    order = torch.randperm(len(examples), generator=shuffle).tolist()
-    rows = [examples[order[(first + at) % len(examples)]] for at in range(config.batch)]
+    rows = [examples[at] for at in _drawn(step, config.batch, len(examples), seed)]
     count = sum(int(row.target[1:].sum()) for row in rows)
-    torch.manual_seed(seed * 1_000_003 + step)  # of dropout
     total = 0.0
     for start in range(0, len(rows), config.micro):
         tokens, target = _padded(rows[start : start + config.micro])
@@ -190,6 +196,16 @@ def _step(
             loss.backward()
         total += float(loss.detach())
     return total
+
+
+def _drawn(step: int, batch: int, rows: int, seed: int) -> list[int]:
+    """The rows of a step: each row once an epoch, in an order that is drawn anew for each."""
+    places = [divmod(at, rows) for at in range(step * batch, (step + 1) * batch)]
+    orders = {}
+    for epoch in {epoch for epoch, _ in places}:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        orders[epoch] = torch.randperm(rows, generator=generator).tolist()
+    return [orders[epoch][at] for epoch, at in places]
 
 
 def _padded(rows: Sequence[Example]) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Bits refined by Bayesian optimisation: start from the plan by importance, try plans for real within the budget.
+"""Bits refined by Bayesian optimisation: start from the plan by importance, and try plans within the budget.
 
 A trial puts the whole plan together and measures its KL on held-out tokens; the Gaussian process models the logarithm
 of that. `engine: random` tries as many plans without a model, the baseline.
@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -23,7 +23,10 @@ from trimbit.search.optimise import Config as Optimiser
 from trimbit.search.problem import Problem
 
 PAPER = "QPruner, arXiv:2412.11629"
-NEEDS_MEASUREMENTS = False
+NEEDS = ("space", "measure")
+
+
+SMALLEST = 1e-9  # nats: what the logarithm of a KL of zero is taken of
 
 
 class Config(Data):
@@ -65,11 +68,13 @@ def search(problem: Problem, config: Config) -> Plan:
     widths = tuple(tuple(math.log2(p.bits) for p in found.formats) for _ in found.costs)
     box = Box(costs=found.costs, values=widths, limit=found.limit)
     start = [tuple(importance.allocate(found, problem.importance()))] if problem.importance is not None else []
-    journal = _journal(problem, config)
+    if not box.fits(box.lowest):  # so near the smallest budget that the bound on the header leaves no room
+        return found.plan(box.lowest, "smallest")
+    journal = _journal(problem)
 
     def evaluate(points: Sequence[Point]) -> list[float]:
         assert problem.evaluate is not None
-        return [math.log(problem.evaluate(found.plan(point, "trial"))) for point in points]
+        return [math.log(max(problem.evaluate(found.plan(point, "trial")), SMALLEST)) for point in points]
 
     run = optimise if config.engine == "bayes" else random_search
     with problem.reporter.stage("trials of whole plans") as progress:
@@ -82,12 +87,17 @@ def search(problem: Problem, config: Config) -> Plan:
 def trials(problem: Problem, config: Config) -> list[tuple[int, float]]:
     """Bytes and KL of every plan that a search has tried, in their order."""
     found = levels(problem, config.per)
-    tried = _journal(problem, config).read()
+    tried = _journal(problem).read()
     return [(found.plan(point, "trial").found_by.nbytes, math.exp(value)) for point, value in tried.items()]
 
 
-def _journal(problem: Problem, config: Config) -> "Journal":
-    return Journal(problem.journal, [problem.key, config.model_dump(mode="json", exclude={"optimiser"})])
+def identity(config: Config) -> dict[str, Any]:
+    """What of the configuration decides the order of trials; how many there are does not."""
+    return config.model_dump(mode="json", exclude={"optimiser": {"trials"}, "share": True})
+
+
+def _journal(problem: Problem) -> "Journal":
+    return Journal(problem.journal, problem.key)
 
 
 def _best(found: Levels, box: Box, tried: Sequence[tuple[Point, float]], method: str) -> Plan:

@@ -6,7 +6,7 @@ from trimbit.precision import BF16, Data, NormalFloat, Precision
 from trimbit.search.problem import Problem
 
 PAPER = "QPruner, arXiv:2412.11629, as QPruner-1"
-NEEDS_MEASUREMENTS = False
+NEEDS: tuple[str, ...] = ()
 
 
 class Config(Data):

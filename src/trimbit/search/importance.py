@@ -18,7 +18,7 @@ from trimbit.search.levels import Levels, Per, levels
 from trimbit.search.problem import Problem
 
 PAPER = "QPruner, arXiv:2412.11629"
-NEEDS_MEASUREMENTS = False
+NEEDS = ("space", "importance")
 
 
 class Config(Data):

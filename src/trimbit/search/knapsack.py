@@ -27,7 +27,7 @@ from trimbit.search import uniform
 from trimbit.search.problem import Problem
 
 PAPER = "this project; HiGHS through scipy.optimize.milp"
-NEEDS_MEASUREMENTS = True
+NEEDS = ("space", "measure")
 Uniform = uniform.Config
 NEAR_LOSSLESS = Int(bits=6, group=64, symmetric=False)  # errors that are measured one at a time add up best
 

@@ -23,7 +23,7 @@ class Method(Protocol):
     @property
     def PAPER(self) -> str: ...  # noqa: N802, D102
     @property
-    def NEEDS_MEASUREMENTS(self) -> bool: ...  # noqa: N802, D102
+    def NEEDS(self) -> tuple[str, ...]: ...  # noqa: N802, D102
     @property
     def Config(self) -> type[Data]: ...  # noqa: N802, D102
     def search(self, problem: "Problem", config: Data) -> Plan: ...  # noqa: D102

@@ -7,7 +7,7 @@ from trimbit.precision import Data, Int, Precision
 from trimbit.search.problem import Problem
 
 PAPER = "baseline"
-NEEDS_MEASUREMENTS = False
+NEEDS: tuple[str, ...] = ()
 MENU = tuple(Int(bits=bits, group=group, symmetric=False) for bits in range(2, 9) for group in (32, 64, 128, None))
 
 
