@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tiny import VOCAB
+from tiny import VOCAB, tiny_model
 from trimbit.artifact import weight_nbytes
 from trimbit.errors import BudgetError, DataError, NumericsError, PlanError, RecipeError
 from trimbit.evaluate import load_model
@@ -15,7 +15,7 @@ from trimbit.pipeline import compress, open_session
 from trimbit.plan import Budget, load_plan
 from trimbit.recipe import load_recipe
 from trimbit.recovery import _taken_out
-from trimbit.repair.tune import Config, _drawn, tune
+from trimbit.repair.tune import Config, Original, _backward, _drawn, tune
 from trimbit.runtime import AdaptedLinear, PackedLinear
 
 TOKENS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -309,3 +309,29 @@ def test_the_written_pairs_are_those_that_were_trained(job, tmp_path):
 def test_defaults_are_those_of_the_reference():
     assert Config().learning_rate == 1e-4
     assert Config().length == 256
+
+
+@pytest.mark.parametrize("cap", [None, 5.0])
+@pytest.mark.parametrize("distil", [False, True])
+def test_the_loss_and_its_gradient_are_those_of_whole_logits(cap, distil, monkeypatch):
+    """Some tokens at a time, with a soft cap and without, against plain torch on all logits at once."""
+    monkeypatch.setattr("trimbit.repair.tune.LOGIT_TOKENS", 3)
+    model = tiny_model("llama")
+    model.config.final_logit_softcapping = cap
+    generator = torch.Generator().manual_seed(0)
+    hidden, taught = (torch.randn(8, 48, generator=generator) for _ in range(2))
+    labels = torch.randint(3, VOCAB, (8,), generator=generator)
+    head = torch.nn.Linear(48, VOCAB, bias=False).requires_grad_(requires_grad=False)
+    original = Original(hidden=lambda *_: taught, head=head) if distil else None
+    sliced, whole = (hidden.clone().requires_grad_() for _ in range(2))
+    found = _backward(model, sliced * 1, labels, original, taught if distil else None, 8)
+
+    def log_probabilities(logits):
+        return torch.log_softmax(cap * torch.tanh(logits / cap) if cap else logits, -1)
+
+    log_q = log_probabilities(model.get_output_embeddings()(whole))
+    log_p = log_probabilities(head(taught))
+    want = (log_p.exp() * (log_p - log_q)).sum() / 8 if distil else -log_q[range(8), labels].mean()
+    want.backward()
+    assert found == pytest.approx(float(want.detach()), rel=1e-5)
+    torch.testing.assert_close(sliced.grad, whole.grad, rtol=1e-4, atol=1e-6)
