@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from tiny import VOCAB, tiny_model
 from trimbit.artifact import weight_nbytes
 from trimbit.errors import BudgetError, DataError, NumericsError, PlanError, RecipeError
+from trimbit.estimate import estimate
 from trimbit.evaluate import load_model
 from trimbit.pipeline import compress, open_session
 from trimbit.plan import Budget, load_plan
@@ -335,3 +336,12 @@ def test_the_loss_and_its_gradient_are_those_of_whole_logits(cap, distil, monkey
     want.backward()
     assert found == pytest.approx(float(want.detach()), rel=1e-5)
     torch.testing.assert_close(sliced.grad, whole.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_dry_run_counts_recovery_and_needs_no_budget(job, tmp_path):
+    def minutes(steps):
+        rows = dict(estimate(session(job, "qpruner-1", f"tune.steps={steps}", cache=tmp_path), None))
+        return int(rows["time"].split()[1])
+
+    assert minutes(10**9) > minutes(1) + 60
+    assert not any(tmp_path.iterdir())

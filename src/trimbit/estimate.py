@@ -28,6 +28,11 @@ def estimate(session: Session, budget: Budget | None) -> list[tuple[str, str]]:
         judged = recipe.measure.rows * recipe.measure.length
         states = judged * layout.blocks * layout.sizes["hidden"] * 4
         measuring = 2 * layout.parameters + 2 * judged * layout.sizes["vocab"] + states + 2 * table
+    recovering = 0
+    if session.tuning is not None:  # two models, and what a few rows leave for the backward pass
+        activations = session.tuning.micro * session.tuning.length * layout.blocks
+        width = 16 * layout.sizes["hidden"] + 8 * layout.sizes["mid"]
+        recovering = 2 * layout.parameters + limit + activations * width * 2
     return [
         (
             "model",
@@ -36,7 +41,7 @@ def estimate(session: Session, budget: Budget | None) -> list[tuple[str, str]]:
         ),
         ("weight files", f"at most {limit:,} bytes ({8 * limit / layout.parameters:.2f} bits a parameter)"),
         ("calibration", f"{rows} rows of {recipe.calibration.length} tokens, {session.calibration}"),
-        ("memory", f"about {max(streaming, measuring) / 1e6:.0f} MB above the libraries"),
+        ("memory", f"about {max(streaming, measuring, recovering) / 1e6:.0f} MB above the libraries"),
         ("time", f"about {_seconds(session, tokens, block) / 60:.0f} minutes"),
     ]
 
@@ -44,13 +49,19 @@ def estimate(session: Session, budget: Budget | None) -> list[tuple[str, str]]:
 def _seconds(session: Session, tokens: int, block: int) -> float:
     layout, recipe = session.layout, session.recipe
     speed = _products_per_second()
-    trials = 3 if recipe.measure and recipe.measure.trials and recipe.space else 1
+    measured = hasattr(session.search[0], "background") and recipe.measure is not None and recipe.space is not None
+    trials = 3 if measured and recipe.measure and recipe.measure.trials else 1
     passes = 1 + 5 * trials  # statistics, and the passes of each application
     work = float(passes * tokens * layout.blocks * block)
-    if recipe.measure and recipe.space:
+    if measured and recipe.measure and recipe.space:
         want = recipe.measure
         choices = layout.blocks * (4 * len(recipe.space.formats) + 2 * len(recipe.space.widths))
         work += choices * want.rows * want.length * (layout.parameters / 2)
+    if hasattr(session.search[0], "trials") and recipe.measure:
+        judged = recipe.calibration.held_out * recipe.measure.length
+        work += float(session.search[1].optimiser.trials * judged * layout.parameters)
+    if session.tuning is not None:  # the original forward, the compressed one forward and back, and their heads
+        work += 4.0 * session.tuning.steps * session.tuning.batch * session.tuning.length * layout.parameters
     if session.calibration == "self":
         work += 10.0 * tokens * layout.parameters  # decoding reads all weights for few rows
     rounding = sum(w.cols for w in layout.weights.values()) * 2e-4  # seconds, one column after the other
