@@ -245,9 +245,9 @@ def test_no_network_and_nothing_is_left_behind(job, folder, tmp_path, monkeypatc
         monkeypatch.setattr(datasets.config, place, tmp_path / "cache")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    before = dict(os.environ), tqdm.__init__, logging.getLogger("lm_eval").level
+    before = dict(os.environ), vars(tqdm)["__init__"], logging.getLogger("lm_eval").level
     run(job.model, ["piqa", "hellaswag"], folder)
-    assert before == (dict(os.environ), tqdm.__init__, logging.getLogger("lm_eval").level)
+    assert before == (dict(os.environ), vars(tqdm)["__init__"], logging.getLogger("lm_eval").level)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -87,9 +87,10 @@ class Method:
 
         if rank == 0:
             return Compressed(quantize(w))
+        assert self.pairs is not None, f"{name} has a low-rank pair, but nothing says how it starts"
         # a pair that makes up for next to nothing is no start for training
-        start = "zeros" if _unquantised(runs) else (self.pairs or lowrank.Config()).start
-        config = (self.pairs or lowrank.Config()).model_copy(update={"rank": rank, "start": start})
+        start = "zeros" if _unquantised(runs) else self.pairs.start
+        config = self.pairs.model_copy(update={"rank": rank, "start": start})
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
         try:
             return Compressed(*lowrank.correct(w, quantize, moments, config, generator))
@@ -278,10 +279,8 @@ class _Job:
             sites.setdefault(self.layout.weights[name].site, []).append(self.layout.weights[name])
         for members in sites.values():
             modules: list[Any] = [block.get_submodule(weight.name.removeprefix(prefix)) for weight in members]
-            names, refits = (
-                [weight.name for weight in members],
-                members[0].name == unit.out_weight and self._refits(unit),
-            )
+            names = [weight.name for weight in members]
+            refits = names[0] == unit.out_weight and self._refits(unit)
             train, held = self._moments(index, members[0], dense if refits else None, block, prefix)
             if refits:
                 original: Any = dense.get_submodule(members[0].name.removeprefix(prefix))

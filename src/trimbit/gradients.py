@@ -6,7 +6,6 @@ input of each block alone; a block is run again, with gradients, when its turn c
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -92,17 +91,14 @@ def sweep(
 
 def _loss_gradients(stream: BlockStream, hidden: list[Tensor], tokens: Tensor) -> list[Tensor]:
     """dL/dh of each sample's last hidden states; logits some tokens at a time."""
-    layout = stream.layout
-    name = layout.family.embed if layout.tied else layout.family.head
-    head = partial(functional.linear, weight=stream.checkpoint.tensor(f"{name}.weight").to(stream.compute))
-    found = []
+    head, config, found = stream.head(), stream.layout.config, []
     for row, h in zip(tokens, hidden, strict=True):
         h = h.detach().requires_grad_()
         with torch.enable_grad():
             final = stream.norm(h).flatten(0, -2)
         leaf = final.detach()[:-1].requires_grad_()
         with torch.enable_grad(), products_in(stream.compute):
-            for part, logits in logit_slices(head, layout.config, leaf):
+            for part, logits in logit_slices(head, config, leaf):
                 loss = functional.cross_entropy(logits, row[1:][part], reduction="sum") / (len(row) - 1)
                 loss.backward()
         assert leaf.grad is not None

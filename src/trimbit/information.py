@@ -5,12 +5,10 @@ each block adds. The model may be cut; `load` gives its blocks.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from torch.nn import functional
 
 from trimbit.criteria.mutual_information import Config, information
 from trimbit.model.head import logit_slices
@@ -59,9 +57,7 @@ def _predictions(
         block = load(index)
         hidden = [stream.run(index, block, chunk) for chunk in hidden]
         progress(index + 1, 2 * layout.blocks)
-    name = layout.family.embed if layout.tied else layout.family.head
-    head = partial(functional.linear, weight=stream.checkpoint.tensor(f"{name}.weight").to(stream.compute))
-    found = []
+    head, found = stream.head(), []
     for chunk in hidden:
         with computing(stream.compute):
             final = stream.final_norm(chunk)[:, 1:].flatten(0, 1)

@@ -50,7 +50,7 @@ def _taken_out(model: PreTrainedModel) -> dict[str, LowRank]:
 
 
 def _teacher(model: PreTrainedModel) -> Original:
-    def hidden(tokens: Tensor, _: Tensor) -> Tensor:
+    def hidden(tokens: Tensor) -> Tensor:
         return model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
 
     return Original(hidden=hidden, head=model.get_output_embeddings())

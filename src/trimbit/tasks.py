@@ -291,6 +291,7 @@ def _quiet() -> Iterator[None]:
 
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
     levels, init = [logger.level for logger in loggers], tqdm.__init__
+    stored = vars(tqdm)["__init__"]  # may be a partialmethod, which is another function at every look
 
     def without_bar(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         init(self, *args, **(kwargs | {"disable": True}))
@@ -301,6 +302,6 @@ def _quiet() -> Iterator[None]:
     try:
         yield
     finally:
-        tqdm.__init__ = init
+        tqdm.__init__ = stored
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -6,14 +6,17 @@ stream keeps its precision.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from trimbit.model.checkpoint import Checkpoint
+from trimbit.model.head import Head
 from trimbit.model.layout import Layout
 from trimbit.model.load import materialize
 
@@ -119,6 +122,11 @@ class BlockStream:
         """The head's input."""
         with torch.no_grad():
             return self.norm(hidden)  # type: ignore[no-any-return]
+
+    def head(self) -> Head:
+        """The dense head, in the type that the model computes in."""
+        name = self.layout.family.embed if self.layout.tied else self.layout.family.head
+        return partial(functional.linear, weight=self.checkpoint.tensor(f"{name}.weight").to(self.compute))
 
     def load(self, index: int) -> nn.Module:
         """A fresh copy of a block with its weights in fp32."""

@@ -24,12 +24,12 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from trimbit.errors import ArtifactError, NumericsError, RecipeError
+from trimbit.model.head import logit_slices
 from trimbit.precision import Data
 from trimbit.progress import Progress
 from trimbit.repair.lowrank import LowRank
 
 PAPER = "LoRA, arXiv:2106.09685; LLM-Pruner's recovery, arXiv:2305.11627"
-LOGIT_TOKENS = 128  # 25 MB at a vocabulary of 49,152: below 32 MiB glibc reuses memory instead of mapping it anew
 
 
 class Config(Data):
@@ -56,7 +56,7 @@ class Example:
     target: Bool[Tensor, " length"]
 
 
-Teacher = Callable[[Int[Tensor, "rows length"], Bool[Tensor, "rows length"]], Float[Tensor, "rows length hidden"]]
+Teacher = Callable[[Int[Tensor, "rows length"]], Float[Tensor, "rows length hidden"]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,7 +190,7 @@ def _step(
             taught = None
             if original is not None:
                 with torch.no_grad():
-                    taught = original.hidden(tokens, target)[:, :-1][wanted]
+                    taught = original.hidden(tokens)[:, :-1][wanted]
             total += _backward(model, student, labels, original, taught, count)
     return total
 
@@ -227,21 +227,15 @@ def _backward(
 
     The head goes forward and back some tokens at a time, so that the logits of no more are in memory.
     """
-    head, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
-
-    def log_probabilities(logits: Tensor) -> Tensor:
-        logits = logits.float()
-        return torch.log_softmax(torch.tanh(logits / cap) * cap if cap else logits, -1)
-
     leaf, total = student.detach().requires_grad_(), 0.0
-    for start in range(0, len(student), LOGIT_TOKENS):
-        own = slice(start, start + LOGIT_TOKENS)
-        log_q = log_probabilities(head(leaf[own]))
-        if original is None or taught is None:
-            loss = functional.nll_loss(log_q, labels[own], reduction="sum") / count
+    taught_slices = None if original is None or taught is None else logit_slices(original.head, model.config, taught)
+    for part, logits in logit_slices(model.get_output_embeddings(), model.config, leaf):
+        log_q = torch.log_softmax(logits, -1)
+        if taught_slices is None:
+            loss = functional.nll_loss(log_q, labels[part], reduction="sum") / count
         else:
             with torch.no_grad():
-                log_p = log_probabilities(original.head(taught[own]))
+                log_p = torch.log_softmax(next(taught_slices)[1], -1)
             loss = functional.kl_div(log_q, log_p, reduction="sum", log_target=True) / count
         loss.backward()
         total += float(loss.detach())
