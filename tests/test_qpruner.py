@@ -8,15 +8,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tiny import VOCAB, tiny_model
+from trimbit import distillation
 from trimbit.artifact import weight_nbytes
+from trimbit.distillation import original_of
 from trimbit.errors import BudgetError, DataError, NumericsError, PlanError, RecipeError
 from trimbit.estimate import estimate
 from trimbit.evaluate import load_model
+from trimbit.model.head import logit_slices
 from trimbit.pipeline import compress, open_session
 from trimbit.plan import Budget, load_plan
 from trimbit.recipe import load_recipe
 from trimbit.recovery import _taken_out
-from trimbit.repair.tune import Config, Original, _backward, _drawn, tune
+from trimbit.repair.tune import Config, _backward, _drawn, drawn, tune
 from trimbit.runtime import AdaptedLinear, PackedLinear
 
 TOKENS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -212,6 +215,36 @@ def test_instructions_mask_the_prompt(job, tmp_path):
     assert losses[-1] < losses[0]
 
 
+def test_the_originals_answers_are_kept_and_are_those_of_the_whole_model(job, tmp_path, monkeypatch):
+    """In groups of rows, what is missing alone; on all tokens of an instruction."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(json.dumps({"instruction": "w5", "output": f"w{at + 8} " * (at + 1)}) for at in range(5)))
+    opened = session(job, "qpruner-1", f"tune.data={data}", "tune.length=64", cache=tmp_path / "c")
+    examples = opened.examples
+    assert all(bool(row.target[1:].all()) and not bool(row.target[0]) for row in examples)
+    monkeypatch.setattr(distillation, "CARRIED", 4 * 48 * 100)
+    swept = []
+    first = original_of(opened.stream, examples[:2], tmp_path / "kept", lambda *done: swept.append(done))
+    count = len(swept)
+    original = original_of(opened.stream, examples, tmp_path / "kept", lambda *done: swept.append(done))
+    assert 0 < count < len(swept)
+    again = original_of(opened.stream, examples, tmp_path / "kept", lambda *_: pytest.fail("all are there"))
+    whole = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
+    for row in examples:
+        found = original.hidden(row)
+        assert torch.equal(found, again.hidden(row))
+        want = whole.get_decoder()(row.tokens[None]).last_hidden_state[0]
+        torch.testing.assert_close(found.float(), want, rtol=0.05, atol=0.05)
+    assert torch.equal(first.hidden(examples[1]), original.hidden(examples[1]))
+    torch.testing.assert_close(original.head(found).float(), whole.lm_head(want), rtol=0.05, atol=0.1)
+
+
+def test_what_training_draws_is_known_before():
+    config = Config(steps=3, batch=4)
+    assert drawn(config, 100, 0) == sorted(at for step in range(3) for at in _drawn(step, 4, 100, 0))
+    assert drawn(config, 5, 0) == [0, 1, 2, 3, 4]
+
+
 @pytest.mark.parametrize(
     ("name", "overrides", "error", "says"),
     [
@@ -325,9 +358,9 @@ def test_the_loss_and_its_gradient_are_those_of_whole_logits(cap, distil, monkey
     hidden, taught = (torch.randn(8, 48, generator=generator) for _ in range(2))
     labels = torch.randint(3, VOCAB, (8,), generator=generator)
     head = torch.nn.Linear(48, VOCAB, bias=False).requires_grad_(requires_grad=False)
-    original = Original(hidden=lambda *_: taught, head=head) if distil else None
+    slices = logit_slices(head, model.config, taught) if distil else None
     sliced, whole = (hidden.clone().requires_grad_() for _ in range(2))
-    found = _backward(model, sliced * 1, labels, original, taught if distil else None, 8)
+    found = _backward(model, sliced * 1, labels, slices, 8)
 
     def log_probabilities(logits):
         return torch.log_softmax(cap * torch.tanh(logits / cap) if cap else logits, -1)

@@ -23,10 +23,11 @@ WITHOUT_INPUT = (
 )
 
 
-def from_instructions(path: Path, tokenizer: Any, length: int) -> list[Example]:  # noqa: ANN401
-    """Rows of `instruction`, `input` and `output`, at most `length` tokens each; the output and its end are predicted.
+def from_instructions(path: Path, tokenizer: Any, length: int, *, masked: bool) -> list[Example]:  # noqa: ANN401
+    """Rows of `instruction`, `input` and `output`, at most `length` tokens each.
 
-    Rows whose prompt alone fills the length are left out.
+    `masked`: the output and its end alone are to be predicted; else all but the first token, as distillation may. Rows
+    whose prompt alone fills the length are left out.
 
     Raises:
         DataError: if the file cannot be read, a row lacks a field, no row is left, or the tokenizer has no EOS.
@@ -42,7 +43,7 @@ def from_instructions(path: Path, tokenizer: Any, length: int) -> list[Example]:
         after = torch.cat([encode(row["output"], tokenizer), torch.tensor([tokenizer.eos_token_id])])
         tokens = torch.cat([before, after])[:length]
         if len(tokens) > len(before):
-            target = torch.arange(len(tokens)) >= len(before)
+            target = torch.arange(len(tokens)) >= (len(before) if masked else 1)
             found.append(Example(tokens=tokens, target=target))
     if not found:
         raise DataError(f"{path}: no row has a prompt below {length} tokens and an output; make tune.length larger")

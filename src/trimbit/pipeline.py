@@ -20,6 +20,7 @@ from trimbit.apply import Method, apply_plan, cut_unit
 from trimbit.artifact import PLAN_FILE, RECIPE_FILE, Writer, model_card, require_absent
 from trimbit.cache import cache_root, save_whole, source_digest
 from trimbit.candidates import CandidateWeights
+from trimbit.distillation import original_of
 from trimbit.errors import ArtifactError, BudgetError, DataError, PlanError, RecipeError
 from trimbit.information import layer_information
 from trimbit.instructions import from_instructions, from_rows
@@ -37,7 +38,7 @@ from trimbit.ranking import by_gradients, by_moments
 from trimbit.recipe import Recipe, Step, step_config
 from trimbit.recovery import TUNING_FILE, adapter_tensors, held_out_kl, recover, tuning_record
 from trimbit.repair.tune import Config as Tuning
-from trimbit.repair.tune import Example, require_peft
+from trimbit.repair.tune import Example, Original, drawn, require_peft
 from trimbit.search.problem import Problem
 from trimbit.stats import Stats, collect, stored
 from trimbit.trials import Trial, picture, require_plot, table
@@ -481,8 +482,9 @@ class Session:
         folder = self._trial_folder(plan)
         decides = [folder.name, self._step(self.recipe.tune), self._examples_key, self.seed]
         state = self.cache / "tuned" / f"{digest(decides)}.safetensors"
+        original = self._original() if self.tuning.loss == "distill" else None
         with self.reporter.stage("recovery") as progress:
-            tuned = recover(folder, self.checkpoint.path, self.examples, self.tuning, state, self.seed, progress)
+            tuned = recover(folder, original, self.examples, self.tuning, state, self.seed, progress)
         writer.take(folder, adapter_tensors(tuned.pairs))
         writer.write(TUNING_FILE, tuning_record(tuned))
         with self.reporter.stage("judging the recovered model") as progress:
@@ -496,7 +498,16 @@ class Session:
         assert self.tuning is not None
         if self.tuning.data is None:
             return from_rows(self.tokens.tokens, self.checkpoint.tokenizer(), self.tuning.length)
-        return from_instructions(Path(self.tuning.data), self.checkpoint.tokenizer(), self.tuning.length)
+        tokenizer, masked = self.checkpoint.tokenizer(), self.tuning.loss == "instruct"
+        return from_instructions(Path(self.tuning.data), tokenizer, self.tuning.length, masked=masked)
+
+    def _original(self) -> Original:
+        """The original model, for the examples that recovery draws."""
+        assert self.tuning is not None
+        used = [self.examples[at] for at in drawn(self.tuning, len(self.examples), self.seed)]
+        folder = self.cache / "originals" / digest([self.model.weights_hash, self.recipe.compute, trimbit.__version__])
+        with self.reporter.stage("the original's answers") as progress:
+            return original_of(self.stream, used, folder, progress)
 
     @property
     def _examples_key(self) -> str:

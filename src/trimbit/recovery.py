@@ -21,15 +21,14 @@ TUNING_FILE = "tuning.json"
 
 
 def recover(
-    folder: Path, original: Path, examples: Sequence[Example], config: Config, state: Path, seed: int,
+    folder: Path, original: Original | None, examples: Sequence[Example], config: Config, state: Path, seed: int,
     progress: Progress,
 ) -> Tuned:  # fmt: skip
-    """Train the pairs of a compressed directory; distilling holds the original model in memory, too."""
+    """Train the pairs of a compressed directory; distilling needs the original."""
     model = load_model(folder, torch.bfloat16)
-    pairs = _taken_out(model)
-    teacher = _teacher(load_model(original, torch.bfloat16)) if config.loss == "distill" else None
-    kinds = (PackedLinear, AdaptedLinear)
-    return tune(model, pairs, kinds, examples, teacher, config, state, seed, progress)
+    return tune(
+        model, _taken_out(model), (PackedLinear, AdaptedLinear), examples, original, config, state, seed, progress
+    )
 
 
 def _layers(model: PreTrainedModel) -> dict[str, Any]:
@@ -47,13 +46,6 @@ def _taken_out(model: PreTrainedModel) -> dict[str, LowRank]:
         pairs[name] = LowRank(a=module.adapter.a.detach().float(), b=module.adapter.b.detach().float())
         module.adapter = None
     return pairs
-
-
-def _teacher(model: PreTrainedModel) -> Original:
-    def hidden(tokens: Tensor) -> Tensor:
-        return model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
-
-    return Original(hidden=hidden, head=model.get_output_embeddings())
 
 
 def adapter_tensors(pairs: Mapping[str, LowRank]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ Eight codes fill `bits` whole bytes, so a row of n codes takes ceil(n * bits / 8
 """
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Shaped, UInt8
 from torch import Tensor
 
 
@@ -25,6 +25,9 @@ def unpack(packed: UInt8[Tensor, "rows nbytes"], bits: int, n: int) -> UInt8[Ten
     rows, nbytes = packed.shape
     if bits == 8:
         return packed[:, :n]
+    if 8 % bits == 0:
+        octet, shifts = torch.arange(256, device=packed.device), torch.arange(0, 8, bits, device=packed.device)
+        return spread(packed, ((octet[:, None] >> shifts) & (2**bits - 1)).to(torch.uint8))[:, :n]
     if missing := -nbytes % bits:
         packed = torch.nn.functional.pad(packed, (0, missing))
     octets = packed.reshape(rows, -1, bits)
@@ -36,3 +39,10 @@ def unpack(packed: UInt8[Tensor, "rows nbytes"], bits: int, n: int) -> UInt8[Ten
             value = value | (octets[..., byte + 1] << (8 - shift))
         codes[..., slot] = value & (2**bits - 1)
     return codes.view(rows, -1)[:, :n]
+
+
+def spread(packed: UInt8[Tensor, "rows nbytes"], table: Shaped[Tensor, "256 k"]) -> Shaped[Tensor, "rows n"]:
+    """The k values, n = k * nbytes in a row, that `table` has for each byte: one look-up of k values at a time."""
+    word = {2: torch.int16, 4: torch.int32, 8: torch.int64}[table.shape[1] * table.element_size()]
+    found = torch.index_select(table.view(word).flatten(), 0, packed.flatten().int())
+    return found.view(packed.shape).view(table.dtype)

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from trimbit.kernels.pack import unpack
+from trimbit.kernels.pack import spread, unpack
 from trimbit.precision import NF4_LEVELS, BFloat16, NormalFloat, Run
 
 
@@ -31,12 +31,11 @@ def dequantize(
         groups = precision.groups(count)
         scale = scales[:, at_scale : at_scale + groups]
         at_scale += groups
-        value = unpack(raw, precision.bits, count)
         if isinstance(precision, NormalFloat):
-            levels = torch.tensor(NF4_LEVELS, dtype=dtype, device=codes.device)
-            pieces.append(levels[value.int()] * per_column(scale.to(dtype), precision.group, count))
+            level = spread(raw, _nf4_pairs(dtype, codes.device))[:, :count]
+            pieces.append(level * per_column(scale.to(dtype), precision.group, count))
             continue
-        value = value.to(torch.int16)
+        value = unpack(raw, precision.bits, count).to(torch.int16)
         if precision.symmetric:
             value = value - 2 ** (precision.bits - 1)
         else:
@@ -53,3 +52,9 @@ def per_column(per_group: Tensor, group: int | None, count: int) -> Tensor:
     if group is None:
         return per_group.expand(-1, count)
     return per_group.repeat_interleave(group, dim=1)[:, :count]
+
+
+def _nf4_pairs(dtype: torch.dtype, device: torch.device) -> Float[Tensor, "256 2"]:
+    """The two levels of each byte of NF4 codes."""
+    levels, octet = torch.tensor(NF4_LEVELS, dtype=dtype, device=device), torch.arange(256, device=device)
+    return torch.stack([levels[octet % 16], levels[octet // 16]], dim=1)

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,11 +24,12 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from trimbit.errors import ArtifactError, NumericsError, RecipeError
-from trimbit.model.head import logit_slices
+from trimbit.model.head import Head, logit_slices
 from trimbit.precision import Data
 from trimbit.progress import Progress
 from trimbit.repair.lowrank import LowRank
 
+Logits = Iterator[tuple[slice, Float[Tensor, "part vocab"]]]
 PAPER = "LoRA, arXiv:2106.09685; LLM-Pruner's recovery, arXiv:2305.11627"
 
 
@@ -44,7 +45,7 @@ class Config(Data):
     learning_rate: float = Field(default=1e-4, gt=0)  # code (horseee/LLM-Pruner)
     warmup: float = Field(default=0.1, ge=0, lt=1)  # ours: share of the steps; then a straight line to zero
     alpha: int = Field(default=16, ge=1)  # code (horseee/LLM-Pruner): the pair counts alpha / rank times
-    dropout: float = Field(default=0.05, ge=0, lt=1)  # code (horseee/LLM-Pruner): on the pair's input
+    dropout: float = Field(default=0.0, ge=0, lt=1)  # ours, for one epoch; code (horseee/LLM-Pruner): 0.05
     save_every: int = Field(default=20, ge=1)  # steps between two stored states
 
 
@@ -56,15 +57,12 @@ class Example:
     target: Bool[Tensor, " length"]
 
 
-Teacher = Callable[[Int[Tensor, "rows length"]], Float[Tensor, "rows length hidden"]]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Original:
-    """The model that is learnt from: its final hidden states, and its head."""
+    """The model that is learnt from: what its head reads for an example, and the head."""
 
-    hidden: Teacher
-    head: Callable[[Tensor], Tensor]
+    hidden: Callable[[Example], Float[Tensor, "length hidden"]]
+    head: Head
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +96,8 @@ def tune(
     Raises:
         NumericsError: if the loss is not finite; says the step. The last stored state stays.
     """
+    from peft.helpers import disable_input_dtype_casting
+
     lora = _attach(model, pairs, kinds, config)
     parameters = {f"{name}.{part}": p for name, own in lora.items() for part, p in zip("ab", own, strict=True)}
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
@@ -106,7 +106,8 @@ def tune(
     for step in range(len(losses), config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _schedule(step, config)
-        with torch.random.fork_rng(devices=[]):
+        # autocast brings the pairs to bf16; to bring each layer's input to fp32 before would hold it twice
+        with torch.random.fork_rng(devices=[]), disable_input_dtype_casting(model):
             torch.manual_seed(seed * 1_000_003 + step)  # of dropout
             loss = _step(model, examples, original, config, seed, step)
         if not math.isfinite(loss):
@@ -182,17 +183,23 @@ def _step(
     count = sum(int(row.target[1:].sum()) for row in rows)
     total = 0.0
     for start in range(0, len(rows), config.micro):
-        tokens, target = _padded(rows[start : start + config.micro])
+        own = rows[start : start + config.micro]
+        tokens, target = _padded(own)
         with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
             hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
             wanted = target[:, 1:]
             student, labels = hidden[:, :-1][wanted], tokens[:, 1:][wanted]
             taught = None
             if original is not None:
-                with torch.no_grad():
-                    taught = original.hidden(tokens)[:, :-1][wanted]
-            total += _backward(model, student, labels, original, taught, count)
+                hidden_states = [original.hidden(row)[:-1][row.target[1:]] for row in own]
+                taught = logit_slices(original.head, model.config, torch.cat(hidden_states))
+            total += _backward(model, student, labels, taught, count)
     return total
+
+
+def drawn(config: Config, rows: int, seed: int) -> list[int]:
+    """The rows, of so many, that training sees."""
+    return sorted({at for step in range(config.steps) for at in _drawn(step, config.batch, rows, seed)})
 
 
 def _drawn(step: int, batch: int, rows: int, seed: int) -> list[int]:
@@ -215,32 +222,28 @@ def _padded(rows: Sequence[Example]) -> tuple[Tensor, Tensor]:
     return tokens, target
 
 
-def _backward(
-    model: PreTrainedModel,
-    student: Tensor,
-    labels: Tensor,
-    original: Original | None,
-    taught: Tensor | None,
-    count: int,
-) -> float:
+def _backward(model: PreTrainedModel, student: Tensor, labels: Tensor, taught: Logits | None, count: int) -> float:
     """Add the gradients of cross-entropy, or of KL(original || model), over `count`; gives the part of the loss.
 
-    The head goes forward and back some tokens at a time, so that the logits of no more are in memory.
+    The head goes forward and back some tokens at a time, so that the logits of no more are in memory. In the logits the
+    gradient of both losses is the model's distribution less the one that is wanted.
     """
     leaf, total = student.detach().requires_grad_(), 0.0
-    taught_slices = None if original is None or taught is None else logit_slices(original.head, model.config, taught)
     for part, logits in logit_slices(model.get_output_embeddings(), model.config, leaf):
-        log_q = torch.log_softmax(logits, -1)
-        if taught_slices is None:
-            loss = functional.nll_loss(log_q, labels[part], reduction="sum") / count
-        else:
-            with torch.no_grad():
-                log_p = torch.log_softmax(next(taught_slices)[1], -1)
-            loss = functional.kl_div(log_q, log_p, reduction="sum", log_target=True) / count
-        loss.backward()
-        total += float(loss.detach())
+        with torch.no_grad():
+            log_q = torch.log_softmax(logits, -1)
+            if taught is None:
+                total += float(functional.nll_loss(log_q, labels[part], reduction="sum"))
+                grad = log_q.exp_()
+                grad[torch.arange(len(grad)), labels[part]] -= 1
+            else:
+                log_p = torch.log_softmax(next(taught)[1], -1)
+                p = log_p.exp()
+                total += float(torch.linalg.vecdot(p, log_p.sub_(log_q)).double().sum())
+                grad = log_q.exp_().sub_(p)
+        logits.backward(grad / count)
     student.backward(leaf.grad)
-    return total
+    return total / count
 
 
 def _save(state: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
