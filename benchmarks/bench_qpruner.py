@@ -1,29 +1,63 @@
-"""QPruner's figures, so far: how well a model does before training, by how its low-rank pairs start.
+"""QPruner's figures: whole recipes at three ratios, and how low-rank pairs start.
 
-    python benchmarks/bench_qpruner.py .models/SmolLM2-135M-Instruct.Q4_1.gguf --data DATA
+    python benchmarks/bench_qpruner.py .models/SmolLM2-135M-Instruct.Q4_1.gguf --data DATA [--only PART ...]
 
 Each cell is stored in benchmarks/results/qpruner.json as soon as it is done, and a cell that is there is not run again;
-docs/qpruner.md is drawn from it at the end. Model, calibration, perplexity and KL as in bench_main.py; seed 0.
+docs/qpruner.md is drawn from it at the end. Model, calibration, perplexity and KL as in bench_main.py; seed 0. Recovery
+distils the original on instructions, 100 steps of 16 rows of at most 256 tokens; tasks are the first 500 documents.
 """
 
 import argparse
+import json
+import math
 import os
 import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from bench_main import HERE, WORK, Bench, write_tables
+import torch
+from safetensors import safe_open
+
+from bench_main import CONTEXT, HERE, WINDOWS, WORK, Bench, measured_process, write_tables
+from trimbit import data
 from trimbit.artifact import weight_nbytes
-from trimbit.pipeline import compress
+from trimbit.evaluate import final_hidden, load_model, load_tokenizer, score
+from trimbit.pipeline import Session, compress
+from trimbit.progress import Silent
+from trimbit.recovery import recover
+from trimbit.tasks import SOURCES, evaluate_tasks
 
 RESULTS = HERE / "results" / "qpruner.json"
 PAGE = HERE.parent / "docs" / "qpruner.md"
 FORMATS = {4: "nf4g64", 3: "uint3g64", 2: "uint2g64"}
 STARTS = ("zeros", "loftq", "qera")
 RANKS = (8, 32)
+RECIPES = ("llm-pruner", "qpruner-1", "qpruner-2", "qpruner-3")
+RATIOS = (20, 50, 30)  # in the order that they are run
+SHORT = 128  # tokens, the other context of perplexity
+DOCUMENTS = 500
+PARTS = ("start", "recipes")
 
 
-class Pairs(Bench):
-    """Cells about low-rank pairs."""
+class Timed:
+    """Seconds of each stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Callable[[int, int], None]]:
+        started = time.perf_counter()
+        yield lambda _done, _total: None
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - started, 1)
+
+
+class QPruner(Bench):
+    """Cells about pairs and whole recipes."""
 
     def start(self, bits: int, start: str, rank: int) -> dict:
         """KL of the model before any training, its blocks in one format, the table in bf16."""
@@ -35,8 +69,115 @@ class Pairs(Bench):
         kl = plan.found_by.measured_damage
         return {"nbytes": weight_nbytes(out), "held_out_kl": kl} | self.quality(out, original)
 
+    def recovering(self, recipe: str, ratio: int | None) -> Session:
+        """A recipe with this benchmark's recovery."""
+        instructions = self.folder / "instruct" / "alpaca_2000.jsonl.gz"
+        own = () if ratio is None else (f"prune.ratio={ratio / 100}",)
+        return self.session(self.off_grid(0), recipe, 0, (f"tune.data={instructions}", *own))
 
-def cells() -> list[tuple[int, str, int]]:
+    def whole(self, recipe: str, ratio: int | None) -> dict:
+        """The recipe as it is, and what its model is worth on text; the directory stays for the other cells."""
+        out, session = made(recipe, ratio), self.recovering(recipe, ratio)
+        shutil.rmtree(out, ignore_errors=True)
+        session.reporter = timed = Timed()
+        plan = compress(session, None, out)
+        tuning = json.loads((out / "tuning.json").read_text())
+        with safe_open(out / "model.safetensors", "pt") as file:
+            pairs = sum(2 * math.prod(file.get_slice(k).get_shape()) for k in file.keys() if ".adapter." in k)  # noqa: SIM118
+        shares = {}
+        for name, runs in plan.weights.items():
+            if name.startswith("model.layers."):
+                shares[runs[0].precision.name] = (
+                    shares.get(runs[0].precision.name, 0) + runs[0].count * session.layout.weights[name].rows
+                )
+        losses = tuning["losses"]
+        return {
+            "nbytes": weight_nbytes(out), "adapter_nbytes": pairs,
+            "trained_nbytes": tuning["trained_nbytes"], "optimizer_nbytes": tuning["optimizer_nbytes"],
+            "first_losses": sum(losses[:10]) / 10, "last_losses": sum(losses[-10:]) / 10,
+            "held_out_kl": plan.found_by.measured_damage, "stage_seconds": timed.seconds, "steps": len(losses),
+            "notes": list(plan.found_by.notes), "block_weights_by_format": shares,
+        } | self.quality(out, self.off_grid(0)) | {"ppl@128": self.short(out)}  # fmt: skip
+
+    def original(self) -> dict:
+        original = self.off_grid(0)
+        return (
+            {"nbytes": weight_nbytes(original)} | self.quality(original, original) | {"ppl@128": self.short(original)}
+        )
+
+    def short(self, path: Path) -> float:
+        """Perplexity of windows of 128 tokens, of the same text."""
+        text = self.folder / "wikitext-2" / "wiki.test.raw"
+        windows = data.evaluation_windows(text, load_tokenizer(path), context=SHORT, limit=WINDOWS * CONTEXT // SHORT)
+        model = load_model(path, torch.bfloat16)
+        total = sum(float(score(model, final_hidden(model, window), window, None)[0]) for window in windows)
+        return math.exp(total / (len(windows) * (SHORT - 1)))
+
+    def tasks(self, path: Path) -> dict:
+        """Seven tasks: the headline of each in percent, with its standard error."""
+        found = evaluate_tasks(
+            path, tuple(SOURCES), folder=self.folder / "tasks", limit=DOCUMENTS, dtype=torch.bfloat16, reporter=Silent()
+        )
+        each = {name: (100 * task.score.value, 100 * (task.score.stderr or 0)) for name, task in found.tasks.items()}
+        mean = found.task_mean
+        return {"tasks": each, "mean": (100 * mean.value, 100 * (mean.stderr or 0)), "versions": found.versions}
+
+    def memory(self, recipe: str, ratio: int | None) -> dict:
+        """Peak resident bytes above the imports' of two steps of recovery, and of one window of 2,048 tokens."""
+        out = made(recipe, ratio)
+        _, imports = measured_process([sys.executable, __file__, "--peak", "nothing", str(out)], None)
+        peaks = {}
+        for what in ("training", "inference"):
+            again = [
+                sys.executable,
+                __file__,
+                "--peak",
+                what,
+                str(out),
+                recipe,
+                str(ratio or 0),
+                str(self.source),
+                str(self.folder),
+            ]
+            peaks[what] = measured_process(again, None)[1] - imports
+        return peaks | {"imports": imports}
+
+
+def made(recipe: str, ratio: int | None) -> Path:
+    """Where a recipe's directory lies between its cells."""
+    return WORK / "recipes" / f"{recipe}-{ratio or 0}"
+
+
+def peak(what: str, out: Path, recipe: str = "", ratio: str = "0", source: str = "", folder: str = "") -> None:
+    """What a process of its own runs for its memory to be measured."""
+    import peft  # noqa: F401
+
+    if what == "training":
+        bench = QPruner(Path(source), Path(folder), RESULTS)
+        session = bench.recovering(recipe, int(ratio) or None)
+        assert session.tuning is not None
+        short = session.tuning.model_copy(update={"steps": 2})
+        examples, original = session.examples, session.original()
+        del session
+        with tempfile.TemporaryDirectory() as scratch:
+            recover(out, original, examples, short, Path(scratch) / "state.safetensors", 0, lambda *_: None)
+    elif what == "inference":
+        final_hidden(load_model(out, torch.bfloat16), torch.arange(CONTEXT))
+
+
+def recipes() -> list[tuple[str, int | None]]:
+    """What is run, in this order."""
+    first, *rest = [
+        (recipe, ratio) for ratio in RATIOS for recipe in ("llm-pruner", "qpruner-3", "qpruner-1", "qpruner-2")
+    ]
+    return [first, *rest[:3], ("loftq-only", None), *rest[3:]]
+
+
+def key_of(recipe: str, ratio: int | None) -> str:
+    return recipe if ratio is None else f"{recipe}/{ratio} %"
+
+
+def starts() -> list[tuple[int, str, int]]:
     """(bits, start, rank); zeros change nothing, whatever their rank."""
     return [
         (bits, start, rank)
@@ -64,14 +205,27 @@ def tables(results: dict) -> str:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--peak"]:
+        peak(sys.argv[2], Path(sys.argv[3]), *sys.argv[4:])
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS)
     options = parser.parse_args()
     os.environ.setdefault("TRIMBIT_CACHE", str(WORK / "cache"))
-    bench = Pairs(options.source, options.data, RESULTS)
-    for bits, start, rank in cells():
-        bench.cell(name(bits, start, rank), lambda b=bits, s=start, r=rank: bench.start(b, s, r))
+    bench = QPruner(options.source, options.data, RESULTS)
+    if "start" in options.only:
+        for bits, start, rank in starts():
+            bench.cell(name(bits, start, rank), lambda b=bits, s=start, r=rank: bench.start(b, s, r))
+    if "recipes" in options.only:
+        bench.cell("whole/original", bench.original)
+        bench.cell("tasks/original", lambda: bench.tasks(bench.off_grid(0)))
+        for recipe, ratio in recipes():
+            key = key_of(recipe, ratio)
+            bench.cell(f"whole/{key}", lambda r=recipe, n=ratio: bench.whole(r, n))
+            bench.cell(f"memory/{key}", lambda r=recipe, n=ratio: bench.memory(r, n))
+            bench.cell(f"tasks/{key}", lambda r=recipe, n=ratio: bench.tasks(made(r, n)))
     write_tables(PAGE, tables(bench.results))
 
 

@@ -36,7 +36,7 @@ def original_of(stream: BlockStream, examples: Sequence[Example], folder: Path, 
     for number, group in enumerate(groups):
         hidden = [stream.embed(missing[path][None]) for path in group]
         for index in range(stream.layout.blocks):
-            block = stream.load(index)
+            block = stream.load(index).to(stream.compute)
             hidden = [stream.run(index, block, row) for row in hidden]
             progress(number * stream.layout.blocks + index + 1, len(groups) * stream.layout.blocks)
         for path, last in zip(group, hidden, strict=True):

@@ -482,7 +482,7 @@ class Session:
         folder = self._trial_folder(plan)
         decides = [folder.name, self._step(self.recipe.tune), self._examples_key, self.seed]
         state = self.cache / "tuned" / f"{digest(decides)}.safetensors"
-        original = self._original() if self.tuning.loss == "distill" else None
+        original = self.original() if self.tuning.loss == "distill" else None
         with self.reporter.stage("recovery") as progress:
             tuned = recover(folder, original, self.examples, self.tuning, state, self.seed, progress)
         writer.take(folder, adapter_tensors(tuned.pairs))
@@ -501,7 +501,7 @@ class Session:
         tokenizer, masked = self.checkpoint.tokenizer(), self.tuning.loss == "instruct"
         return from_instructions(Path(self.tuning.data), tokenizer, self.tuning.length, masked=masked)
 
-    def _original(self) -> Original:
+    def original(self) -> Original:
         """The original model, for the examples that recovery draws."""
         assert self.tuning is not None
         used = [self.examples[at] for at in drawn(self.tuning, len(self.examples), self.seed)]
