@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from jobs import BUDGET, write_text
 from tiny import save_tiny, tiny_model
-from trimbit import artifact, cli, pipeline
+from trimbit import artifact, cli, pipeline, trials
 from trimbit.pipeline import open_session
 from trimbit.plan import load_plan
 from trimbit.recipe import load_recipe
@@ -428,7 +428,7 @@ def test_a_cache_that_safetensors_cannot_write_or_read(refused, job, options, tm
         patched.setattr("trimbit.stats.save_file", full)
         refused(*compress(job.model, tmp_path / "out", options), words=[str(cache), "No space left", "free space"])
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "apply_plan", full)
+        patched.setattr(trials, "apply_plan", full)
         refused(*compress(job.model, tmp_path / "out", options), words=[])
     for file in cache.rglob("candidates/*/*.safetensors"):
         file.write_bytes(file.read_bytes()[:50])  # a disk that lost what it had been given
@@ -443,13 +443,13 @@ def test_interrupted(refused, job, options, tmp_path, monkeypatch):
         assert writer.partial.is_dir()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "apply_plan", stop)
+    monkeypatch.setattr(trials, "apply_plan", stop)
     refused(*compress(job.model, tmp_path / "out", options), words=["interrupted", "reused"], code=130)
 
 
 @pytest.mark.usefixtures("untried")
 def test_terminated(refused, job, options, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "apply_plan", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(trials, "apply_plan", lambda *_: signal.raise_signal(signal.SIGTERM))
     refused(*compress(job.model, tmp_path / "out", options), words=["interrupted"], code=130)
 
 

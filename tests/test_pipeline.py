@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import trimbit
 from jobs import BUDGET
 from tiny import VOCAB
-from trimbit import pipeline
+from trimbit import pipeline, trials
 from trimbit.artifact import weight_nbytes
 from trimbit.errors import ArtifactError, BudgetError, DataError, PlanError, RecipeError
 from trimbit.evaluate import evaluate
@@ -302,13 +302,14 @@ def test_two_runs_that_try_the_same_plan(job, compressed, tmp_path, monkeypatch)
     _, plan = compressed
     first, second = (session(job, cache=tmp_path / name) for name in ("first", "second"))
     first.trial(plan)
-    apply = second._apply
+    apply = trials.apply_plan
 
     def meanwhile(*arguments):
-        apply(*arguments)
+        found = apply(*arguments)
         shutil.copytree(tmp_path / "first" / "trials", tmp_path / "second" / "trials", dirs_exist_ok=True)
+        return found
 
-    monkeypatch.setattr(second, "_apply", meanwhile)
+    monkeypatch.setattr(trials, "apply_plan", meanwhile)
     assert second.trial(plan) == plan.found_by.measured_damage
     assert len(list((tmp_path / "second" / "trials").iterdir())) == 1
 

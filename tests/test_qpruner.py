@@ -101,8 +101,10 @@ def test_what_was_tried_lies_beside(compressed):
         assert not (out / "trials.csv").exists()
         return
     header, *rows = (out / "trials.csv").read_text().splitlines()
-    assert header == "trial,nbytes,kl,pareto"
-    found = [(int(nbytes), float(kl), int(front)) for _, nbytes, kl, front in (row.split(",") for row in rows)]
+    assert header == "trial,nbytes,kl,nll,accuracy,stderr,pareto"
+    split = [row.split(",") for row in rows]
+    assert all(float(nll) > 1 and (accuracy, stderr) == ("", "") for _, _, _, nll, accuracy, stderr, _ in split)
+    found = [(int(nbytes), float(kl), int(front)) for _, nbytes, kl, *_, front in split]
     limit = opened.limit(None)
     assert 1 <= len(found) <= 5
     assert all(nbytes <= limit for nbytes, _, _ in found)
@@ -119,7 +121,7 @@ def test_a_search_that_was_broken_off_goes_on(job, tmp_path, monkeypatch):
     calls = []
     for _ in range(6):
         opened = session(job, "qpruner-3", cache=tmp_path / "two")
-        real = opened.evaluate
+        real = opened.outcome
         killed = []
 
         def once(plan, real=real, killed=killed):
@@ -129,7 +131,7 @@ def test_a_search_that_was_broken_off_goes_on(job, tmp_path, monkeypatch):
             calls.append(plan.weights)
             return real(plan)
 
-        monkeypatch.setattr(opened, "evaluate", once)
+        monkeypatch.setattr(opened, "outcome", once)
         try:
             plan = opened.find_plan(None)
             break
@@ -137,6 +139,7 @@ def test_a_search_that_was_broken_off_goes_on(job, tmp_path, monkeypatch):
             continue
     assert plan.weights == whole.weights
     assert plan.found_by.notes == whole.found_by.notes
+    assert f"{len(calls)} plans tried" in whole.found_by.notes[0]
     assert all(a != b for at, a in enumerate(calls) for b in calls[:at])
 
 
@@ -220,8 +223,8 @@ def test_the_originals_answers_are_kept_and_are_those_of_the_whole_model(job, tm
     data = tmp_path / "rows.jsonl"
     data.write_text("\n".join(json.dumps({"instruction": "w5", "output": f"w{at + 8} " * (at + 1)}) for at in range(5)))
     opened = session(job, "qpruner-1", f"tune.data={data}", "tune.length=64", cache=tmp_path / "c")
-    examples = opened.examples
-    assert all(bool(row.target[1:].all()) and not bool(row.target[0]) for row in examples)
+    assert all(bool(row.target[1:].all()) and not bool(row.target[0]) for row in opened.examples)
+    examples = [row.tokens for row in opened.examples]
     monkeypatch.setattr(distillation, "CARRIED", 4 * 48 * 100)
     swept = []
     first = original_of(opened.stream, examples[:2], tmp_path / "kept", lambda *done: swept.append(done))
@@ -233,7 +236,7 @@ def test_the_originals_answers_are_kept_and_are_those_of_the_whole_model(job, tm
     for row in examples:
         found = original.hidden(row)
         assert torch.equal(found, again.hidden(row))
-        want = whole.get_decoder()(row.tokens[None]).last_hidden_state[0]
+        want = whole.get_decoder()(row[None]).last_hidden_state[0]
         torch.testing.assert_close(found.float(), want, rtol=0.05, atol=0.05)
     assert torch.equal(first.hidden(examples[1]), original.hidden(examples[1]))
     torch.testing.assert_close(original.head(found).float(), whole.lm_head(want), rtol=0.05, atol=0.1)
@@ -323,7 +326,7 @@ def test_the_written_pairs_are_those_that_were_trained(job, tmp_path):
     opened = session(job, "qpruner-1", cache=tmp_path)
     plan = opened.find_plan(None)
     opened.trial(plan)
-    folder = opened._trial_folder(plan)
+    folder = opened.trials.place(plan)
     model = load_model(folder, torch.bfloat16)
     kinds, before = (PackedLinear, AdaptedLinear), model(TOKENS).logits
     pairs = _taken_out(model)

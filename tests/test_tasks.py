@@ -22,7 +22,7 @@ from trimbit.errors import DataError, NumericsError
 from trimbit.pipeline import open_session
 from trimbit.progress import Silent
 from trimbit.recipe import load_recipe
-from trimbit.tasks import SOURCES, Score, check_tasks, evaluate_tasks
+from trimbit.tasks import SOURCES, Score, TaskScore, check_tasks, evaluate_tasks
 
 for package in tasks.NEEDS:
     pytest.importorskip(package)
@@ -327,6 +327,11 @@ def test_a_model_that_overflows(job, folder, monkeypatch):
 
 
 def test_mean():
-    found = tasks._mean([Score(value=0.5, stderr=0.03), Score(value=0.7, stderr=0.04)])
+    def mean(*found):
+        scored = (Score(value=value, stderr=error) for value, error in found)
+        fields = {"documents": 9, "version": "1", "headline": "acc", "acc_norm": None, "seconds": 1.0}
+        return tasks.mean_score({str(at): TaskScore(acc=score, **fields) for at, score in enumerate(scored)})
+
+    found = mean((0.5, 0.03), (0.7, 0.04))
     assert (found.value, found.stderr) == pytest.approx((0.6, 0.025))
-    assert tasks._mean([Score(value=0.5, stderr=0.03), Score(value=0.7, stderr=None)]).stderr is None
+    assert mean((0.5, 0.03), (0.7, None)).stderr is None

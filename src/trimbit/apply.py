@@ -22,7 +22,7 @@ from torch.nn import functional
 from trimbit.artifact import Writer
 from trimbit.errors import NumericsError, RecipeError
 from trimbit.model import axes
-from trimbit.model.head import kl, logit_slices
+from trimbit.model.head import following, judge, logit_slices
 from trimbit.model.layout import Layout, Unit, Weight
 from trimbit.model.stream import BlockStream, Chunks, computing, embed_chunks
 from trimbit.plan import Plan
@@ -158,7 +158,7 @@ def apply_plan(
         return None
     head_name = family.embed if layout.tied else family.head
     original = stream.checkpoint.tensor(f"{head_name}.weight").to(stream.compute)
-    return job.damage(original, packed.dense(torch.bfloat16).to(stream.compute))
+    return job.damage(original, packed.dense(torch.bfloat16).to(stream.compute), held_out)
 
 
 def identity_moments(n: int) -> Moments:
@@ -254,21 +254,18 @@ class _Job:
                 self.compressed[at] = self.stream.run(index, block, chunk)
         self.inputs = []
 
-    def damage(self, original: Tensor, compressed: Tensor) -> float:
+    def damage(self, original: Tensor, compressed: Tensor, held_out: Tensor) -> float:
         """KL(original || compressed) on the held-out rows, which are past the last block, with both heads' weights."""
-        total, count, config = 0.0, 0, self.layout.config
-        for chunk, other in zip(self.held_dense, self.held_compressed, strict=True):
-            with computing(self.stream.compute):
-                heads = [
-                    logit_slices(
-                        partial(functional.linear, weight=weight), config, self.stream.final_norm(h).flatten(0, -2)
-                    )
-                    for weight, h in ((original, chunk), (compressed, other))
-                ]
-                for (_, p), (_, q) in zip(*heads, strict=True):
-                    total += kl(torch.log_softmax(p, -1), torch.log_softmax(q, -1))
-                    count += len(p)
-        return total / count
+        dense, own = (
+            logit_slices(
+                partial(functional.linear, weight=weight),
+                self.layout.config,
+                torch.cat([self.stream.final_norm(chunk).flatten(0, -2) for chunk in chunks]),
+            )
+            for weight, chunks in ((original, self.held_dense), (compressed, self.held_compressed))
+        )
+        with computing(self.stream.compute):
+            return judge((torch.log_softmax(logits, -1) for _, logits in dense), own, following(held_out)).kl
 
     def _compress_unit(
         self, index: int, unit: Unit, dense: nn.Module, block: nn.Module, prefix: str

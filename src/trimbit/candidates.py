@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trimbit.apply import Compressed, Method, identity_moments, tied_moments
-from trimbit.measure import menu_of, sites_of
+from trimbit.measure import format_of, menu_of, sites_of
 from trimbit.measurements import Space
 from trimbit.model import axes
 from trimbit.model.checkpoint import Checkpoint
@@ -46,20 +46,20 @@ class CandidateWeights:
         self.refits = refits
 
     def unit_state(self, unit: Unit, width: int | None, formats: Mapping[str, Precision]) -> dict[str, Tensor]:
-        """Parameters of a unit by name, each site's weights in its format; a zero bias where nothing is cut."""
+        """Parameters of a unit by name, each weight in its or its site's format; a zero bias where nothing is cut."""
         state: dict[str, Tensor] = {}
         keep = None
         if unit.dim is not None and width is not None and width != unit.size:
             keep = tuple(sorted(self.rankings[unit.dim][:width]))
         for site, names in sites_of(self.layout, unit).items():
             for name in names:
-                weight = self.layout.weights[name]
+                weight, precision = self.layout.weights[name], format_of(formats, site, name)
                 if name == unit.out_weight:
-                    state |= self._out_state(unit, weight, keep, formats[site])
+                    state |= self._out_state(unit, weight, keep, precision)
                 elif keep and self.rank:
-                    state[f"{name}.weight"] = self._cut_rows(unit, weight, keep, formats[site])
+                    state[f"{name}.weight"] = self._cut_rows(unit, weight, keep, precision)
                 else:
-                    state[f"{name}.weight"] = self.compressed(weight, formats[site]).dense(torch.bfloat16)
+                    state[f"{name}.weight"] = self.compressed(weight, precision).dense(torch.bfloat16)
         return state
 
     def _out_state(

@@ -1,10 +1,10 @@
-"""What the original model says of the rows that recovery trains on: its last hidden states, kept on disk, and its head.
+"""What the original model says of rows of tokens: its last hidden states, kept on disk, and its head.
 
 They are computed block by block before training begins, so that the original is never whole in memory beside the model
 that is trained, and are there for the next training on the same rows.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -16,13 +16,13 @@ from trimbit.cache import save_whole
 from trimbit.model.stream import BlockStream
 from trimbit.plan import digest
 from trimbit.progress import Progress
-from trimbit.repair.tune import Example, Original
+from trimbit.repair.tune import Original
 
 CARRIED = 2**28  # bytes of hidden states in fp32 that one sweep over the blocks carries
 
 
-def original_of(stream: BlockStream, examples: Sequence[Example], folder: Path, progress: Progress) -> Original:
-    """The original for `examples`; what `folder` lacks is computed, a row at a time, so that no row depends on others.
+def original_of(stream: BlockStream, rows: Iterable[Tensor], folder: Path, progress: Progress) -> Original:
+    """The original for `rows`; what `folder` lacks is computed, a row at a time, so that no row depends on others.
 
     A row of n tokens takes 2 n hidden bytes there.
     """
@@ -30,8 +30,7 @@ def original_of(stream: BlockStream, examples: Sequence[Example], folder: Path, 
     def place(tokens: Tensor) -> Path:
         return folder / f"{digest(tokens.tolist())}.safetensors"
 
-    rows = {place(example.tokens): example.tokens for example in examples}
-    missing = {path: tokens for path, tokens in rows.items() if not path.exists()}
+    missing = {path: tokens for tokens in rows if not (path := place(tokens)).exists()}
     groups = _groups(missing, 4 * stream.layout.sizes["hidden"])
     for number, group in enumerate(groups):
         hidden = [stream.embed(missing[path][None]) for path in group]
@@ -41,7 +40,7 @@ def original_of(stream: BlockStream, examples: Sequence[Example], folder: Path, 
             progress(number * stream.layout.blocks + index + 1, len(groups) * stream.layout.blocks)
         for path, last in zip(group, hidden, strict=True):
             save_whole(path, partial(save_file, {"hidden": stream.final_norm(last)[0].to(torch.bfloat16)}))
-    return Original(hidden=lambda example: load_file(place(example.tokens))["hidden"], head=stream.head())
+    return Original(hidden=lambda tokens: load_file(place(tokens))["hidden"], head=stream.head())
 
 
 def _groups(rows: Mapping[Path, Tensor], token_nbytes: int) -> list[list[Path]]:

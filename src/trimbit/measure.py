@@ -26,7 +26,7 @@ class Candidates(Protocol):
     rankings: Mapping[str, tuple[int, ...]]
 
     def unit_state(self, unit: Unit, width: int | None, formats: Mapping[str, Precision]) -> dict[str, Tensor]:
-        """Parameters of a unit by name, its sites in `formats`."""
+        """Parameters of a unit by name, in `formats` by site, or by weight."""
 
 
 def widths_of(layout: Layout, unit: Unit, space: Space) -> tuple[int, ...]:
@@ -50,6 +50,11 @@ def sites_of(layout: Layout, unit: Unit) -> dict[str, tuple[str, ...]]:
     return {site: tuple(names) for site, names in sites.items()}
 
 
+def format_of(formats: Mapping[str, Precision], site: str, name: str) -> Precision:
+    """A weight's own format, where it has one, else its site's."""
+    return formats[name] if name in formats else formats[site]
+
+
 def menu_of(unit: Unit, space: Space) -> tuple[Precision, ...]:
     """The formats that a unit's sites may have."""
     if unit.block is None:
@@ -66,8 +71,7 @@ def spared_format(unit: Unit, space: Space) -> Precision | None:
 def install(whole: WholeModel, layout: Layout, candidates: Candidates, plan: Background) -> None:
     """Put the candidates of a whole plan into the model."""
     for unit in layout.units.values():
-        formats = {site: plan.formats[site] for site in sites_of(layout, unit)}
-        whole.install(candidates.unit_state(unit, plan.widths.get(unit.dim or "", unit.size), formats))
+        whole.install(candidates.unit_state(unit, plan.widths.get(unit.dim or "", unit.size), plan.formats))
 
 
 def background_of(plan: Plan, layout: Layout) -> Background:
@@ -83,9 +87,9 @@ def background_of(plan: Plan, layout: Layout) -> Background:
         if runs is not None and len(runs) != 1:
             raise PlanError(f"weight {name} has {len(runs)} runs; only plans with one run a weight can be tried here")
         site = weight.site if unit.block is not None else unit.name
-        known = [runs[0].precision] if runs else []
-        fallback = next(run[0].precision for run in plan.weights.values())
-        formats.setdefault(site, known[0] if known else fallback)
+        own = (runs or next(iter(plan.weights.values())))[0].precision  # of a sub-block that is gone: any
+        if formats.setdefault(site, own) != own:
+            formats[name] = own
     return Background(widths={dim: len(keep) for dim, keep in plan.cuts.items()}, formats=formats)
 
 

@@ -32,6 +32,26 @@ class Space(Data):
     spared_format: Precision | None = None
 
 
+class Objective(Data):
+    """What a search by trials of whole plans goes by. KL and NLL are on held-out tokens and measured in any case."""
+
+    by: Literal["kl", "nll", "accuracy"] = "kl"  # paper: accuracy; ours: KL, whose noise is far below its differences
+    steps: int = Field(default=0, ge=0)  # of recovery, before a plan is judged
+    tasks: tuple[str, ...] = ()  # zero-shot ones whose mean is the accuracy; code (harrysyz99/Qmixtuner): hellaswag
+    data: str | None = None  # the folder of their files
+    documents: int | None = Field(default=500, ge=1)  # of each task, the first
+    workers: int = Field(default=1, ge=1)  # processes that judge the plans of a batch, a whole model in each
+
+
+class Outcome(Data):
+    """What a trial of a whole plan found."""
+
+    kl: float  # KL(original || model), nats a token
+    nll: float  # of the token that follows, nats
+    accuracy: float | None = None
+    stderr: float | None = None  # of the accuracy
+
+
 class FormatDamage(Data):
     """Change of the whole model's KL when one site's weights take a format, all else as in the background."""
 
@@ -49,7 +69,10 @@ class WidthDamage(Data):
 
 
 class Background(Data):
-    """The plan around which damage was measured: widths of the cut dims, and a format for each site."""
+    """The plan around which damage is measured: widths of the cut dims, and a format for each site.
+
+    In a plan that is tried as a whole a weight may have a format of its own, under its own name.
+    """
 
     widths: dict[str, int]
     formats: dict[str, Precision]

@@ -3,7 +3,7 @@
 import importlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,32 +16,34 @@ from torch import nn
 
 import trimbit
 from trimbit import data
-from trimbit.apply import Method, apply_plan, cut_unit
-from trimbit.artifact import PLAN_FILE, RECIPE_FILE, Writer, model_card, require_absent
+from trimbit.apply import Method, cut_unit
+from trimbit.artifact import RECIPE_FILE, Writer, model_card, require_absent
 from trimbit.cache import cache_root, save_whole, source_digest
 from trimbit.candidates import CandidateWeights
-from trimbit.distillation import original_of
-from trimbit.errors import ArtifactError, BudgetError, DataError, PlanError, RecipeError
+from trimbit.errors import BudgetError, DataError, PlanError, RecipeError
 from trimbit.information import layer_information
 from trimbit.instructions import from_instructions, from_rows
 from trimbit.measure import background_of, install, measure
-from trimbit.measurements import Background, Measurements, Space
+from trimbit.measurements import Background, Measurements, Objective, Outcome, Space
 from trimbit.model.checkpoint import Checkpoint
 from trimbit.model.layout import Layout, build_layout
 from trimbit.model.load import open_checkpoint
 from trimbit.model.stream import BlockStream
 from trimbit.model.whole import Judge, WholeModel
-from trimbit.plan import Budget, ModelRef, Plan, digest, load_plan
+from trimbit.pareto import Trial, picture, require_plot, table
+from trimbit.plan import Budget, ModelRef, Plan, digest
 from trimbit.progress import Reporter, Silent
 from trimbit.prune import kept_widths, protected
 from trimbit.ranking import by_gradients, by_moments
 from trimbit.recipe import Recipe, Step, step_config
-from trimbit.recovery import TUNING_FILE, adapter_tensors, held_out_kl, recover, tuning_record
+from trimbit.recovery import TUNING_FILE, Recovery, adapter_tensors, recovered, tuning_record
 from trimbit.repair.tune import Config as Tuning
-from trimbit.repair.tune import Example, Original, drawn, require_peft
+from trimbit.repair.tune import Example, require_peft
 from trimbit.search.problem import Problem
 from trimbit.stats import Stats, collect, stored
-from trimbit.trials import Trial, picture, require_plot, table
+from trimbit.tasks import check_tasks, mean_score, score_tasks, task_keys
+from trimbit.trials import Trials
+from trimbit.workers import Workers
 
 
 def module_of(stage: str, step: Step) -> ModuleType:
@@ -77,6 +79,7 @@ class Session:
         self.lowrank = self._module("repair", recipe.lowrank, "correct")[1] if recipe.lowrank else None
         self.tuning: Tuning | None = self._module("repair", recipe.tune, "tune")[1] if recipe.tune else None
         self.searched: Problem | None = None  # the last problem that was solved
+        self.workers: Workers | None = None
         self.compute: torch.dtype = getattr(torch, recipe.compute)
         if self.tuning is not None and self.lowrank is None:
             raise RecipeError("`tune` trains low-rank pairs: the recipe needs a `lowrank` too")
@@ -280,53 +283,90 @@ class Session:
         )
 
     @cached_property
-    def judges(self) -> tuple[Judge, Judge]:
-        """KL on the tokens that damage is measured on, and on the held-out ones, by one whole model in memory."""
+    def judges(self) -> tuple[Judge | None, Judge]:
+        """KL on the tokens that damage is measured on, and on the held-out ones, by one whole model in memory.
+
+        A search that measures no damage has no first one.
+        """
         want = self.recipe.measure
         assert want is not None
         if len(self.tokens.tokens) < want.rows:
             raise RecipeError(f"measure.rows: {want.rows} of {len(self.tokens.tokens)} calibration rows asked")
-        whole = WholeModel(self.stream)
+        whole, first = WholeModel(self.stream), None
         with self.reporter.stage("the model's own output") as progress:
-            first = Judge(whole, self.tokens.tokens[: want.rows, : want.length])
+            if hasattr(self.search[0], "background"):
+                first = Judge(whole, self.tokens.tokens[: want.rows, : want.length])
             progress(1, 2)
             second = Judge(whole, self.held_out.tokens[:, : want.length], repeated=False)
             progress(2, 2)
         return first, second
 
-    def evaluate(self, plan: Plan) -> float:
-        """KL on held-out tokens of a plan put together from candidates: quick, but no block makes up for others."""
+    def _put_together(self, plan: Plan) -> Judge:
         judge = self.judges[1]
         install(judge.whole, self.layout, self.candidates, background_of(plan, self.layout))
-        return judge.damage(None)
+        return judge
+
+    def evaluate(self, plan: Plan) -> float:
+        """KL on held-out tokens of a plan put together from candidates: quick, but no block makes up for others."""
+        return self._put_together(plan).damage(None)
+
+    @cached_property
+    def trials(self) -> Trials:
+        """Plans applied for real."""
+        steps = (self.recipe.quant, self.recipe.repair, self.recipe.lowrank)
+        judged = self.held_out if self._judges else None
+        decides = (
+            self.stats_key if judged else self.model.weights_hash, judged.digest if judged else None,
+            *(self._step(step) for step in steps), self.seed if self.rank else 0,
+        )  # fmt: skip
+        return Trials(
+            stream=self.stream, method=self.method, repair=self.repair[1] if self.repair else None, stats=self.stats,
+            tokens=self.tokens.tokens if self.stats is not None else None, held_out=judged.tokens if judged else None,
+            folder=self.cache / "trials", decides=decides, reporter=self.reporter,
+        )  # fmt: skip
 
     def trial(self, plan: Plan) -> float:
         """KL on held-out tokens of a plan that is applied for real; it is kept, to be written if it is chosen."""
-        folder = self._trial_folder(plan)
-        if not folder.exists():
-            self._release()
-            try:
-                with Writer(folder, self.layout, plan) as writer:
-                    self._apply(plan, writer, f"trial of {plan.found_by.method}")
-            except ArtifactError:
-                if not folder.exists():  # else another run has tried the same plan meanwhile
-                    raise
-        measured = load_plan(folder / PLAN_FILE).found_by.measured_damage
-        assert measured is not None
-        return measured
+        self._release()
+        return self.trials.damage(plan)
 
-    def _trial_folder(self, plan: Plan) -> Path:
-        decides = [
-            source_digest(),
-            self.stats_key,
-            self.held_out.digest,
-            self._step(self.recipe.quant),
-            self._step(self.recipe.repair),
-            self._step(self.recipe.lowrank),
-            self.seed if self.rank else 0,
-            plan.model_dump(mode="json", exclude={"found_by"}),
-        ]
-        return self.cache / "trials" / digest(decides)
+    @property
+    def objective(self) -> Objective | None:
+        """What a search by trials goes by."""
+        return getattr(self.search[1], "objective", None)
+
+    def outcome(self, plan: Plan) -> Outcome:
+        """What the search's objective wants to know of a plan: put together from candidates, or after recovery."""
+        want = self.objective
+        assert want is not None
+        if want.steps:
+            folder = self.trials.applied(plan)
+            model = recovered(folder, self.recovery.train(folder, want.steps).pairs)
+            judged = self.recovery.judged(model)
+        else:
+            judge = self._put_together(plan)
+            model, judged = judge.whole.model, judge.judged()
+        found = Outcome(kl=judged.kl, nll=judged.nll)
+        if not want.tasks:
+            return found
+        scores = score_tasks(
+            model, self.checkpoint.tokenizer(), want.tasks, folder=Path(want.data) if want.data else None,
+            limit=want.documents, reporter=self.reporter,
+        )  # fmt: skip
+        mean = mean_score(scores)
+        return found.model_copy(update={"accuracy": mean.value, "stderr": mean.stderr})
+
+    def outcomes(self, plans: Sequence[Plan]) -> Iterator[Outcome]:
+        """The outcome of each plan, in their order; in processes of their own if the objective asks for several."""
+        want = self.objective
+        assert want is not None
+        if want.workers == 1:
+            yield from map(self.outcome, plans)
+            return
+        if self.workers is None:
+            _ = self.rankings, self.stats, self.held_out  # cached before, or each process would make them
+            self.workers = Workers(self, want.workers)
+        yield from self.workers.outcomes(plans)
 
     @property
     def _judges(self) -> bool:
@@ -347,6 +387,7 @@ class Session:
             rankings=self.rankings if ready else empty, recipe_hash=self.recipe.hash, seed=self.seed,
             evaluate=self.evaluate if ready and self.recipe.measure else None,
             trial=self.trial if ready and self.recipe.measure and self.recipe.measure.trials else None,
+            outcomes=self.outcomes if ready and self.objective else None,
             refit_biases=self.repair is not None, rank=self.rank,
             importance=(lambda: self.importance) if self.layers is not None else None,
             reporter=self.reporter, key=key, journal=self.cache / "plans" / f"{key}.jsonl" if key else None,
@@ -354,11 +395,15 @@ class Session:
 
     def _search_key(self, limit: int) -> str:
         """What decides the result of a trial put together from candidates, and which plans are tried."""
-        held_out, measure = self.held_out.digest, self.recipe.measure
+        held_out, measure, objective = self.held_out.digest, self.recipe.measure, self.objective
         want = None if measure is None else measure.length
         module, config = self.search
         decides = [self.stats_key, self.candidates.folder.name, held_out, want, limit, self.seed, self.rankings]
         steps = [module.identity(config), self._step(self.recipe.importance), self.space.model_dump(mode="json")]
+        if objective is not None and objective.steps:
+            steps += [self._step(self.recipe.tune), self.recovery.rows]
+        if objective is not None and objective.data is not None:
+            steps.append(task_keys(objective.tasks, Path(objective.data)))
         return digest([*decides, *steps])
 
     def limit(self, budget: Budget | None) -> int:
@@ -374,6 +419,9 @@ class Session:
             require_peft()
             if self.tuning.data is not None:
                 _ = self.examples
+        if self.objective is not None and self.objective.tasks:
+            folder = self.objective.data
+            check_tasks(self.objective.tasks, Path(folder) if folder else None, self.objective.documents)
         if budget is None and not hasattr(module, "default_limit"):
             raise BudgetError(f"search {self.recipe.search.name} needs a budget: give --budget, such as 0.3x")
         if budget is None:
@@ -385,7 +433,14 @@ class Session:
 
     def find_plan(self, budget: Budget | None) -> Plan:
         """Search the best plan within a budget; None: the recipe's own."""
-        limit = self.limit(budget)
+        try:
+            return self._find_plan(self.limit(budget))
+        finally:
+            if self.workers is not None:
+                self.workers.close()
+                self.workers = None
+
+    def _find_plan(self, limit: int) -> Plan:
         module, config = self.search
         self.searched = problem = self.problem(limit)
         want = self.recipe.measure
@@ -408,20 +463,21 @@ class Session:
 
     def measure(self, background: Background, number: int) -> Measurements:
         """Damage of every choice in a background; a stored measurement is reused, a broken-off one goes on."""
-        space, tokens = self.space, self.judges[0].tokens
+        space, judge = self.space, self.judges[0]
+        assert judge is not None
         key = digest(
             [
                 self.stats_key,
                 self.candidates.folder.name,
                 background.model_dump(mode="json"),
                 self._kept(background.widths),
-                list(tokens.shape),
+                list(judge.tokens.shape),
             ]
         )
         journal = self.cache / "measurements" / f"{key}.jsonl"
         with self.reporter.stage("damage of each choice" + (f", round {number + 1}" if number else "")) as progress:
             found = measure(
-                self.judges[0], self.layout, self.candidates, space, background, journal,
+                judge, self.layout, self.candidates, space, background, journal,
                 self.model, self.tokens.digest, self.seed, progress,
             )  # fmt: skip
         path = self.cache / "measurements" / f"{digest(found.model_dump(mode='json'))}.json"
@@ -443,13 +499,12 @@ class Session:
         self._check_recipe(plan)
         self._release()
         with Writer(out, self.layout, plan) as writer:
-            trial = self._trial_folder(plan) if self._judges else None
             if self.tuning is not None:
                 self._tune(plan, writer)
-            elif trial is not None and trial.exists():
-                writer.take(trial)
+            elif self._judges and self.trials.place(plan).exists():
+                writer.take(self.trials.place(plan))
             else:
-                self._apply(plan, writer, "pruning, refit, quantisation")
+                self.trials.write(plan, writer, "pruning, refit, quantisation")
             self._beside(writer.plan, writer)
         return writer.plan
 
@@ -463,34 +518,26 @@ class Session:
         if plan.biases and (self.repair is None or self.stats is None):
             raise PlanError(f"the plan refits {len(plan.biases)} weights, but the recipe fits nothing: {advice}")
 
-    def _apply(self, plan: Plan, writer: Writer, stage: str) -> None:
-        """Fill `writer`, and say in its plan what the plan costs on held-out tokens."""
-        needs = self.stats is not None
-        with self.reporter.stage(stage) as progress:
-            measured = apply_plan(
-                self.stream, plan, self.tokens.tokens if needs else torch.zeros(1, 2, dtype=torch.long), self.method,
-                self.repair[1] if self.repair else None, self.stats, writer, progress,
-                self.held_out.tokens if self._judges else None,
-            )  # fmt: skip
-        found = plan.found_by.model_copy(update={"measured_damage": measured})
-        writer.plan = plan.model_copy(update={"found_by": found})
-
     def _tune(self, plan: Plan, writer: Writer) -> None:
         """Apply a plan, train its low-rank pairs, and fill `writer` with the result."""
-        assert self.tuning is not None
-        self.trial(plan)
-        folder = self._trial_folder(plan)
-        decides = [folder.name, self._step(self.recipe.tune), self._examples_key, self.seed]
-        state = self.cache / "tuned" / f"{digest(decides)}.safetensors"
-        original = self.original() if self.tuning.loss == "distill" else None
-        with self.reporter.stage("recovery") as progress:
-            tuned = recover(folder, original, self.examples, self.tuning, state, self.seed, progress)
+        folder = self.trials.applied(plan)
+        tuned = self.recovery.train(folder)
         writer.take(folder, adapter_tensors(tuned.pairs))
         writer.write(TUNING_FILE, tuning_record(tuned))
-        with self.reporter.stage("judging the recovered model") as progress:
-            measured = held_out_kl(folder, tuned.pairs, self.checkpoint.path, self.held_out.tokens, progress)
-        found = writer.plan.found_by.model_copy(update={"measured_damage": measured})
+        judged = self.recovery.judged(recovered(folder, tuned.pairs))
+        found = writer.plan.found_by.model_copy(update={"measured_damage": judged.kl})
         writer.plan = writer.plan.model_copy(update={"found_by": found})
+
+    @cached_property
+    def recovery(self) -> Recovery:
+        """Training of what plans leave of this model."""
+        assert self.tuning is not None
+        answers = digest([self.model.weights_hash, self.recipe.compute, trimbit.__version__])
+        return Recovery(
+            stream=self.stream, config=self.tuning, examples=self.examples, held_out=self.held_out.tokens,
+            seed=self.seed, originals=self.cache / "originals" / answers, states=self.cache / "tuned",
+            reporter=self.reporter,
+        )  # fmt: skip
 
     @cached_property
     def examples(self) -> list[Example]:
@@ -500,18 +547,6 @@ class Session:
             return from_rows(self.tokens.tokens, self.checkpoint.tokenizer(), self.tuning.length)
         tokenizer, masked = self.checkpoint.tokenizer(), self.tuning.loss == "instruct"
         return from_instructions(Path(self.tuning.data), tokenizer, self.tuning.length, masked=masked)
-
-    def original(self) -> Original:
-        """The original model, for the examples that recovery draws."""
-        assert self.tuning is not None
-        used = [self.examples[at] for at in drawn(self.tuning, len(self.examples), self.seed)]
-        folder = self.cache / "originals" / digest([self.model.weights_hash, self.recipe.compute, trimbit.__version__])
-        with self.reporter.stage("the original's answers") as progress:
-            return original_of(self.stream, used, folder, progress)
-
-    @property
-    def _examples_key(self) -> str:
-        return digest([[row.tokens.tolist(), row.target.tolist()] for row in self.examples])
 
     def _beside(self, plan: Plan, writer: Writer) -> None:
         """The files beside the weights: tokenizer, templates, licence, recipe, model card."""

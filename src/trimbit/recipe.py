@@ -2,6 +2,7 @@
 
 import json
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,14 +108,14 @@ def _override(fields: dict[str, Any], text: str) -> None:
     path = key.split(".")
     if not equals or not all(path):
         raise RecipeError(f"cannot read the override {text!r}: write it as stage.parameter=value")
-    for part in path[:-1]:
+    for part, following in pairwise(path):
         if fields.get(part) is None:
             fields[part] = {}
         if not isinstance(fields[part], dict):
             raise RecipeError(f"override {text!r}: {part} has no parameters")
         fields = fields[part]
-    if "name" in fields and path[-1] != "name":  # a step: its parameters are one level down
-        fields = fields.setdefault("params", {})
+        if "name" in fields and following != "name":  # a step: its parameters are one level down
+            fields = fields.setdefault("params", {})
     try:
         fields[path[-1]] = yaml.safe_load(value)
     except yaml.YAMLError as err:

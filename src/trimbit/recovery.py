@@ -1,7 +1,9 @@
-"""Recovery of a compressed directory: its low-rank pairs are trained in the quantised state, the rest stays packed."""
+"""Recovery of compressed directories: the low-rank pairs are trained in the quantised state, the rest stays packed."""
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +12,81 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from trimbit.distillation import original_of
 from trimbit.evaluate import final_hidden, load_model
-from trimbit.model.head import kl, logit_slices
-from trimbit.progress import Progress
+from trimbit.model.head import Judged, following, judge, logit_slices
+from trimbit.model.stream import BlockStream
+from trimbit.plan import digest
+from trimbit.progress import Reporter
 from trimbit.repair.lowrank import LowRank
-from trimbit.repair.tune import Config, Example, Original, Tuned, tune
+from trimbit.repair.tune import Config, Example, Original, Tuned, drawn, tune
 from trimbit.runtime import AdaptedLinear, PackedLinear
 
 TUNING_FILE = "tuning.json"
 
 
-def recover(
-    folder: Path, original: Original | None, examples: Sequence[Example], config: Config, state: Path, seed: int,
-    progress: Progress,
-) -> Tuned:  # fmt: skip
-    """Train the pairs of a compressed directory; distilling needs the original."""
+@dataclass(kw_only=True)
+class Recovery:
+    """Training for one model on one set of rows; a state that was broken off goes on, a finished one is taken up."""
+
+    stream: BlockStream
+    config: Config
+    examples: Sequence[Example]
+    held_out: Int[Tensor, "rows length"]
+    seed: int
+    originals: Path  # where the original's answers are kept
+    states: Path  # where states of training are kept
+    reporter: Reporter
+
+    def train(self, folder: Path, steps: int | None = None) -> Tuned:
+        """Train the pairs of a directory, named by its content; `steps` in place of the configuration's."""
+        config = self.config if steps is None else self.config.model_copy(update={"steps": steps})
+        original = self.original(config) if config.loss == "distill" else None
+        decides = [folder.name, config.model_dump(mode="json"), self.rows, self.seed]
+        state = self.states / f"{digest(decides)}.safetensors"
+        model = load_model(folder, torch.bfloat16)
+        pairs, kinds = _taken_out(model), (PackedLinear, AdaptedLinear)
+        with self.reporter.stage("recovery") as progress:
+            return tune(model, pairs, kinds, self.examples, original, config, state, self.seed, progress)
+
+    def original(self, config: Config) -> Original:
+        """The original, for the rows that training draws."""
+        used = (self.examples[at].tokens for at in drawn(config, len(self.examples), self.seed))
+        with self.reporter.stage("the original's answers") as progress:
+            return original_of(self.stream, used, self.originals, progress)
+
+    def judged(self, model: PreTrainedModel) -> Judged:
+        """A model, run as it would be used, beside the original on the held-out rows."""
+        with self.reporter.stage("the original's answers, held out") as progress:
+            original = original_of(self.stream, self.held_out, self.originals, progress)
+        total = torch.zeros(2, dtype=torch.float64)
+        with self.reporter.stage("judging the recovered model") as progress:
+            for at, row in enumerate(self.held_out):
+                total += torch.tensor(_compared(original, model, row), dtype=torch.float64)
+                progress(at + 1, len(self.held_out))
+        return Judged(*(total / len(self.held_out)).tolist())
+
+    @cached_property
+    def rows(self) -> str:
+        """Content key of the rows."""
+        return digest([[row.tokens.tolist(), row.target.tolist()] for row in self.examples])
+
+
+@torch.inference_mode()
+def _compared(original: Original, model: PreTrainedModel, row: Int[Tensor, " length"]) -> Judged:
+    taught = logit_slices(original.head, model.config, original.hidden(row))
+    own = logit_slices(model.get_output_embeddings(), model.config, final_hidden(model, row))
+    return judge((torch.log_softmax(logits, -1) for _, logits in taught), own, following(row[None]))
+
+
+def recovered(folder: Path, pairs: Mapping[str, LowRank]) -> PreTrainedModel:
+    """The model of a compressed directory with other pairs."""
     model = load_model(folder, torch.bfloat16)
-    return tune(
-        model, _taken_out(model), (PackedLinear, AdaptedLinear), examples, original, config, state, seed, progress
-    )
+    with torch.no_grad():
+        for name, module in _layers(model).items():
+            module.adapter.a.copy_(pairs[name].a)
+            module.adapter.b.copy_(pairs[name].b)
+    return model
 
 
 def _layers(model: PreTrainedModel) -> dict[str, Any]:
@@ -64,25 +122,3 @@ def tuning_record(tuned: Tuned) -> str:
         },
         indent=1,
     )
-
-
-def held_out_kl(
-    folder: Path, pairs: Mapping[str, LowRank], original: Path, tokens: Int[Tensor, "rows length"], progress: Progress
-) -> float:
-    """KL(original || model with these pairs) in nats a token, both run as they would be used: whole, in bf16."""
-    model, reference = load_model(folder, torch.bfloat16), load_model(original, torch.bfloat16)
-    with torch.no_grad():
-        for name, module in _layers(model).items():
-            module.adapter.a.copy_(pairs[name].a)
-            module.adapter.b.copy_(pairs[name].b)
-    total = 0.0
-    for at, row in enumerate(tokens):
-        heads = [
-            logit_slices(each.get_output_embeddings(), each.config, final_hidden(each, row))
-            for each in (reference, model)
-        ]
-        with torch.inference_mode():
-            for (_, p), (_, q) in zip(*heads, strict=True):
-                total += kl(torch.log_softmax(p, -1), torch.log_softmax(q, -1))
-        progress(at + 1, len(tokens))
-    return total / tokens.numel()

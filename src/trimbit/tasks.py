@@ -7,6 +7,7 @@ the model's positions loses its start, as always in lm-eval.
 """
 
 import gzip
+import hashlib
 import json
 import logging
 import math
@@ -23,6 +24,7 @@ from typing import Any, Literal
 
 import torch
 import yaml
+from transformers import PreTrainedModel
 
 from trimbit.errors import DataError, NumericsError
 from trimbit.evaluate import hardware, load_model, load_tokenizer
@@ -125,6 +127,11 @@ def check_tasks(names: tuple[str, ...], folder: Path | None, limit: int | None =
             _check_rows(_file(name, folder), SOURCES[name].fields)
 
 
+def task_keys(names: tuple[str, ...], folder: Path) -> list[str]:
+    """Content keys of the tasks' files."""
+    return [hashlib.sha256(_file(name, folder).read_bytes()).hexdigest() for name in names]
+
+
 def evaluate_tasks(
     path: Path, names: tuple[str, ...], *, folder: Path | None, limit: int | None, dtype: torch.dtype,
     reporter: Reporter,
@@ -144,19 +151,32 @@ def evaluate_tasks(
         NumericsError: if a log-probability is not finite.
     """
     check_tasks(names, folder, limit)
+    scores = score_tasks(
+        load_model(path, dtype), load_tokenizer(path), names, folder=folder, limit=limit, reporter=reporter
+    )
+    return TaskEvaluation(
+        model=str(path), task_data=str(folder) if folder else None, task_limit=limit,
+        tasks=scores, task_mean=mean_score(scores),
+        dtype=str(dtype).removeprefix("torch."), hardware=hardware(), threads=torch.get_num_threads(),
+        versions={package: version(package) for package in ("torch", "transformers", "lm_eval")},
+    )  # fmt: skip
+
+
+def score_tasks(
+    model: PreTrainedModel, tokenizer: Any, names: tuple[str, ...], *, folder: Path | None, limit: int | None,  # noqa: ANN401
+    reporter: Reporter,
+) -> dict[str, TaskScore]:  # fmt: skip
+    """Run a model in memory over tasks; see `evaluate_tasks`."""
+    from lm_eval.models.huggingface import HFLM
+
     with _quiet(), TemporaryDirectory(prefix="trimbit-tasks-") as scratch:
         tasks = {name: _open_task(name, folder, limit, Path(scratch)) for name in names}
-        lm = _wrap(path, dtype)
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, softmax_dtype="float32")
         scores = {}
         for name, task in tasks.items():
             with reporter.stage(name) as progress:
                 scores[name] = _run(lm, name, task, limit, progress)
-    return TaskEvaluation(
-        model=str(path), task_data=str(folder) if folder else None, task_limit=limit,
-        tasks=scores, task_mean=_mean([found.score for found in scores.values()]),
-        dtype=str(dtype).removeprefix("torch."), hardware=hardware(), threads=torch.get_num_threads(),
-        versions={package: version(package) for package in ("torch", "transformers", "lm_eval")},
-    )  # fmt: skip
+    return scores
 
 
 def _file(name: str, folder: Path) -> Path:
@@ -228,12 +248,6 @@ def _reason(err: BaseException) -> str:
     return f"{type(err).__name__}: {err}".splitlines()[0]
 
 
-def _wrap(path: Path, dtype: torch.dtype) -> Any:  # noqa: ANN401
-    from lm_eval.models.huggingface import HFLM
-
-    return HFLM(pretrained=load_model(path, dtype), tokenizer=load_tokenizer(path), softmax_dtype="float32")
-
-
 def _run(lm: Any, name: str, task: Any, limit: int | None, progress: Progress) -> TaskScore:  # noqa: ANN401
     from lm_eval.evaluator import evaluate
 
@@ -275,8 +289,9 @@ def _score(found: dict[str, Any], metric: str) -> Score:
     return Score(value=float(found[f"{metric},none"]), stderr=None if isinstance(stderr, str) else float(stderr))
 
 
-def _mean(scores: list[Score]) -> Score:
-    """Each task counts once; the tasks' errors are independent."""
+def mean_score(found: dict[str, TaskScore]) -> Score:
+    """Each task's headline counts once; the tasks' errors are independent."""
+    scores = [task.score for task in found.values()]
     errors = [score.stderr for score in scores if score.stderr is not None]
     return Score(
         value=sum(score.value for score in scores) / len(scores),

@@ -1,56 +1,69 @@
-"""What a search tried, beside its result: a table, and a picture of bytes against KL."""
+"""Whole plans applied for real: each is kept under its content key, to be judged, trained, or written if chosen."""
 
-import csv
-import importlib.util
-import io
-from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from trimbit.errors import RecipeError
-from trimbit.search.optimise import pareto
+import torch
+from jaxtyping import Int
+from torch import Tensor
 
-
-class Trial(NamedTuple):
-    """One plan: the bytes of its file, and KL(original || model) as it was judged, in nats a token."""
-
-    nbytes: int
-    kl: float
-
-
-def table(trials: Sequence[Trial]) -> str:
-    """CSV, in the order of trial, with what no other trial beats in both marked."""
-    front = set(pareto([(float(trial.nbytes), trial.kl) for trial in trials]))
-    out = io.StringIO()
-    lines = csv.writer(out, lineterminator="\n")
-    lines.writerow(["trial", "nbytes", "kl", "pareto"])
-    lines.writerows([at + 1, trial.nbytes, f"{trial.kl:.6f}", int(at in front)] for at, trial in enumerate(trials))
-    return out.getvalue()
+from trimbit.apply import Method, apply_plan
+from trimbit.artifact import PLAN_FILE, Writer
+from trimbit.cache import source_digest
+from trimbit.errors import ArtifactError
+from trimbit.model.stream import BlockStream
+from trimbit.plan import Plan, digest, load_plan
+from trimbit.progress import Reporter
+from trimbit.repair import refit
+from trimbit.stats import Stats
 
 
-def require_plot() -> None:
-    """Fail before anything long where the picture cannot be drawn.
+@dataclass(frozen=True, kw_only=True)
+class Trials:
+    """Applied plans of one model, one text and one method."""
 
-    Raises:
-        RecipeError: if matplotlib is missing.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise RecipeError("a search by trials draws a picture: pip install 'trimbit[bo]'")
+    stream: BlockStream
+    method: Method
+    repair: refit.Config | None
+    stats: Stats | None
+    tokens: Int[Tensor, "rows length"] | None  # what the method is fitted to, if it fits anything
+    held_out: Int[Tensor, "held held_length"] | None  # what a plan is judged on, if it is judged
+    folder: Path
+    decides: tuple[Any, ...]  # all of that as plain data, for the content key
+    reporter: Reporter
 
+    def place(self, plan: Plan) -> Path:
+        """Where an applied plan is kept."""
+        return self.folder / digest(
+            [source_digest(), *self.decides, plan.model_dump(mode="json", exclude={"found_by"})]
+        )
 
-def picture(trials: Sequence[Trial], limit: int) -> bytes:
-    """A PNG: every trial, the Pareto set joined by a line, and the budget."""
-    from matplotlib.figure import Figure
+    def applied(self, plan: Plan) -> Path:
+        """The directory of a plan, which is applied if it was not before."""
+        folder = self.place(plan)
+        if not folder.exists():
+            try:
+                with Writer(folder, self.stream.layout, plan) as writer:
+                    self.write(plan, writer, f"trial of {plan.found_by.method}")
+            except ArtifactError:
+                if not folder.exists():  # else another run has tried the same plan meanwhile
+                    raise
+        return folder
 
-    front = sorted(trials[at] for at in pareto([(float(trial.nbytes), trial.kl) for trial in trials]))
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    axes = figure.subplots()
-    shown = axes.scatter([t.nbytes / 1e6 for t in trials], [t.kl for t in trials], c=range(1, len(trials) + 1), s=26)
-    axes.plot([t.nbytes / 1e6 for t in front], [t.kl for t in front], color="0.35", linewidth=1, label="Pareto set")
-    axes.plot(trials[0].nbytes / 1e6, trials[0].kl, "s", mfc="none", mec="tab:red", ms=11, label="first: by importance")
-    axes.axvline(limit / 1e6, color="tab:red", linestyle=":", linewidth=1, label="budget")
-    axes.set(xlabel="weight file, MB", ylabel="KL to the original, nats a token")
-    figure.colorbar(shown, label="trial")
-    axes.legend(frameon=False)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=150)
-    return out.getvalue()
+    def damage(self, plan: Plan) -> float:
+        """KL of an applied plan on the held-out tokens."""
+        measured = load_plan(self.applied(plan) / PLAN_FILE).found_by.measured_damage
+        assert measured is not None
+        return measured
+
+    def write(self, plan: Plan, writer: Writer, stage: str) -> None:
+        """Fill `writer`, and say in its plan what the plan costs on the held-out tokens."""
+        none = torch.zeros(1, 2, dtype=torch.long)
+        with self.reporter.stage(stage) as progress:
+            measured = apply_plan(
+                self.stream, plan, none if self.tokens is None else self.tokens, self.method, self.repair, self.stats,
+                writer, progress, self.held_out,
+            )  # fmt: skip
+        found = plan.found_by.model_copy(update={"measured_damage": measured})
+        writer.plan = plan.model_copy(update={"found_by": found})

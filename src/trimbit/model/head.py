@@ -1,14 +1,24 @@
 """Logits and KL, some tokens at a time, so that a whole window times the vocabulary is never in memory."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedConfig
 
 LOGIT_TOKENS = 128  # 25 MB at a vocabulary of 49,152: below 32 MiB glibc reuses memory instead of mapping it anew
+NOTHING = -100  # follows the last token of a row
 Head = Callable[[Tensor], Tensor]
+
+
+class Judged(NamedTuple):
+    """A model beside a reference on the same tokens."""
+
+    kl: float  # KL(reference || model), nats a token
+    nll: float  # of the token that follows, in the model, nats
 
 
 def logit_slices(
@@ -25,3 +35,21 @@ def logit_slices(
 def kl(log_p: Float[Tensor, "part vocab"], log_q: Float[Tensor, "part vocab"]) -> float:
     """KL(p || q) in nats, summed over tokens."""
     return float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
+
+
+def following(tokens: Int[Tensor, "rows length"]) -> Int[Tensor, " tokens"]:
+    """The token after each one, of all rows."""
+    return functional.pad(tokens[:, 1:], (0, 1), value=NOTHING).flatten()
+
+
+def judge(
+    log_ps: Iterable[Float[Tensor, "part vocab"]], logits: Iterator[tuple[slice, Float[Tensor, "part vocab"]]],
+    after: Int[Tensor, " tokens"],
+) -> Judged:  # fmt: skip
+    """Compare a reference's log-probabilities with a model's logits, slice by slice; `after` is what follows each."""
+    divergence = surprise = 0.0
+    for log_p, (part, own) in zip(log_ps, logits, strict=True):
+        log_q = torch.log_softmax(own, -1)
+        divergence += kl(log_p, log_q)
+        surprise += float(functional.nll_loss(log_q, after[part], reduction="sum", ignore_index=NOTHING))
+    return Judged(kl=divergence / len(after), nll=surprise / max(int((after != NOTHING).sum()), 1))

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trimbit.model.head import Head, kl, logit_slices
+from trimbit.model.head import Head, Judged, following, judge, logit_slices
 from trimbit.model.load import materialize
 from trimbit.model.stream import BlockStream, Chunks, block_arguments, build_skeleton, computing
 
@@ -71,7 +71,8 @@ class Judge:
         self.final = self._final(self.refresh() if repeated else self._run(self._embedded(), 0))
         if repeated:
             with computing(whole.compute):
-                self.stored = [torch.log_softmax(q, -1).to(torch.float16) for q in self._logits(self.final, self.head)]
+                logits = self._logits(self.final, self.head)
+                self.stored = [torch.log_softmax(own, -1).to(torch.float16) for _, own in logits]
         else:
             weight = whole.model.get_output_embeddings().weight.detach().clone()
             self.head = partial(functional.linear, weight=weight)
@@ -99,19 +100,22 @@ class Judge:
             norm = self.whole.model.get_submodule(self.whole.layout.family.final_norm)
             return norm(hidden).flatten(0, -2)  # type: ignore[no-any-return]
 
-    def _logits(self, final: Tensor, head: Head) -> Iterator[Tensor]:
-        return (logits for _, logits in logit_slices(head, self.whole.model.config, final))
+    def _logits(self, final: Tensor, head: Head) -> Iterator[tuple[slice, Tensor]]:
+        return logit_slices(head, self.whole.model.config, final)
 
     def _reference(self) -> Iterator[Tensor]:
         if self.stored is not None:
             yield from (log_p.float() for log_p in self.stored)
         else:
-            yield from (torch.log_softmax(logits, -1) for logits in self._logits(self.final, self.head))
+            yield from (torch.log_softmax(logits, -1) for _, logits in self._logits(self.final, self.head))
 
-    def damage(self, start: int | None) -> float:
-        """KL of the model as it is now; nothing before block `start` changed since `refresh` (None: anything may)."""
+    def judged(self, start: int | None = None) -> Judged:
+        """The model as it is now; nothing before block `start` changed since `refresh` (None: anything may)."""
         hidden = self._run(self._embedded(), 0) if start is None else self._run(self.before[start], start)
         logits = self._logits(self._final(hidden), self.whole.model.get_output_embeddings())
         with computing(self.whole.compute):
-            total = sum(kl(log_p, torch.log_softmax(q, -1)) for log_p, q in zip(self._reference(), logits, strict=True))
-        return total / self.tokens.numel()
+            return judge(self._reference(), logits, following(self.tokens))
+
+    def damage(self, start: int | None) -> float:
+        """The KL of `judged`."""
+        return self.judged(start).kl

@@ -59,9 +59,9 @@ class Example:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Original:
-    """The model that is learnt from: what its head reads for an example, and the head."""
+    """The model that is learnt from: what its head reads for a row of tokens, and the head."""
 
-    hidden: Callable[[Example], Float[Tensor, "length hidden"]]
+    hidden: Callable[[Int[Tensor, " length"]], Float[Tensor, "length hidden"]]
     head: Head
 
 
@@ -191,7 +191,7 @@ def _step(
             student, labels = hidden[:, :-1][wanted], tokens[:, 1:][wanted]
             taught = None
             if original is not None:
-                hidden_states = [original.hidden(row)[:-1][row.target[1:]] for row in own]
+                hidden_states = [original.hidden(row.tokens)[:-1][row.target[1:]] for row in own]
                 taught = logit_slices(original.head, model.config, torch.cat(hidden_states))
             total += _backward(model, student, labels, taught, count)
     return total

@@ -1,19 +1,20 @@
 """Bits refined by Bayesian optimisation: start from the plan by importance, and try plans within the budget.
 
-A trial puts the whole plan together and measures its KL on held-out tokens; the Gaussian process models the logarithm
-of that. `engine: random` tries as many plans without a model, the baseline.
+A trial judges a whole plan by the objective; the Gaussian process models the logarithm of its KL on held-out tokens,
+their NLL, or the error rate of tasks. `engine: random` tries as many plans without a model, the baseline.
 """
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
 from trimbit.cache import save_whole
-from trimbit.errors import PlanError
+from trimbit.errors import PlanError, RecipeError
+from trimbit.measurements import Objective, Outcome
 from trimbit.plan import Plan
 from trimbit.precision import Data
 from trimbit.search import importance
@@ -24,8 +25,6 @@ from trimbit.search.problem import Problem
 
 PAPER = "QPruner, arXiv:2412.11629"
 NEEDS = ("space", "measure")
-
-
 SMALLEST = 1e-9  # nats: what the logarithm of a KL of zero is taken of
 
 
@@ -34,6 +33,7 @@ class Config(Data):
 
     per: Per = "block"  # code (harrysyz99/Qmixtuner): one format a block
     share: float = Field(default=0.25, ge=0, le=1)  # ours, without a budget: blocks in the largest format
+    objective: Objective = Objective()
     engine: Literal["bayes", "random"] = "bayes"
     optimiser: Optimiser = Optimiser()
 
@@ -47,11 +47,13 @@ def require_feasible(problem: Problem, config: Config) -> None:
     """Refuse, before anything long, a missing library or a budget below the smallest formats everywhere.
 
     Raises:
-        RecipeError: if botorch is missing.
+        RecipeError: if botorch is missing, or accuracy is asked for on no task.
         BudgetError: naming the smallest feasible budget.
     """
     if config.engine == "bayes":
         require_botorch()
+    if config.objective.by == "accuracy" and not config.objective.tasks:
+        raise RecipeError("an objective by accuracy needs tasks: search.objective.tasks=[hellaswag]")
     importance.require_feasible(problem, importance.Config(per=config.per))
 
 
@@ -62,7 +64,7 @@ def search(problem: Problem, config: Config) -> Plan:
         BudgetError: if nothing fits; names the smallest feasible budget.
         PlanError: if the journal belongs to another search.
     """
-    assert problem.evaluate is not None, "plans cannot be evaluated: the recipe has no `measure`"
+    assert problem.outcomes is not None
     require_feasible(problem, config)
     found = levels(problem, config.per)
     widths = tuple(tuple(math.log2(p.bits) for p in found.formats) for _ in found.costs)
@@ -70,47 +72,63 @@ def search(problem: Problem, config: Config) -> Plan:
     start = [tuple(importance.allocate(found, problem.importance()))] if problem.importance is not None else []
     if not box.fits(box.lowest):  # so near the smallest budget that the bound on the header leaves no room
         return found.plan(box.lowest, "smallest")
-    journal = _journal(problem)
+    journal = Journal(problem.journal, problem.key)
+    known = journal.read()
 
-    def evaluate(points: Sequence[Point]) -> list[float]:
-        assert problem.evaluate is not None
-        return [math.log(max(problem.evaluate(found.plan(point, "trial")), SMALLEST)) for point in points]
+    def evaluate(points: Sequence[Point]) -> Iterator[float]:
+        assert problem.outcomes is not None
+        outcomes = problem.outcomes([found.plan(point, "trial") for point in points])
+        for point, outcome in zip(points, outcomes, strict=True):
+            known[point] = outcome
+            yield _value(outcome, config.objective)
 
     run = optimise if config.engine == "bayes" else random_search
+    before = {point: _value(outcome, config.objective) for point, outcome in known.items()}
     with problem.reporter.stage("trials of whole plans") as progress:
         tried = run(
-            box, start, evaluate, journal.read(), config.optimiser, problem.seed, progress, journal.append
+            box, start, evaluate, before, config.optimiser, problem.seed, progress,
+            lambda point, _: journal.append(point, known[point]),
         )  # fmt: skip
-    return _best(found, box, tried, "Bayesian optimisation" if config.engine == "bayes" else "random search")
+    method = "Bayesian optimisation" if config.engine == "bayes" else "random search"
+    return _best(found, [(point, known[point]) for point, _ in tried], [value for _, value in tried], method)
 
 
-def trials(problem: Problem, config: Config) -> list[tuple[int, float]]:
-    """Bytes and KL of every plan that a search has tried, in their order."""
+def trials(problem: Problem, config: Config) -> list[tuple[int, Outcome]]:
+    """Bytes of every plan that a search has tried and what was found of it, in their order."""
     found = levels(problem, config.per)
-    tried = _journal(problem).read()
-    return [(found.plan(point, "trial").found_by.nbytes, math.exp(value)) for point, value in tried.items()]
+    tried = Journal(problem.journal, problem.key).read()
+    return [(found.plan(point, "trial").found_by.nbytes, outcome) for point, outcome in tried.items()]
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """What of the configuration decides the order of trials; how many there are does not."""
-    return config.model_dump(mode="json", exclude={"optimiser": {"trials"}, "share": True})
+    """What of the configuration decides the order of trials and their results; how many there are does not."""
+    return config.model_dump(mode="json", exclude={"optimiser": {"trials"}, "share": True, "objective": {"workers"}})
 
 
-def _journal(problem: Problem) -> "Journal":
-    return Journal(problem.journal, problem.key)
+def _value(outcome: Outcome, objective: Objective) -> float:
+    """What the Gaussian process models, the less the better."""
+    if objective.by == "accuracy":
+        assert outcome.accuracy is not None
+        return 1 - outcome.accuracy
+    return outcome.nll if objective.by == "nll" else math.log(max(outcome.kl, SMALLEST))
 
 
-def _best(found: Levels, box: Box, tried: Sequence[tuple[Point, float]], method: str) -> Plan:
-    damages = [math.exp(value) for _, value in tried]
-    best = min(range(len(tried)), key=damages.__getitem__)
-    front = pareto([(float(box.nbytes(point)), damage) for (point, _), damage in zip(tried, damages, strict=True)])
-    notes = [f"{method}: {len(tried)} plans tried, the first {damages[0]:.4f} nats, the best {damages[best]:.4f}"]
-    for at in sorted(front, key=lambda at: box.nbytes(tried[at][0])):
-        nbytes = found.plan(tried[at][0], method).found_by.nbytes
-        notes.append(f"Pareto: {nbytes:,} bytes, {damages[at]:.4f} nats")
-    plan = found.plan(tried[best][0], method)
-    told = plan.found_by.model_copy(update={"notes": tuple(notes)})
-    return plan.model_copy(update={"found_by": told})
+def _best(found: Levels, tried: Sequence[tuple[Point, Outcome]], values: Sequence[float], method: str) -> Plan:
+    plans = [found.plan(point, method) for point, _ in tried]
+    sizes = [plan.found_by.nbytes for plan in plans]
+    best = min(range(len(tried)), key=values.__getitem__)
+    first, last = (_told(tried[at][1]) for at in (0, best))
+    notes = [f"{method}: {len(tried)} plans tried, the first {first}, the best {last}"]
+    front = pareto([(float(nbytes), value) for nbytes, value in zip(sizes, values, strict=True)])
+    front = sorted(front, key=sizes.__getitem__)
+    notes += [f"Pareto: {sizes[at]:,} bytes, {_told(tried[at][1])}" for at in front]
+    told = plans[best].found_by.model_copy(update={"notes": tuple(notes)})
+    return plans[best].model_copy(update={"found_by": told})
+
+
+def _told(outcome: Outcome) -> str:
+    accuracy = "" if outcome.accuracy is None else f", {100 * outcome.accuracy:.1f} %"
+    return f"{outcome.kl:.4f} nats{accuracy}"
 
 
 class Journal:
@@ -120,7 +138,7 @@ class Journal:
         self.path = path
         self.header = json.dumps({"search": belongs}, sort_keys=True)
 
-    def read(self) -> dict[Point, float]:
+    def read(self) -> dict[Point, Outcome]:
         """Trials so far, in their order.
 
         Raises:
@@ -137,13 +155,13 @@ class Journal:
         header, *lines = whole.splitlines()
         if header != self.header:
             raise PlanError(f"{self.path} holds the trials of another model, space or budget; remove it")
-        found: dict[Point, float] = {}
+        found: dict[Point, Outcome] = {}
         for line in lines:
             entry = json.loads(line)
-            found[tuple(entry["levels"])] = entry["value"]
+            found[tuple(entry["levels"])] = Outcome.model_validate(entry["outcome"])
         return found
 
-    def append(self, point: Point, value: float) -> None:
+    def append(self, point: Point, outcome: Outcome) -> None:
         """Add one trial."""
         if self.path is None:
             return
@@ -151,4 +169,4 @@ class Journal:
         first = not self.path.exists() or self.path.stat().st_size == 0
         with self.path.open("a", encoding="utf-8") as file:
             lines = [self.header] if first else []
-            file.write("\n".join([*lines, json.dumps({"levels": point, "value": value})]) + "\n")
+            file.write("\n".join([*lines, json.dumps({"levels": point, "outcome": outcome.model_dump()})]) + "\n")

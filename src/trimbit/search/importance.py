@@ -56,10 +56,10 @@ def search(problem: Problem, config: Config) -> Plan:
 
 
 def allocate(found: Levels, importance: Mapping[str, float]) -> Sequence[int]:
-    """A level for each variable; a site has its sub-block's importance."""
+    """A level for each variable."""
     gains = [
-        [max(importance[_layer(key)], 0.0) * math.log2(p.bits / found.formats[0].bits) for p in found.formats]
-        for key in found.sites
+        [max(importance[layer], 0.0) * math.log2(p.bits / found.formats[0].bits) for p in found.formats]
+        for layer in found.layers
     ]
     items = [
         [(nbytes, -gain) for nbytes, gain in zip(costs, gain, strict=True)]
@@ -67,8 +67,3 @@ def allocate(found: Levels, importance: Mapping[str, float]) -> Sequence[int]:
     ]
     picked = knapsack(items, found.limit, Solver())
     return [0] * len(items) if picked is None else picked  # so near the smallest that the header's bound leaves no room
-
-
-def _layer(key: str) -> str:
-    """`blocks.7` or `blocks.7.mlp`, of which a site is a part."""
-    return ".".join(key.split(".")[:3])

@@ -1,7 +1,7 @@
-"""Formats as levels of ordinal variables, one a block, a sub-block or a site: what searches over bits alone share."""
+"""Formats as levels of ordinal variables, by block, sub-block, site or weight: what searches over bits alone share."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from trimbit.measure import sites_of, spared_format
@@ -10,7 +10,7 @@ from trimbit.plan import Plan
 from trimbit.precision import Precision, Run, row_nbytes
 from trimbit.search.problem import Problem
 
-Per = Literal["block", "unit", "site"]
+Per = Literal["block", "unit", "site", "weight"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,15 +19,16 @@ class Levels:
 
     problem: Problem
     formats: tuple[Precision, ...]
-    sites: Mapping[str, tuple[str, ...]]
+    covers: Mapping[str, tuple[str, ...]]  # sites, or weights
+    layers: tuple[str, ...]  # whose importance each variable has: `blocks.7`, or the sub-block that it is a part of
     costs: tuple[tuple[int, ...], ...]
     limit: int  # for the variables; the rest of the file is taken off the budget
 
     def plan(self, point: Sequence[int], method: str) -> Plan:
         """The plan of one level for each variable."""
         layout = self.problem.layout
-        chosen = zip(self.sites.values(), point, strict=True)
-        formats = {site: self.formats[level] for sites, level in chosen for site in sites}
+        chosen = zip(self.covers.values(), point, strict=True)
+        formats = {one: self.formats[level] for covered, level in chosen for one in covered}
         for unit in layout.units.values():
             own = self.problem.space.table_formats[0] if unit.block is None else spared_format(unit, self.problem.space)
             if own is not None:
@@ -45,19 +46,26 @@ def levels(problem: Problem, per: Per) -> Levels:
     """The variables of a problem; widths are those that are fixed before the search, tables take their first format."""
     layout, space = problem.layout, problem.space
     formats = tuple(sorted(space.formats, key=lambda p: row_nbytes((Run(count=512, precision=p),))))
-    sites: dict[str, tuple[str, ...]] = {}
+    covers: dict[str, tuple[str, ...]] = {}
+    layers: dict[str, str] = {}
     costs: dict[str, list[int]] = {}
     for unit in layout.units.values():
         if unit.block is None or spared_format(unit, space) is not None:
             continue
         width = space.kept.get(unit.dim or "", unit.size)
         for site, names in sites_of(layout, unit).items():
-            key = {"block": f"blocks.{unit.block}", "unit": unit.name, "site": site}[per]
-            sites[key] = (*sites.get(key, ()), site)
-            shapes = [layout.weight_shape(layout.weights[name], width) for name in names]
-            nbytes = [sum(rows * row_nbytes((Run(count=cols, precision=p),)) for rows, cols in shapes) for p in formats]
-            costs[key] = [old + new for old, new in zip(costs.get(key, [0] * len(formats)), nbytes, strict=True)]
-    found = Levels(problem=problem, formats=formats, sites=sites, costs=tuple(map(tuple, costs.values())), limit=0)
-    lowest = found.plan([0] * len(sites), "lowest")
+            for name in names:
+                key = {"block": f"blocks.{unit.block}", "unit": unit.name, "site": site, "weight": name}[per]
+                covered = name if per == "weight" else site
+                covers[key] = tuple(dict.fromkeys((*covers.get(key, ()), covered)))
+                layers[key] = key if per == "block" else unit.name
+                rows, cols = layout.weight_shape(layout.weights[name], width)
+                nbytes = [rows * row_nbytes((Run(count=cols, precision=p),)) for p in formats]
+                costs[key] = [old + new for old, new in zip(costs.get(key, [0] * len(formats)), nbytes, strict=True)]
+    found = Levels(
+        problem=problem, formats=formats, covers=covers, layers=tuple(layers.values()),
+        costs=tuple(map(tuple, costs.values())), limit=0,
+    )  # fmt: skip
+    lowest = found.plan([0] * len(covers), "lowest")
     rest = lowest.nbytes(layout) - sum(cost[0] for cost in found.costs) + header_bound(layout, problem.rank)
-    return Levels(problem=problem, formats=formats, sites=sites, costs=found.costs, limit=problem.limit - rest)
+    return replace(found, limit=problem.limit - rest)

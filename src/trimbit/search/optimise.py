@@ -8,7 +8,7 @@ improvement among untried ones that fit: random ones and neighbours of the best,
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -25,7 +25,7 @@ from trimbit.progress import Progress
 
 T = TypeVar("T")
 Point = tuple[int, ...]  # a level of each variable
-Evaluate = Callable[[Sequence[Point]], Sequence[float]]
+Evaluate = Callable[[Sequence[Point]], Iterable[float]]
 Record = Callable[[Point, float], None]
 Ask = Callable[[Mapping[Point, float], torch.Generator], list[Point]]
 CHUNK = 512  # points whose acquisition is computed at once

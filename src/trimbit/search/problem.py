@@ -1,19 +1,20 @@
 """What a search method is given: the layout, the budget, the space, the measurements, and a way to try a plan."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from trimbit.errors import BudgetError
-from trimbit.measure import menu_of, sites_of, widths_of
-from trimbit.measurements import Measurements, Space
+from trimbit.measure import format_of, menu_of, sites_of, widths_of
+from trimbit.measurements import Measurements, Outcome, Space
 from trimbit.model.layout import Layout, Unit
 from trimbit.plan import ModelRef, Plan, Provenance
 from trimbit.precision import Data, Precision, Run
 from trimbit.progress import Reporter, Silent
 
 Evaluate = Callable[[Plan], float]
+Outcomes = Callable[[Sequence[Plan]], Iterable[Outcome]]
 
 
 @runtime_checkable
@@ -44,6 +45,7 @@ class Problem:
     measurement_hash: str | None = None
     evaluate: Evaluate | None = None  # quick: KL of a plan put together from what was quantised alone
     trial: Evaluate | None = None  # real: KL of the plan as it is applied
+    outcomes: Outcomes | None = None  # of plans as the search's objective wants them judged, one after the other
     importance: Callable[[], Mapping[str, float]] | None = None  # of `blocks.7`, `blocks.7.attn`, ... to the task
     journal: Path | None = None  # of trials, for a search that may be broken off and go on
     key: str = ""  # content key of all that decides a trial's result
@@ -55,7 +57,7 @@ class Problem:
         self, widths: Mapping[str, int], formats: Mapping[str, Precision], method: str, predicted: float | None = None,
         notes: tuple[str, ...] = (),
     ) -> Plan:  # fmt: skip
-        """The plan that keeps `widths` of the cut dims by their rankings, and gives each site a format."""
+        """The plan that keeps `widths` of the cut dims by their rankings; `formats` are by site, or by weight."""
         layout = self.layout
         cuts: dict[str, tuple[int, ...]] = {}
         weights: dict[str, tuple[Run, ...]] = {}
@@ -73,7 +75,7 @@ class Problem:
             for site, names in sites_of(layout, unit).items():
                 for name in names:
                     cols = layout.weight_shape(layout.weights[name], width)[1]
-                    weights[name] = (Run(count=cols, precision=formats[site]),)
+                    weights[name] = (Run(count=cols, precision=format_of(formats, site, name)),)
         found = Provenance(
             method=method, recipe_hash=self.recipe_hash, measurement_hash=self.measurement_hash, seed=self.seed,
             predicted_damage=predicted, measured_damage=None, nbytes=0, notes=notes,

@@ -1,0 +1,68 @@
+"""What a search tried, beside its result: a table, and a picture of bytes against KL and accuracy."""
+
+import csv
+import importlib.util
+import io
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from trimbit.errors import RecipeError
+from trimbit.measurements import Outcome
+from trimbit.search.optimise import pareto
+
+
+class Trial(NamedTuple):
+    """One plan: the bytes of its file, and what was found of it."""
+
+    nbytes: int
+    outcome: Outcome
+
+
+def table(trials: Sequence[Trial]) -> str:
+    """CSV, in the order of trial, with what no other trial beats in both bytes and KL marked."""
+    front = set(pareto([(float(trial.nbytes), trial.outcome.kl) for trial in trials]))
+    out = io.StringIO()
+    lines = csv.writer(out, lineterminator="\n")
+    lines.writerow(["trial", "nbytes", "kl", "nll", "accuracy", "stderr", "pareto"])
+    for at, (nbytes, found) in enumerate(trials):
+        figures = (found.kl, found.nll, found.accuracy, found.stderr)
+        lines.writerow([at + 1, nbytes, *("" if x is None else f"{x:.6f}" for x in figures), int(at in front)])
+    return out.getvalue()
+
+
+def require_plot() -> None:
+    """Fail before anything long where the picture cannot be drawn.
+
+    Raises:
+        RecipeError: if matplotlib is missing.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RecipeError("a search by trials draws a picture: pip install 'trimbit[bo]'")
+
+
+def picture(trials: Sequence[Trial], limit: int) -> bytes:
+    """A PNG: every trial, the Pareto set joined by a line, and the budget; a panel for KL, and one for accuracy."""
+    from matplotlib.figure import Figure
+
+    panels = [("KL to the original, nats a token", [trial.outcome.kl for trial in trials], 1, [0.0] * len(trials))]
+    accuracies = [trial.outcome.accuracy for trial in trials]
+    if None not in accuracies:
+        errors = [100 * (trial.outcome.stderr or 0.0) for trial in trials]
+        panels.append(("accuracy, %, with its standard error", [100 * (a or 0.0) for a in accuracies], -1, errors))
+    figure = Figure(figsize=(6.4 * len(panels), 4), layout="constrained")
+    sizes = [trial.nbytes / 1e6 for trial in trials]
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (label, values, sign, errors) in zip(all_axes, panels, strict=True):
+        front = sorted(pareto([(x, sign * y) for x, y in zip(sizes, values, strict=True)]), key=sizes.__getitem__)
+        axes.scatter(sizes, values, c=range(1, len(trials) + 1), s=26)
+        if any(errors):
+            axes.errorbar(sizes, values, errors, fmt="none", ecolor="0.8", elinewidth=1, zorder=0)
+        axes.plot([sizes[at] for at in front], [values[at] for at in front], color="0.35", lw=1, label="Pareto set")
+        axes.plot(sizes[0], values[0], "s", mfc="none", mec="tab:red", ms=11, label="first")
+        axes.axvline(limit / 1e6, color="tab:red", linestyle=":", linewidth=1, label="budget")
+        axes.set(xlabel="weight file, MB", ylabel=label)
+        axes.legend(frameon=False)
+    figure.colorbar(all_axes[0].collections[0], ax=all_axes, label="trial")
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=150)
+    return out.getvalue()

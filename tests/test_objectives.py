@@ -1,0 +1,164 @@
+"""What a search by trials goes by: KL, NLL or accuracy, before or after recovery; and which weights share a format."""
+
+import csv
+import io
+import json
+import random
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from test_qpruner import CHOOSING, PRUNED, SMALL
+from tiny import VOCAB
+from trimbit.errors import DataError, RecipeError
+from trimbit.measurements import Outcome
+from trimbit.pareto import Trial, picture, table
+from trimbit.pipeline import compress, open_session
+from trimbit.recipe import load_recipe
+from trimbit.search.levels import levels
+from trimbit.tasks import SOURCES
+
+QUICK = "search.optimiser={trials: 6, initial: 3, pool: 16, near: 8, steps: 5, batch: 2}"
+FOUR = "space.formats=[uint2g32, uint3g32, uint4g32, int8row]"
+
+
+def session(job, cache, *overrides):
+    recipe = load_recipe("qpruner-3", SMALL + PRUNED + CHOOSING + (QUICK, FOUR, "search.per=unit") + overrides)
+    return open_session(job.model, recipe, calibration=str(job.text), cache=cache)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """A folder with twenty questions."""
+    pytest.importorskip("lm_eval")
+    rng, folder = random.Random(0), tmp_path_factory.mktemp("tasks")
+
+    def words(count):
+        return " ".join(f"w{rng.randrange(3, VOCAB)}" for _ in range(count))
+
+    rows = [{"goal": words(5), "sol1": words(2), "sol2": words(4), "label": at % 2} for at in range(20)]
+    (folder / f"{SOURCES['piqa'].stem}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def trials(cache):
+    (journal,) = (cache / "plans").glob("*.jsonl")
+    return [Outcome.model_validate(json.loads(line)["outcome"]) for line in journal.read_text().splitlines()[1:]]
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("by", ["kl", "nll", "accuracy"])
+def test_the_best_by_the_objective_is_taken(job, tasks, tmp_path, by, steps):
+    asked = (f"search.objective.by={by}", f"search.objective.steps={steps}")
+    if by == "accuracy":
+        asked += ("search.objective.tasks=[piqa]", f"search.objective.data={tasks}", "search.objective.documents=16")
+    opened = session(job, tmp_path, *asked)
+    plan = opened.find_plan(None)
+    found = trials(tmp_path)
+    assert len(found) == 6
+    if by == "accuracy":
+        assert all(one.accuracy * 16 == int(one.accuracy * 16) for one in found)
+        want = max(found, key=lambda one: one.accuracy)
+    else:
+        assert all(one.accuracy is None for one in found)
+        want = min(found, key=lambda one: getattr(one, by))
+    assert f"the best {want.kl:.4f} nats" in plan.found_by.notes[0]
+    again = opened.outcome(plan)
+    assert again.kl == pytest.approx(want.kl, rel=1e-3)
+    assert again.nll == pytest.approx(want.nll, rel=1e-3)
+
+
+def test_recovery_is_part_of_an_outcome(job, tmp_path):
+    """Trained plans are nearer to the original than the same plans as they start."""
+    slow = ("tune.learning_rate=0.002",)
+    before, after = (session(job, tmp_path / str(n), f"search.objective.steps={n}", *slow) for n in (0, 30))
+    plan = before.find_plan(None)
+    assert after.outcome(plan).kl < before.outcome(plan).kl
+    assert before._search_key(10**6) != after._search_key(10**6)
+
+
+def test_the_nll_of_the_dense_model(job, tmp_path):
+    opened = session(job, tmp_path)
+    judge = opened.judges[1]
+    model, tokens = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32), judge.tokens
+    with torch.no_grad():
+        logits = model(tokens).logits[:, :-1]
+    want = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    assert judge.judged().nll == pytest.approx(float(want), rel=1e-3)
+    assert judge.judged().kl == pytest.approx(0, abs=1e-5)
+
+
+def test_processes_find_the_same(job, tmp_path):
+    """Two processes, each with a model of its own, judge the plans of a batch."""
+    one = session(job, tmp_path / "one")
+    two = session(job, tmp_path / "two", "search.objective.workers=2")
+    assert one._search_key(10**6) == two._search_key(10**6)
+    plans = [opened.find_plan(None) for opened in (one, two)]
+    assert plans[0].weights == plans[1].weights
+    for alone, shared in zip(trials(tmp_path / "one"), trials(tmp_path / "two"), strict=True):
+        assert alone.kl == pytest.approx(shared.kl, rel=1e-4)
+    assert two.workers is None
+
+
+def test_what_a_process_cannot_do_is_said(job, tmp_path, monkeypatch):
+    opened = session(
+        job, tmp_path, "search.objective.workers=2", "search.objective.steps=2", "tune.learning_rate=1.0e+30"
+    )
+    monkeypatch.setattr(opened, "outcome", None)  # nothing is judged in this process
+    with pytest.raises(Exception, match="the loss of recovery step"):
+        opened.find_plan(None)
+    assert opened.workers is None
+
+
+def test_weights_may_each_have_a_format(job, tmp_path):
+    """Weights that read the same input too; what is put together is what is written."""
+    opened = session(job, tmp_path, "search.per=weight")
+    problem = opened.problem(opened.limit(None))
+    found = levels(problem, "weight")
+    point = [at % 4 for at in range(len(found.costs))]
+    plan = found.plan(point, "by hand")
+    q, k = (plan.weights[f"model.layers.1.self_attn.{name}_proj"][0].precision for name in "qk")
+    assert q != k
+    assert opened.evaluate(plan) == pytest.approx(opened.trial(plan), rel=0.05)
+    weights = sum(costs[level] for costs, level in zip(found.costs, point, strict=True))
+    assert plan.found_by.nbytes <= problem.limit - found.limit + weights
+
+
+def test_bits_by_weight_follow_their_sub_block(job, tmp_path):
+    opened = session(job, tmp_path, "search.per=weight")
+    plan = compress(opened, None, tmp_path / "out")
+    assert len({runs[0].precision.name for name, runs in plan.weights.items() if ".1." in name}) > 1
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "says"),
+    [
+        ("search.objective.by=accuracy", RecipeError, "needs tasks"),
+        ("search.objective.by=speed", RecipeError, "objective.by"),
+        ("search.objective={by: accuracy, tasks: [chess]}", DataError, "no task 'chess'"),
+        ("search.objective={by: accuracy, tasks: [piqa], data: nowhere}", DataError, "nowhere"),
+    ],
+)
+def test_bad_objectives_are_refused_first(job, tmp_path, override, error, says):
+    with pytest.raises(error, match=says):
+        session(job, tmp_path, override).find_plan(None)
+    assert not (tmp_path / "candidates").exists()
+
+
+def test_a_table_and_a_picture_with_accuracy():
+    tried = [
+        Trial(nbytes, Outcome(kl=kl, nll=3.0, accuracy=accuracy, stderr=0.02))
+        for nbytes, kl, accuracy in [(100, 0.5, 0.4), (120, 0.3, 0.6), (130, 0.4, 0.5)]
+    ]
+    rows = list(csv.DictReader(io.StringIO(table(tried))))
+    assert [row["pareto"] for row in rows] == ["1", "1", "0"]
+    assert float(rows[1]["accuracy"]) == 0.6
+    with_accuracy = picture(tried, 140)
+    without = picture([Trial(t.nbytes, Outcome(kl=t.outcome.kl, nll=3.0)) for t in tried], 140)
+    assert width(with_accuracy) == 2 * width(without)
+
+
+def width(png):
+    return int.from_bytes(png[16:20], "big")
