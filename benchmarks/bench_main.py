@@ -156,7 +156,7 @@ class Bench:
             f"search.background={BACKGROUNDS[where]}",
         )
         session = self.session(self.off_grid(0), "knapsack-nopruning", 0, small)
-        session.trial = session.evaluate
+        session.judging.trial = session.judging.evaluate
         found = session.find_plan(Budget.parse(budget)).found_by
         return {"predicted": found.predicted_damage, "measured": found.measured_damage}
 

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,7 +29,6 @@ from trimbit.artifact import weight_nbytes
 from trimbit.evaluate import final_hidden, load_model, load_tokenizer, score
 from trimbit.pipeline import Session, compress
 from trimbit.progress import Silent
-from trimbit.recovery import recover
 from trimbit.tasks import SOURCES, evaluate_tasks
 
 RESULTS = HERE / "results" / "qpruner.json"
@@ -155,12 +155,8 @@ def peak(what: str, out: Path, recipe: str = "", ratio: str = "0", source: str =
     if what == "training":
         bench = QPruner(Path(source), Path(folder), RESULTS)
         session = bench.recovering(recipe, int(ratio) or None)
-        assert session.tuning is not None
-        short = session.tuning.model_copy(update={"steps": 2})
-        examples, original = session.examples, session.original()
-        del session
         with tempfile.TemporaryDirectory() as scratch:
-            recover(out, original, examples, short, Path(scratch) / "state.safetensors", 0, lambda *_: None)
+            replace(session.recovery, states=Path(scratch)).train(out, steps=2)
     elif what == "inference":
         final_hidden(load_model(out, torch.bfloat16), torch.arange(CONTEXT))
 

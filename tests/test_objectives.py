@@ -65,7 +65,7 @@ def test_the_best_by_the_objective_is_taken(job, tasks, tmp_path, by, steps):
         assert all(one.accuracy is None for one in found)
         want = min(found, key=lambda one: getattr(one, by))
     assert f"the best {want.kl:.4f} nats" in plan.found_by.notes[0]
-    again = opened.outcome(plan)
+    again = opened.judging.outcome(plan)
     assert again.kl == pytest.approx(want.kl, rel=1e-3)
     assert again.nll == pytest.approx(want.nll, rel=1e-3)
 
@@ -75,13 +75,13 @@ def test_recovery_is_part_of_an_outcome(job, tmp_path):
     slow = ("tune.learning_rate=0.002",)
     before, after = (session(job, tmp_path / str(n), f"search.objective.steps={n}", *slow) for n in (0, 30))
     plan = before.find_plan(None)
-    assert after.outcome(plan).kl < before.outcome(plan).kl
+    assert after.judging.outcome(plan).kl < before.judging.outcome(plan).kl
     assert before._search_key(10**6) != after._search_key(10**6)
 
 
 def test_the_nll_of_the_dense_model(job, tmp_path):
     opened = session(job, tmp_path)
-    judge = opened.judges[1]
+    judge = opened.judging.judges[1]
     model, tokens = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32), judge.tokens
     with torch.no_grad():
         logits = model(tokens).logits[:, :-1]
@@ -99,17 +99,17 @@ def test_processes_find_the_same(job, tmp_path):
     assert plans[0].weights == plans[1].weights
     for alone, shared in zip(trials(tmp_path / "one"), trials(tmp_path / "two"), strict=True):
         assert alone.kl == pytest.approx(shared.kl, rel=1e-4)
-    assert two.workers is None
+    assert two.judging.workers is None
 
 
 def test_what_a_process_cannot_do_is_said(job, tmp_path, monkeypatch):
     opened = session(
         job, tmp_path, "search.objective.workers=2", "search.objective.steps=2", "tune.learning_rate=1.0e+30"
     )
-    monkeypatch.setattr(opened, "outcome", None)  # nothing is judged in this process
+    monkeypatch.setattr(opened.judging, "outcome", None)  # nothing is judged in this process
     with pytest.raises(Exception, match="the loss of recovery step"):
         opened.find_plan(None)
-    assert opened.workers is None
+    assert opened.judging.workers is None
 
 
 def test_weights_may_each_have_a_format(job, tmp_path):
@@ -121,7 +121,7 @@ def test_weights_may_each_have_a_format(job, tmp_path):
     plan = found.plan(point, "by hand")
     q, k = (plan.weights[f"model.layers.1.self_attn.{name}_proj"][0].precision for name in "qk")
     assert q != k
-    assert opened.evaluate(plan) == pytest.approx(opened.trial(plan), rel=0.05)
+    assert opened.judging.evaluate(plan) == pytest.approx(opened.judging.trial(plan), rel=0.05)
     weights = sum(costs[level] for costs, level in zip(found.costs, point, strict=True))
     assert plan.found_by.nbytes <= problem.limit - found.limit + weights
 

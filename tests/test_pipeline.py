@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import trimbit
 from jobs import BUDGET
 from tiny import VOCAB
-from trimbit import pipeline, trials
+from trimbit import preparation, trials
 from trimbit.artifact import weight_nbytes
 from trimbit.errors import ArtifactError, BudgetError, DataError, PlanError, RecipeError
 from trimbit.evaluate import evaluate
@@ -143,7 +143,7 @@ def test_the_measured_damage_is_that_of_the_written_model(job, compressed):
 
 def test_a_quick_evaluation_is_near_the_real_one(job, compressed):
     _, plan = compressed
-    assert session(job).evaluate(plan) == pytest.approx(plan.found_by.measured_damage, rel=0.5)
+    assert session(job).judging.evaluate(plan) == pytest.approx(plan.found_by.measured_damage, rel=0.5)
 
 
 def test_held_out_tokens_are_other_tokens(job):
@@ -160,7 +160,7 @@ def test_a_trial_is_written_as_it_was_tried(job, compressed, tmp_path):
     opened = session(job, cache=tmp_path / "cache")
     opened.write(plan, tmp_path / "first")
     assert not (tmp_path / "cache" / "trials").exists()
-    assert opened.trial(plan) == plan.found_by.measured_damage
+    assert opened.judging.trial(plan) == plan.found_by.measured_damage
     (folder,) = (tmp_path / "cache" / "trials").iterdir()
     opened.write(plan, tmp_path / "second")
     files = {path.name: path.read_bytes() for path in (tmp_path / "first").iterdir()}
@@ -217,7 +217,7 @@ def test_budgets_share_everything_but_the_search(job, tmp_path, monkeypatch):
     """A second budget measures nothing again."""
     opened = session(job, cache=tmp_path)
     opened.find_plan(Budget.parse("30kB"))
-    monkeypatch.setattr(pipeline, "collect", None)
+    monkeypatch.setattr(preparation, "collect", None)
     again = session(job, cache=tmp_path)
     journals = {file.name: file.read_bytes() for file in (tmp_path / "measurements").glob("*.jsonl")}
     assert len(journals) == 1
@@ -283,14 +283,14 @@ def test_without_trials_the_better_of_two_rounds_is_taken(job, tmp_path, monkeyp
         return plan.model_copy(update={"found_by": plan.found_by.model_copy(update={"method": rounds[-1]})})
 
     monkeypatch.setattr(opened.search[0], "search", numbered)
-    monkeypatch.setattr(opened, "evaluate", lambda plan: 0.1 if plan.found_by.method == "round 2" else 0.2)
+    monkeypatch.setattr(opened.judging, "evaluate", lambda plan: 0.1 if plan.found_by.method == "round 2" else 0.2)
     assert opened.find_plan(Budget.parse(BUDGET)).found_by.method == "round 2"
 
 
 def test_a_damaged_trial_is_not_copied(job, compressed, tmp_path):
     _, plan = compressed
     opened = session(job, cache=tmp_path / "cache")
-    opened.trial(plan)
+    opened.judging.trial(plan)
     (weights,) = (tmp_path / "cache" / "trials").glob("*/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(ArtifactError, match=r"trials/.* is damaged; remove it"):
@@ -301,7 +301,7 @@ def test_a_damaged_trial_is_not_copied(job, compressed, tmp_path):
 def test_two_runs_that_try_the_same_plan(job, compressed, tmp_path, monkeypatch):
     _, plan = compressed
     first, second = (session(job, cache=tmp_path / name) for name in ("first", "second"))
-    first.trial(plan)
+    first.judging.trial(plan)
     apply = trials.apply_plan
 
     def meanwhile(*arguments):
@@ -310,7 +310,7 @@ def test_two_runs_that_try_the_same_plan(job, compressed, tmp_path, monkeypatch)
         return found
 
     monkeypatch.setattr(trials, "apply_plan", meanwhile)
-    assert second.trial(plan) == plan.found_by.measured_damage
+    assert second.judging.trial(plan) == plan.found_by.measured_damage
     assert len(list((tmp_path / "second" / "trials").iterdir())) == 1
 
 
@@ -353,7 +353,7 @@ def test_a_recipe_that_fits_nothing_asks_for_no_text(job, tmp_path, monkeypatch)
     def asked(*_, **__):
         raise AssertionError("text was asked for")
 
-    monkeypatch.setattr(pipeline.data, "sample_self", asked)
+    monkeypatch.setattr(preparation.data, "sample_self", asked)
     recipe = load_recipe("uniform-rtn", ("search.formats=[uint4g32]",))
     compress(open_session(job.model, recipe, cache=tmp_path / "cache"), Budget.parse("60kB"), tmp_path / "out")
     assert weight_nbytes(tmp_path / "out") <= 60_000

@@ -121,7 +121,7 @@ def test_a_search_that_was_broken_off_goes_on(job, tmp_path, monkeypatch):
     calls = []
     for _ in range(6):
         opened = session(job, "qpruner-3", cache=tmp_path / "two")
-        real = opened.outcome
+        real = opened.judging.outcome
         killed = []
 
         def once(plan, real=real, killed=killed):
@@ -131,7 +131,7 @@ def test_a_search_that_was_broken_off_goes_on(job, tmp_path, monkeypatch):
             calls.append(plan.weights)
             return real(plan)
 
-        monkeypatch.setattr(opened, "outcome", once)
+        monkeypatch.setattr(opened.judging, "outcome", once)
         try:
             plan = opened.find_plan(None)
             break
@@ -325,7 +325,7 @@ def test_the_written_pairs_are_those_that_were_trained(job, tmp_path):
     """PEFT's model, with its scale of alpha / rank = 8, and the directory give the same logits."""
     opened = session(job, "qpruner-1", cache=tmp_path)
     plan = opened.find_plan(None)
-    opened.trial(plan)
+    opened.judging.trial(plan)
     folder = opened.trials.place(plan)
     model = load_model(folder, torch.bfloat16)
     kinds, before = (PackedLinear, AdaptedLinear), model(TOKENS).logits

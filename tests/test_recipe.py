@@ -6,8 +6,8 @@ import yaml
 from trimbit import recipe
 from trimbit.criteria import obs
 from trimbit.errors import RecipeError
-from trimbit.pipeline import module_of
 from trimbit.precision import parse_precision
+from trimbit.preparation import module_of
 from trimbit.quant import gptq
 from trimbit.recipe import load_recipe, step_config
 from trimbit.search import knapsack

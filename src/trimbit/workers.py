@@ -1,6 +1,6 @@
-"""Plans judged in processes of their own: each has a session, and so a whole model, on its share of the threads.
+"""Plans judged in processes of their own, each with a whole model and its share of the threads.
 
-What a session needs beside the model is in the cache already, so that a process starts in seconds.
+What they need beside the model is in the cache already, so that a process starts in seconds.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,23 +14,25 @@ import torch
 
 from trimbit.errors import TrimbitError
 from trimbit.measurements import Outcome
+from trimbit.model.load import open_checkpoint
 from trimbit.plan import Plan
 from trimbit.recipe import Recipe
 
 if TYPE_CHECKING:
-    from trimbit.pipeline import Session
+    from trimbit.judging import Judging
+    from trimbit.preparation import Preparation
 
-_session: "Session | None" = None  # of a process that judges
+_judging: "Judging | None" = None  # of a process that judges
 
 
 class Workers:
     """Processes that judge plans; close them when there are no more."""
 
-    def __init__(self, session: "Session", count: int) -> None:
-        fields = (session.checkpoint.path, session.recipe.model_dump_json(), session.calibration, session.seed)
+    def __init__(self, prepared: "Preparation", count: int) -> None:
+        fields = (prepared.checkpoint.path, prepared.recipe.model_dump_json(), prepared.calibration, prepared.seed)
         threads = max(1, torch.get_num_threads() // count)
         self.pool = ProcessPoolExecutor(
-            count, mp_context=get_context("spawn"), initializer=_start, initargs=(*fields, session.cache, threads)
+            count, mp_context=get_context("spawn"), initializer=_start, initargs=(*fields, prepared.cache, threads)
         )
 
     def outcomes(self, plans: Sequence[Plan]) -> Iterator[Outcome]:
@@ -50,14 +52,15 @@ class Workers:
 
 
 def _start(model: Path, recipe: str, calibration: str, seed: int, cache: Path, threads: int) -> None:
-    from trimbit.pipeline import open_session
+    from trimbit.judging import Judging
+    from trimbit.preparation import Preparation
 
-    global _session
+    global _judging
     torch.set_num_threads(threads)
-    read = Recipe.model_validate_json(recipe)
-    _session = open_session(model, read, calibration=calibration, seed=seed, cache=cache)
+    checkpoint, read = open_checkpoint(model), Recipe.model_validate_json(recipe)
+    _judging = Judging(Preparation(checkpoint=checkpoint, recipe=read, calibration=calibration, seed=seed, cache=cache))
 
 
 def _judge(plan: Plan) -> Outcome:
-    assert _session is not None
-    return _session.outcome(plan)
+    assert _judging is not None
+    return _judging.outcome(plan)

@@ -1,0 +1,105 @@
+"""What whole plans are worth on held-out tokens: put together from candidates, applied for real, or trained as well."""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from trimbit.errors import RecipeError
+from trimbit.measure import background_of, install
+from trimbit.measurements import Outcome
+from trimbit.model.head import Judged
+from trimbit.model.whole import Judge, WholeModel
+from trimbit.plan import Plan
+from trimbit.preparation import Preparation
+from trimbit.recovery import recovered
+from trimbit.tasks import mean_score, score_tasks
+from trimbit.workers import Workers
+
+
+class Judging:
+    """Judges plans; holds a whole model in memory, or processes that hold one each, until they are released."""
+
+    def __init__(self, prepared: Preparation) -> None:
+        self.prepared = prepared
+        self.workers: Workers | None = None
+
+    @cached_property
+    def judges(self) -> tuple[Judge | None, Judge]:
+        """KL on the tokens that damage is measured on, and on the held-out ones, by one whole model in memory.
+
+        A search that measures no damage has no first one.
+        """
+        prepared, want = self.prepared, self.prepared.recipe.measure
+        assert want is not None
+        tokens, held_out = prepared.tokens.tokens, prepared.held_out.tokens
+        if len(tokens) < want.rows:
+            raise RecipeError(f"measure.rows: {want.rows} of {len(tokens)} calibration rows asked")
+        whole, first = WholeModel(prepared.stream), None
+        with prepared.reporter.stage("the model's own output") as progress:
+            if hasattr(prepared.search[0], "background"):
+                first = Judge(whole, tokens[: want.rows, : want.length])
+            progress(1, 2)
+            second = Judge(whole, held_out[:, : want.length], repeated=False)
+            progress(2, 2)
+        return first, second
+
+    def put_together(self, plan: Plan) -> Judge:
+        """The judge on held-out tokens, whose model now has the plan's candidates: no block makes up for others."""
+        judge, layout = self.judges[1], self.prepared.layout
+        install(judge.whole, layout, self.prepared.candidates, background_of(plan, layout))
+        return judge
+
+    def evaluate(self, plan: Plan) -> float:
+        """KL of a plan put together from candidates: quick."""
+        return self.put_together(plan).damage(None)
+
+    def trial(self, plan: Plan) -> float:
+        """KL of a plan that is applied for real; it is kept, to be written if it is chosen."""
+        self.release()
+        return self.prepared.trials.damage(plan)
+
+    def outcome(self, plan: Plan) -> Outcome:
+        """What the search's objective wants to know of a plan."""
+        prepared, want = self.prepared, self.prepared.objective
+        assert want is not None
+        model, judged = self._trained(plan, want.steps) if want.steps else self._as_it_starts(plan)
+        found = Outcome(kl=judged.kl, nll=judged.nll)
+        if not want.tasks:
+            return found
+        folder = Path(want.data) if want.data else None
+        scores = score_tasks(
+            model, prepared.checkpoint.tokenizer(), want.tasks, folder=folder, limit=want.documents,
+            reporter=prepared.reporter,
+        )  # fmt: skip
+        mean = mean_score(scores)
+        return found.model_copy(update={"accuracy": mean.value, "stderr": mean.stderr})
+
+    def _as_it_starts(self, plan: Plan) -> tuple[PreTrainedModel, Judged]:
+        judge = self.put_together(plan)
+        return judge.whole.model, judge.judged()
+
+    def _trained(self, plan: Plan, steps: int) -> tuple[PreTrainedModel, Judged]:
+        folder, recovery = self.prepared.trials.applied(plan), self.prepared.recovery
+        model = recovered(folder, recovery.train(folder, steps).pairs)
+        return model, recovery.judged(model)
+
+    def outcomes(self, plans: Sequence[Plan]) -> Iterator[Outcome]:
+        """The outcome of each plan, in their order; in processes of their own if the objective asks for several."""
+        prepared, want = self.prepared, self.prepared.objective
+        assert want is not None
+        if want.workers == 1:
+            yield from map(self.outcome, plans)
+            return
+        if self.workers is None:
+            _ = prepared.rankings, prepared.stats, prepared.held_out  # now, or each process would make them
+            self.workers = Workers(prepared, want.workers)
+        yield from self.workers.outcomes(plans)
+
+    def release(self) -> None:
+        """Let go of the whole model, and of the processes."""
+        self.__dict__.pop("judges", None)
+        if self.workers is not None:
+            self.workers.close()
+            self.workers = None

@@ -1,0 +1,330 @@
+"""What a recipe makes of a model before any budget is asked for: text, statistics, rankings, candidates.
+
+Each is computed once, when it is first needed, and cached by its content.
+"""
+
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import trimbit
+from trimbit import data
+from trimbit.apply import Method, cut_unit
+from trimbit.cache import cache_root, save_whole, source_digest
+from trimbit.candidates import CandidateWeights
+from trimbit.errors import DataError, RecipeError
+from trimbit.information import layer_information
+from trimbit.instructions import from_instructions, from_rows
+from trimbit.measurements import Objective, Space
+from trimbit.model.checkpoint import Checkpoint
+from trimbit.model.layout import Layout, build_layout
+from trimbit.model.stream import BlockStream
+from trimbit.model.whole import WholeModel
+from trimbit.plan import ModelRef, digest
+from trimbit.progress import Progress, Reporter, Silent
+from trimbit.prune import kept_widths, protected
+from trimbit.ranking import by_gradients, by_moments
+from trimbit.recipe import Recipe, Step, step_config
+from trimbit.recovery import Recovery
+from trimbit.repair.tune import Config as Tuning
+from trimbit.repair.tune import Example
+from trimbit.stats import Stats, collect, stored
+from trimbit.trials import Trials
+
+
+def module_of(stage: str, step: Step) -> ModuleType:
+    """The module of a stage by its name.
+
+    Raises:
+        RecipeError: if there is none.
+    """
+    try:
+        return importlib.import_module(f"trimbit.{stage}.{step.name}")
+    except ModuleNotFoundError as err:
+        raise RecipeError(f"no {stage} method {step.name!r}: there is no module trimbit.{stage}.{step.name}") from err
+
+
+@dataclass(kw_only=True)
+class Preparation:
+    """One model, one recipe, one text, one seed."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    calibration: str = "self"  # or a file
+    seed: int = 0
+    reporter: Reporter = field(default_factory=Silent)
+    cache: Path = field(default_factory=cache_root)
+
+    def __post_init__(self) -> None:
+        recipe = self.recipe
+        self.quant = self._module("quant", recipe.quant, "quantize")
+        self.search = self._module("search", recipe.search, "search")
+        self.criterion = self._module("criteria", recipe.criterion, "score") if recipe.criterion else None
+        self.layers = self._module("criteria", recipe.importance, "information") if recipe.importance else None
+        self.repair = self._module("repair", recipe.repair, "refit") if recipe.repair else None
+        self.lowrank = self._module("repair", recipe.lowrank, "correct")[1] if recipe.lowrank else None
+        self.tuning: Tuning | None = self._module("repair", recipe.tune, "tune")[1] if recipe.tune else None
+        self.compute: torch.dtype = getattr(torch, recipe.compute)
+        if self.tuning is not None and self.lowrank is None:
+            raise RecipeError("`tune` trains low-rank pairs: the recipe needs a `lowrank` too")
+        if self.tuning is not None and self.tuning.loss == "instruct" and self.tuning.data is None:
+            raise RecipeError("tune.loss instruct needs tune.data, a .jsonl file with `instruction` and `output`")
+        for field_name in self.search[0].NEEDS:
+            if getattr(recipe, field_name) is None:
+                raise RecipeError(f"search {recipe.search.name} needs a `{field_name}` in the recipe")
+        if recipe.prune is not None and recipe.criterion is None:
+            raise RecipeError("`prune` needs a `criterion` in the recipe, to say what goes first")
+        if self.calibration != "self" and not Path(self.calibration).is_file():
+            raise DataError(f"no calibration text {self.calibration!r}: give `self` or a file")
+
+    def _module(self, stage: str, step: Step, offers: str) -> tuple[ModuleType, Any]:
+        module = module_of(stage, step)
+        if not hasattr(module, offers):
+            raise RecipeError(f"{stage} {step.name} cannot stand here: it does not offer `{offers}`")
+        return module, step_config(module.Config, stage, step)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The structure of the model."""
+        return build_layout(self.checkpoint.config)
+
+    @cached_property
+    def model(self) -> ModelRef:
+        """What ties plans and measurements to the model."""
+        c = self.checkpoint
+        return ModelRef(id=c.model_id, config_hash=c.config_hash(), weights_hash=c.weights_hash())
+
+    @cached_property
+    def stream(self) -> BlockStream:
+        """The dense model, block by block."""
+        return BlockStream(self.checkpoint, self.layout, self.compute)
+
+    @cached_property
+    def tokens(self) -> data.TokenSet:
+        """The calibration tokens."""
+        return self._text[0]
+
+    @cached_property
+    def held_out(self) -> data.TokenSet:
+        """Tokens of the same text that nothing is fitted to."""
+        return self._text[1]
+
+    @cached_property
+    def _text(self) -> tuple[data.TokenSet, data.TokenSet]:
+        want = self.recipe.calibration
+        rows, length, tokenizer = want.rows + want.held_out, want.length, self.checkpoint.tokenizer()
+        if self.calibration == "self":
+            return self._sampled(tokenizer, rows, length).split(want.held_out)
+        try:
+            found = data.from_file(Path(self.calibration), tokenizer, rows=rows, length=length, seed=self.seed)
+        except DataError as err:
+            raise DataError(f"{err} (rows are calibration.rows + calibration.held_out)") from err
+        return found.split(want.held_out)
+
+    def _sampled(self, tokenizer: Any, rows: int, length: int) -> data.TokenSet:  # noqa: ANN401
+        """Text of the model's own, sampled once."""
+        key = digest(
+            [
+                trimbit.__version__,
+                self.model.weights_hash,
+                self.recipe.compute,
+                rows,
+                length,
+                self.seed,
+                torch.get_num_threads(),
+            ]
+        )
+        path = self.cache / "tokens" / f"{key}.safetensors"
+        if path.exists():
+            return data.TokenSet(name="self", tokens=load_file(path)["tokens"], seed=self.seed)
+        with self.reporter.stage("text sampled from the model") as progress:
+            model = WholeModel(self.stream).model
+            found = data.sample_self(model, tokenizer, rows=rows, length=length, seed=self.seed, progress=progress)
+        save_whole(path, lambda beside: save_file({"tokens": found.tokens}, beside))
+        return found
+
+    @cached_property
+    def stats_key(self) -> str:
+        """Content key of the statistics."""
+        return digest(
+            [
+                trimbit.__version__,
+                self.model.weights_hash,
+                self.model.config_hash,
+                self.tokens.digest,
+                self.recipe.compute,
+            ]
+        )
+
+    @property
+    def _needs_moments(self) -> bool:
+        ranks = self.criterion is not None and self.criterion[0].READS == "moments"
+        refits = self.criterion is not None and self.repair is not None
+        return self.method.needs_moments or ranks or refits
+
+    @cached_property
+    def stats(self) -> Stats | None:
+        """Moments of the dense model, where any stage needs them."""
+        if not self._needs_moments:
+            return None
+        tokens, folder = self.tokens.tokens, self.cache / "stats" / self.stats_key
+        known = stored(folder, self.layout.blocks, tokens.numel())
+        if known is not None:
+            return known
+        stream = self.stream
+        with self.reporter.stage("statistics") as progress:
+            return collect(stream, tokens, folder, progress)
+
+    @cached_property
+    def rankings(self) -> dict[str, tuple[int, ...]]:
+        """For each dim, its indices, the one to keep longest first."""
+        if self.criterion is None:
+            return {}
+        module, config = self.criterion
+
+        def make(progress: Progress) -> dict[str, tuple[int, ...]]:
+            if module.READS == "moments":
+                assert self.stats is not None
+                return by_moments(module, config, self.layout, self.checkpoint, self.stats, progress)
+            return by_gradients(module, config, self.stream, self.tokens.tokens, progress)
+
+        decides = [self.stats_key, self.plain(self.recipe.criterion)]
+        found = self._stored("rankings", decides, "ranking of channels and heads", make)
+        return {dim: tuple(order) for dim, order in found.items()}
+
+    @cached_property
+    def importance(self) -> dict[str, float]:
+        """The importance of each block and sub-block of the pruned model to the task."""
+        assert self.layers is not None
+        code = source_digest("criteria", "information.py")
+        decides = [code, self.stats_key, self.plain(self.recipe.importance), self.kept(self.space.kept)]
+        load, tokens, config = self._pruned, self.tokens.tokens, self.layers[1]
+        return self._stored(
+            "importance", decides, "importance of each layer",
+            lambda progress: layer_information(self.stream, load, tokens, config, progress),
+        )  # fmt: skip
+
+    def _stored(
+        self, kind: str, decides: list[Any], stage: str, make: Callable[[Progress], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """What `make` gives, kept as JSON by what decides it."""
+        path = self.cache / kind / f"{digest(decides)}.json"
+        if not path.exists():
+            with self.reporter.stage(stage) as progress:
+                text = json.dumps(make(progress))
+            save_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+
+    def kept(self, widths: Mapping[str, int]) -> dict[str, list[int]]:
+        """The members of each dim that a width keeps."""
+        return {dim: sorted(self.rankings[dim][:width]) for dim, width in widths.items()}
+
+    def _pruned(self, index: int) -> nn.Module:
+        """A block with the widths that are fixed before the search."""
+        block = self.stream.load(index)
+        for unit in self.layout.units.values():
+            width = self.space.kept.get(unit.dim or "")
+            if unit.block == index and unit.dim is not None and width is not None:
+                keep = tuple(sorted(self.rankings[unit.dim][:width]))
+                cut_unit(block, self.layout, unit, keep, f"{self.layout.family.blocks}.{index}.")
+        return block
+
+    def plain(self, step: Step | None) -> dict[str, Any] | None:
+        """A step as plain data, for a content key."""
+        return step.model_dump(mode="json") if step else None
+
+    @property
+    def method(self) -> Method:
+        """How a weight is compressed."""
+        return Method(module=self.quant[0], config=self.quant[1], pairs=self.lowrank, seed=self.seed)
+
+    @property
+    def rank(self) -> int:
+        """Of the low-rank pair beside each weight of the blocks; 0: none."""
+        return self.lowrank.rank if self.lowrank is not None else 0
+
+    @cached_property
+    def space(self) -> Space:
+        """What the search may choose from, with what is fixed before it."""
+        space = self.recipe.space or Space(formats=(), table_formats=())
+        if self.recipe.prune is None:
+            return space
+        fixed = {
+            "kept": kept_widths(self.layout, self.recipe.prune),
+            "spared": protected(self.layout, self.recipe.prune),
+        }
+        return space.model_copy(update=fixed)
+
+    @cached_property
+    def candidates(self) -> CandidateWeights:
+        """The weights of every choice."""
+        recipe = self.recipe
+        source = self.stats_key if self.stats is not None else self.model.weights_hash
+        steps = [self.plain(step) for step in (recipe.quant, recipe.repair, recipe.lowrank)]
+        code = source_digest("quant", "kernels", "repair", "candidates.py", "apply.py")
+        key = digest([code, source, *steps, self.seed if self.rank else 0])
+        return CandidateWeights(
+            self.checkpoint,
+            self.layout,
+            self.stats,
+            self.method,
+            self.cache / "candidates" / key,
+            self.rankings,
+            self.space,
+            rank=self.rank,
+            refits=self.repair is not None,
+        )
+
+    @cached_property
+    def trials(self) -> Trials:
+        """Plans applied for real."""
+        steps = (self.recipe.quant, self.recipe.repair, self.recipe.lowrank)
+        judged = self.held_out if self.judges_plans else None
+        decides = (
+            self.stats_key if judged else self.model.weights_hash, judged.digest if judged else None,
+            *(self.plain(step) for step in steps), self.seed if self.rank else 0,
+        )  # fmt: skip
+        return Trials(
+            stream=self.stream, method=self.method, repair=self.repair[1] if self.repair else None, stats=self.stats,
+            tokens=self.tokens.tokens if self.stats is not None else None, held_out=judged.tokens if judged else None,
+            folder=self.cache / "trials", decides=decides, reporter=self.reporter,
+        )  # fmt: skip
+
+    @cached_property
+    def recovery(self) -> Recovery:
+        """Training of what plans leave of this model."""
+        assert self.tuning is not None
+        answers = digest([self.model.weights_hash, self.recipe.compute, trimbit.__version__])
+        return Recovery(
+            stream=self.stream, config=self.tuning, examples=self.examples, held_out=self.held_out.tokens,
+            seed=self.seed, originals=self.cache / "originals" / answers, states=self.cache / "tuned",
+            reporter=self.reporter,
+        )  # fmt: skip
+
+    @cached_property
+    def examples(self) -> list[Example]:
+        """What recovery trains on."""
+        assert self.tuning is not None
+        if self.tuning.data is None:
+            return from_rows(self.tokens.tokens, self.checkpoint.tokenizer(), self.tuning.length)
+        tokenizer, masked = self.checkpoint.tokenizer(), self.tuning.loss == "instruct"
+        return from_instructions(Path(self.tuning.data), tokenizer, self.tuning.length, masked=masked)
+
+    @property
+    def objective(self) -> Objective | None:
+        """What a search by trials goes by."""
+        return getattr(self.search[1], "objective", None)
+
+    @property
+    def judges_plans(self) -> bool:
+        """Whether there is text to say what a plan costs: a recipe that neither fits nor measures needs none."""
+        return self.stats is not None or self.recipe.measure is not None or self.tuning is not None
