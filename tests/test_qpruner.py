@@ -185,6 +185,19 @@ def test_recovery_that_was_broken_off_goes_on(job, tmp_path, monkeypatch):
     assert files[0] == files[1]
 
 
+def test_checkpointing_changes_memory_alone(job, tmp_path):
+    """The same losses, from fewer tensors kept between forward and backward."""
+    losses, kept = [], []
+    for name, overrides in {"plain": (), "again": ("tune.checkpointing=true",)}.items():
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, to=sizes: to.append(t.numel()) or t, lambda t: t):
+            compress(session(job, "qpruner-1", *overrides, cache=tmp_path / "c"), None, tmp_path / name)
+        losses.append(json.loads((tmp_path / name / "tuning.json").read_text())["losses"])
+        kept.append(sum(sizes))
+    assert losses[0] == losses[1]
+    assert kept[1] < kept[0] / 2
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(job, tmp_path, monkeypatch):
     from trimbit.repair import tune
 

@@ -46,6 +46,7 @@ class Config(Data):
     warmup: float = Field(default=0.1, ge=0, lt=1)  # ours: share of the steps; then a straight line to zero
     alpha: int = Field(default=16, ge=1)  # code (horseee/LLM-Pruner): the pair counts alpha / rank times
     dropout: float = Field(default=0.0, ge=0, lt=1)  # ours, for one epoch; code (horseee/LLM-Pruner): 0.05
+    checkpointing: bool = False  # keep each block's input alone, and run the block again for its gradients
     save_every: int = Field(default=20, ge=1)  # steps between two stored states
 
 
@@ -103,6 +104,10 @@ def tune(
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
     losses = _resume(state, parameters, optimizer)
     model.train()
+    if config.checkpointing:
+        # by its newer name, where there is one: the older one goes with transformers 6
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     for step in range(len(losses), config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _schedule(step, config)
