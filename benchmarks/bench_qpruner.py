@@ -18,17 +18,25 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
+from scipy.stats import spearmanr
 
 from bench_main import CONTEXT, HERE, WINDOWS, WORK, Bench, measured_process, write_tables
 from trimbit import data
 from trimbit.artifact import weight_nbytes
 from trimbit.evaluate import final_hidden, load_model, load_tokenizer, score
+from trimbit.measure import background_of, install
+from trimbit.model.whole import Judge, WholeModel
 from trimbit.pipeline import Session, compress
+from trimbit.plan import Budget, Plan
 from trimbit.progress import Silent
+from trimbit.search.bayes import Journal
+from trimbit.search.levels import levels
 from trimbit.tasks import SOURCES, evaluate_tasks
 
 RESULTS = HERE / "results" / "qpruner.json"
@@ -40,7 +48,15 @@ RECIPES = ("llm-pruner", "qpruner-1", "qpruner-2", "qpruner-3")
 RATIOS = (20, 50, 30)  # in the order that they are run
 SHORT = 128  # tokens, the other context of perplexity
 DOCUMENTS = 500
-PARTS = ("start", "recipes")
+PARTS = ("start", "recipes", "plans", "ranks", "noise")
+SEEDS = (0, 1, 2)
+RANDOM = 10  # random plans that are judged on test text
+MENUS = {  # what shares a format, the formats, how scales are found, and whether the budget is uniform NF4's
+    "4 and 8 bits by block": ("block", "nf4g64, int8row", "absmax", False),
+    "2, 3, 4 and 8 bits by weight": ("weight", "uint2g64, uint3g64, nf4g64, int8row", "mse", True),
+}
+KNAPSACK = "search={name: knapsack, params: {pruning_costs: [1.0], no_pruning: false, uniform: null}}"
+ESTIMATORS = ("quantiles", "histogram")
 
 
 class Timed:
@@ -143,6 +159,95 @@ class QPruner(Bench):
         return peaks | {"imports": imports}
 
 
+class Found(NamedTuple):
+    """Plans of equal bytes for one model, and the session that can put them together."""
+
+    session: Session
+    limit: int
+    plans: dict[str, Plan]
+    random: list[Plan]
+    random_kls: list[float]  # on held-out calibration tokens, as the searches see it
+    seconds: dict[str, float]
+
+
+class Plans(QPruner):
+    """Cells about plans of equal bytes, pruned by 20 %, before recovery."""
+
+    def opened(self, recipe: str, seed: int, *overrides: str) -> Session:
+        return self.session(self.off_grid(seed), recipe, seed, ("tune=null", "prune.ratio=0.2", *overrides))
+
+    def found(self, menu: str, seed: int) -> Found:
+        """What each search finds for the same bytes and formats."""
+        per, formats, scales, like_uniform = MENUS[menu]
+        shared = (f"space.formats=[{formats}]", f"quant.scales={scales}")
+        uniform = self.opened("qpruner-1", seed, f"quant.scales={scales}").find_plan(None)
+        sessions = {
+            "qpruner-2": self.opened("qpruner-2", seed, *shared, f"search.per={per}"),
+            "qpruner-3": self.opened("qpruner-3", seed, *shared, f"search.per={per}"),
+            "best of random": self.opened("qpruner-3", seed, *shared, f"search.per={per}", "search.engine=random"),
+            "knapsack": self.opened("qpruner-3", seed, *shared, KNAPSACK, "measure.rows=4"),
+        }
+        limit = uniform.found_by.nbytes if like_uniform else sessions["qpruner-2"].limit(None)
+        plans, seconds = {"uniform": uniform}, {}
+        for method, session in sessions.items():
+            started = time.perf_counter()
+            plans[method] = session.find_plan(Budget.parse(f"{limit}B"))
+            seconds[method] = round(time.perf_counter() - started, 1)
+        tried = sessions["best of random"].searched
+        points = Journal(tried.journal, tried.key).read()
+        own = levels(tried, per)
+        others = list(points)[1:]  # the first is the plan by importance
+        return Found(
+            sessions["qpruner-3"], limit, plans, [own.plan(point, "random") for point in others],
+            [points[point].kl for point in others], seconds,
+        )  # fmt: skip
+
+    def compare(self, menu: str, seed: int) -> dict:
+        """KL of each plan on test text, put together from candidates: what is written is the same."""
+        found = self.found(menu, seed)
+        prepared = found.session
+        windows = data.evaluation_windows(
+            self.folder / "wikitext-2" / "wiki.test.raw", load_tokenizer(self.off_grid(seed)), context=512, limit=16
+        )
+        judge = Judge(WholeModel(prepared.stream), windows, repeated=False)
+
+        def judged(plan: Plan) -> float:
+            install(judge.whole, prepared.layout, prepared.candidates, background_of(plan, prepared.layout))
+            return judge.damage(None)
+
+        return {
+            "limit": found.limit, "seconds_each": found.seconds,
+            "nbytes": {method: plan.found_by.nbytes for method, plan in found.plans.items()},
+            "kl": {method: judged(plan) for method, plan in found.plans.items()},
+            "random_kls": [judged(plan) for plan in found.random[:RANDOM]], "held_out_random_kls": found.random_kls,
+        }  # fmt: skip
+
+    def ranks(self, estimator: str) -> dict:
+        """How alike the order of blocks is that three samples of calibration text give."""
+        own = (f"importance.estimator={estimator}",)
+        found = [self.session(self.off_grid(0), "qpruner-2", seed, ("tune=null", *own)).importance for seed in SEEDS]
+        blocks = [key for key in found[0] if key.count(".") == 1]
+        pairs = [
+            float(spearmanr([a[key] for key in blocks], [b[key] for key in blocks]).statistic)
+            for a, b in combinations(found, 2)
+        ]
+        return {"spearman": pairs, "importance": [{key: one[key] for key in blocks} for one in found]}
+
+    def noise(self, menu: str) -> dict:
+        """KL, NLL and HellaSwag of plans of equal bytes, seed 0: what a search by accuracy would see."""
+        found = self.found(menu, 0)
+        folder = self.folder / "tasks"
+        asked = f"search.objective={{by: accuracy, tasks: [hellaswag], data: {folder}, documents: {DOCUMENTS}}}"
+        per, formats, scales, _ = MENUS[menu]
+        judging = self.opened(
+            "qpruner-3", 0, f"space.formats=[{formats}]", f"quant.scales={scales}", f"search.per={per}", asked
+        ).judging
+        order = sorted(range(len(found.random)), key=found.random_kls.__getitem__)
+        spread = [found.random[order[round(at * (len(order) - 1) / 4)]] for at in range(5)]
+        plans = [*found.plans.items(), *((f"random {at}", plan) for at, plan in enumerate(spread))]
+        return {"plans": {name: judging.outcome(plan).model_dump() for name, plan in plans}}
+
+
 def made(recipe: str, ratio: int | None) -> Path:
     """Where a recipe's directory lies between its cells."""
     return WORK / "recipes" / f"{recipe}-{ratio or 0}"
@@ -210,7 +315,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS)
     options = parser.parse_args()
     os.environ.setdefault("TRIMBIT_CACHE", str(WORK / "cache"))
-    bench = QPruner(options.source, options.data, RESULTS)
+    bench = Plans(options.source, options.data, RESULTS)
     if "start" in options.only:
         for bits, start, rank in starts():
             bench.cell(name(bits, start, rank), lambda b=bits, s=start, r=rank: bench.start(b, s, r))
@@ -222,6 +327,16 @@ def main() -> None:
             bench.cell(f"whole/{key}", lambda r=recipe, n=ratio: bench.whole(r, n))
             bench.cell(f"memory/{key}", lambda r=recipe, n=ratio: bench.memory(r, n))
             bench.cell(f"tasks/{key}", lambda r=recipe, n=ratio: bench.tasks(made(r, n)))
+    if "plans" in options.only:
+        for menu in MENUS:
+            for seed in SEEDS:
+                bench.cell(f"plans/{menu}/seed {seed}", lambda m=menu, s=seed: bench.compare(m, s))
+    if "ranks" in options.only:
+        for estimator in ESTIMATORS:
+            bench.cell(f"ranks/{estimator}", lambda e=estimator: bench.ranks(e))
+    if "noise" in options.only:
+        menu = next(iter(MENUS))
+        bench.cell(f"noise/{menu}", lambda: bench.noise(menu))
     write_tables(PAGE, tables(bench.results))
 
 
