@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import combinations
@@ -295,14 +295,137 @@ def name(bits: int, start: str, rank: int) -> str:
 
 def tables(results: dict) -> str:
     """The results as Markdown tables."""
+    parts = (recipe_table, task_table, memory_table, cost_table, plan_table, noise_table, rank_table, start_table)
+    return "\n".join("\n".join(part(results)) + "\n" for part in parts)
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows)]
+
+
+def rows_of(results: dict, part: str, width: int, cells: Callable[[dict], list[str]]) -> list[list[str]]:
+    """A row a recipe and ratio, in the order of ratios."""
+    order = sorted(recipes(), key=lambda one: (one[1] or 0, one[0]))
+    found = [(key_of(recipe, ratio), results.get(f"{part}/{key_of(recipe, ratio)}")) for recipe, ratio in order]
+    return [[key, *(cells(cell) if cell else ["not run", *[""] * (width - 1)])] for key, cell in found]
+
+
+def recipe_table(results: dict) -> list[str]:
+    def cells(c: dict) -> list[str]:
+        return [
+            f"{c['nbytes'] / 1e6:.1f}", f"{c['ppl@2048']:.2f}", f"{c['ppl@128']:.2f}", f"{c['kl']:.3f}",
+            f"{100 * c['top1']:.1f} %",
+        ]  # fmt: skip
+
+    rows = rows_of(results, "whole", 5, cells)
+    if "whole/original" in results:
+        rows.insert(0, ["original", *cells(results["whole/original"])])
+    heads = ["recipe, pruned", "weight file, MB", "ppl@2048", "ppl@128", "KL", "same first choice"]
+    return ["## Whole recipes", "", *table(heads, rows)]
+
+
+def task_table(results: dict) -> list[str]:
+    def cells(c: dict) -> list[str]:
+        value, error = c["mean"]
+        return [*(f"{c['tasks'][name][0]:.1f}" for name in SOURCES), f"{value:.1f} ± {error:.1f}"]
+
+    rows = rows_of(results, "tasks", len(SOURCES) + 1, cells)
+    if "tasks/original" in results:
+        rows.insert(0, ["original", *cells(results["tasks/original"])])
+    return [
+        f"Zero-shot tasks, the first {DOCUMENTS} documents of each, percent; standard errors are about 2 points:",
+        "", *table(["recipe, pruned", *SOURCES, "mean"], rows),
+    ]  # fmt: skip
+
+
+def memory_table(results: dict) -> list[str]:
+    """What fine-tuning holds: weights as they are stored without the pairs, pairs in fp32, AdamW's moments."""
+
+    def held(c: dict) -> float:
+        return (c["nbytes"] - c["adapter_nbytes"] + c["trained_nbytes"] + c["optimizer_nbytes"]) / 1e6
+
+    rows = []
+    for recipe, ratio in sorted(recipes(), key=lambda one: (one[1] or 0, one[0])):
+        key = key_of(recipe, ratio)
+        cell, peaks = results.get(f"whole/{key}"), results.get(f"memory/{key}")
+        if cell is None:
+            rows.append([key, "not run", *[""] * 6])
+            continue
+        base = results.get(f"whole/{key_of('llm-pruner', ratio)}") if ratio else None
+        less = f"{100 * (1 - held(cell) / held(base)):.1f} %" if base and recipe != "llm-pruner" else ""
+        parts = (cell["nbytes"] - cell["adapter_nbytes"], cell["trained_nbytes"], cell["optimizer_nbytes"])
+        measured = [f"{peaks[what] / 1e6:.0f}" if peaks else "not run" for what in ("training", "inference")]
+        rows.append([key, *(f"{part / 1e6:.1f}" for part in parts), f"{held(cell):.1f}", less, *measured])
+    heads = [
+        "recipe, pruned", "weights, MB", "pairs", "AdamW", "sum", "below llm-pruner", "peak in recovery",
+        "peak in inference",
+    ]  # fmt: skip
+    return ["Memory; peaks are resident bytes above those of the libraries:", "", *table(heads, rows)]
+
+
+def cost_table(results: dict) -> list[str]:
+    def cells(c: dict) -> list[str]:
+        seconds = c["stage_seconds"]
+        trials = seconds.get("trials of whole plans")
+        return [
+            f"{sum(s for stage, s in seconds.items() if stage != 'search') / 60:.1f}",
+            f"{seconds['recovery'] / c['steps']:.1f}",
+            f"{trials / 40:.1f}" if trials else "",
+            f"{c['first_losses']:.3f}, {c['last_losses']:.3f}",
+        ]
+
+    heads = [
+        "recipe, pruned",
+        "minutes in all",
+        "seconds a step",
+        "seconds a trial",
+        "loss of the first, last 10 steps",
+    ]
+    return ["Cost, and the loss of recovery:", "", *table(heads, rows_of(results, "whole", 4, cells))]
+
+
+def plan_table(results: dict) -> list[str]:
+    rows = []
+    for menu in MENUS:
+        for seed in SEEDS:
+            c = results.get(f"plans/{menu}/seed {seed}")
+            if c is None:
+                rows.append([menu, str(seed), "not run", *[""] * 6])
+                continue
+            kls, others = c["kl"], torch.tensor(c["random_kls"])
+            searched = [f"{kls[method]:.4f}" for method in ("best of random", "qpruner-2", "qpruner-3", "knapsack")]
+            uniform = f"{kls['uniform']:.4f} ({c['nbytes']['uniform'] / 1e6:.1f} MB)"
+            random = f"{others.mean():.4f} ± {others.std():.4f}"
+            rows.append([menu, str(seed), f"{c['limit'] / 1e6:.1f}", uniform, random, *searched])
+    heads = ["formats", "seed", "budget, MB", "uniform NF4", "random, mean ± sd", "best of 40 random"]
+    return ["## Plans of equal bytes", "", *table([*heads, "qpruner-2", "qpruner-3", "knapsack"], rows)]
+
+
+def noise_table(results: dict) -> list[str]:
+    cell = results.get(f"noise/{next(iter(MENUS))}")
+    rows = [
+        [name, f"{c['kl']:.4f}", f"{c['nll']:.4f}", f"{100 * c['accuracy']:.1f} ± {100 * c['stderr']:.1f}"]
+        for name, c in sorted(cell["plans"].items(), key=lambda one: one[1]["kl"])
+    ] if cell else [["not run", "", "", ""]]  # fmt: skip
+    return ["## Can accuracy rank plans?", "", *table(["plan", "KL", "NLL", "HellaSwag, %"], rows)]
+
+
+def rank_table(results: dict) -> list[str]:
+    rows = []
+    for estimator in ESTIMATORS:
+        cell = results.get(f"ranks/{estimator}")
+        rows.append([estimator, ", ".join(f"{r:.2f}" for r in cell["spearman"]) if cell else "not run"])
+    return ["## Is importance stable?", "", *table(["estimator", "Spearman's rho of the blocks, pairs of seeds"], rows)]
+
+
+def start_table(results: dict) -> list[str]:
     columns = [("zeros", RANKS[0]), *((start, rank) for rank in RANKS for start in STARTS[1:])]
-    heads = ("zeros", *(f"{start}, rank {rank}" for start, rank in columns[1:]))
-    lines = [f"| blocks | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    rows = []
     for bits, precision in FORMATS.items():
         found = [results.get(name(bits, start, rank)) for start, rank in columns]
-        figures = " | ".join(f"{c['kl']:.4f} (ppl {c['ppl@2048']:.2f})" if c else "not run" for c in found)
-        lines.append(f"| {precision} | {figures} |")
-    return "\n".join(lines) + "\n"
+        rows.append([precision, *(f"{c['kl']:.4f} (ppl {c['ppl@2048']:.2f})" if c else "not run" for c in found)])
+    heads = ["blocks", "zeros", *(f"{start}, rank {rank}" for start, rank in columns[1:])]
+    return ["## How a low-rank pair starts", "", *table(heads, rows)]
 
 
 def main() -> None:
