@@ -10,12 +10,16 @@ from trimbit.errors import RecipeError
 from trimbit.measure import background_of, install
 from trimbit.measurements import Outcome
 from trimbit.model.head import Judged
+from trimbit.model.load import open_checkpoint
 from trimbit.model.whole import Judge, WholeModel
 from trimbit.plan import Plan
 from trimbit.preparation import Preparation
+from trimbit.recipe import Recipe
 from trimbit.recovery import recovered
 from trimbit.tasks import mean_score, score_tasks
 from trimbit.workers import Workers
+
+_judging: "Judging | None" = None  # of a process that does nothing else
 
 
 class Judging:
@@ -23,7 +27,7 @@ class Judging:
 
     def __init__(self, prepared: Preparation) -> None:
         self.prepared = prepared
-        self.workers: Workers | None = None
+        self.workers: Workers[Plan, Outcome] | None = None
 
     @cached_property
     def judges(self) -> tuple[Judge | None, Judge]:
@@ -94,8 +98,10 @@ class Judging:
             return
         if self.workers is None:
             _ = prepared.rankings, prepared.stats, prepared.held_out  # now, or each process would make them
-            self.workers = Workers(prepared, want.workers)
-        yield from self.workers.outcomes(plans)
+            recipe = prepared.recipe.model_dump_json()
+            fields = (prepared.checkpoint.path, recipe, prepared.calibration, prepared.seed, prepared.cache)
+            self.workers = Workers(want.workers, _open, fields, _judge)
+        yield from self.workers.map(plans)
 
     def release(self) -> None:
         """Let go of the whole model, and of the processes."""
@@ -103,3 +109,14 @@ class Judging:
         if self.workers is not None:
             self.workers.close()
             self.workers = None
+
+
+def _open(model: Path, recipe: str, calibration: str, seed: int, cache: Path) -> None:
+    global _judging
+    checkpoint, read = open_checkpoint(model), Recipe.model_validate_json(recipe)
+    _judging = Judging(Preparation(checkpoint=checkpoint, recipe=read, calibration=calibration, seed=seed, cache=cache))
+
+
+def _judge(plan: Plan) -> Outcome:
+    assert _judging is not None
+    return _judging.outcome(plan)
