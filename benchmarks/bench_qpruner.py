@@ -44,7 +44,7 @@ PAGE = HERE.parent / "docs" / "qpruner.md"
 FORMATS = {4: "nf4g64", 3: "uint3g64", 2: "uint2g64"}
 STARTS = ("zeros", "loftq", "qera")
 RANKS = (8, 32)
-RECIPES = ("llm-pruner", "qpruner-1", "qpruner-2", "qpruner-3")
+RECIPES = ("llm-pruner", "qpruner-3", "qpruner-1", "qpruner-2")  # in the order that they are run
 RATIOS = (20, 50, 30)  # in the order that they are run
 SHORT = 128  # tokens, the other context of perplexity
 DOCUMENTS = 500
@@ -107,12 +107,13 @@ class QPruner(Bench):
                     shares.get(runs[0].precision.name, 0) + runs[0].count * session.layout.weights[name].rows
                 )
         losses = tuning["losses"]
+        trials = len((out / "trials.csv").read_text().splitlines()) - 1 if (out / "trials.csv").exists() else 0
         return {
             "nbytes": weight_nbytes(out), "adapter_nbytes": pairs,
             "trained_nbytes": tuning["trained_nbytes"], "optimizer_nbytes": tuning["optimizer_nbytes"],
             "first_losses": sum(losses[:10]) / 10, "last_losses": sum(losses[-10:]) / 10,
             "held_out_kl": plan.found_by.measured_damage, "stage_seconds": timed.seconds, "steps": len(losses),
-            "notes": list(plan.found_by.notes), "block_weights_by_format": shares,
+            "notes": list(plan.found_by.notes), "trials": trials, "block_weights_by_format": shares,
         } | self.quality(out, self.off_grid(0)) | {"ppl@128": self.short(out)}  # fmt: skip
 
     def original(self) -> dict:
@@ -160,7 +161,7 @@ class QPruner(Bench):
 
 
 class Found(NamedTuple):
-    """Plans of equal bytes for one model, and the session that can put them together."""
+    """Plans within the same bytes for one model, and the session that can put them together."""
 
     session: Session
     limit: int
@@ -171,13 +172,13 @@ class Found(NamedTuple):
 
 
 class Plans(QPruner):
-    """Cells about plans of equal bytes, pruned by 20 %, before recovery."""
+    """Cells about plans within the same bytes, pruned by 20 %, before recovery."""
 
     def opened(self, recipe: str, seed: int, *overrides: str) -> Session:
         return self.session(self.off_grid(seed), recipe, seed, ("tune=null", "prune.ratio=0.2", *overrides))
 
     def found(self, menu: str, seed: int) -> Found:
-        """What each search finds for the same bytes and formats."""
+        """What each search finds within the same bytes and formats; what they share is made before the clock runs."""
         per, formats, scales, like_uniform = MENUS[menu]
         shared = (f"space.formats=[{formats}]", f"quant.scales={scales}")
         uniform = self.opened("qpruner-1", seed, f"quant.scales={scales}").find_plan(None)
@@ -185,17 +186,19 @@ class Plans(QPruner):
             "qpruner-2": self.opened("qpruner-2", seed, *shared, f"search.per={per}"),
             "qpruner-3": self.opened("qpruner-3", seed, *shared, f"search.per={per}"),
             "best of random": self.opened("qpruner-3", seed, *shared, f"search.per={per}", "search.engine=random"),
-            "knapsack": self.opened("qpruner-3", seed, *shared, KNAPSACK, "measure.rows=4"),
+            "knapsack": self.opened("qpruner-3", seed, *shared, KNAPSACK),
         }
         limit = uniform.found_by.nbytes if like_uniform else sessions["qpruner-2"].limit(None)
         plans, seconds = {"uniform": uniform}, {}
+        _ = sessions["qpruner-2"].importance
+        sessions["qpruner-2"].candidates.make(lambda *_: None)
         for method, session in sessions.items():
             started = time.perf_counter()
             plans[method] = session.find_plan(Budget.parse(f"{limit}B"))
             seconds[method] = round(time.perf_counter() - started, 1)
-        tried = sessions["best of random"].searched
-        points = Journal(tried.journal, tried.key).read()
-        own = levels(tried, per)
+        problem = sessions["best of random"].problem(limit)
+        points = Journal(problem.journal, problem.key).read()
+        own = levels(problem, per)
         others = list(points)[1:]  # the first is the plan by importance
         return Found(
             sessions["qpruner-3"], limit, plans, [own.plan(point, "random") for point in others],
@@ -234,7 +237,7 @@ class Plans(QPruner):
         return {"spearman": pairs, "importance": [{key: one[key] for key in blocks} for one in found]}
 
     def noise(self, menu: str) -> dict:
-        """KL, NLL and HellaSwag of plans of equal bytes, seed 0: what a search by accuracy would see."""
+        """KL, NLL and HellaSwag of plans within the same bytes, seed 0: what a search by accuracy would see."""
         found = self.found(menu, 0)
         folder = self.folder / "tasks"
         asked = f"search.objective={{by: accuracy, tasks: [hellaswag], data: {folder}, documents: {DOCUMENTS}}}"
@@ -245,7 +248,11 @@ class Plans(QPruner):
         order = sorted(range(len(found.random)), key=found.random_kls.__getitem__)
         spread = [found.random[order[round(at * (len(order) - 1) / 4)]] for at in range(5)]
         plans = [*found.plans.items(), *((f"random {at}", plan) for at, plan in enumerate(spread))]
-        return {"plans": {name: judging.outcome(plan).model_dump() for name, plan in plans}}
+        return {
+            "plans": {
+                name: judging.outcome(plan).model_dump() | {"nbytes": plan.found_by.nbytes} for name, plan in plans
+            }
+        }  # fmt: skip
 
 
 def made(recipe: str, ratio: int | None) -> Path:
@@ -268,9 +275,7 @@ def peak(what: str, out: Path, recipe: str = "", ratio: str = "0", source: str =
 
 def recipes() -> list[tuple[str, int | None]]:
     """What is run, in this order."""
-    first, *rest = [
-        (recipe, ratio) for ratio in RATIOS for recipe in ("llm-pruner", "qpruner-3", "qpruner-1", "qpruner-2")
-    ]
+    first, *rest = [(recipe, ratio) for ratio in RATIOS for recipe in RECIPES]
     return [first, *rest[:3], ("loftq-only", None), *rest[3:]]
 
 
@@ -367,10 +372,12 @@ def cost_table(results: dict) -> list[str]:
     def cells(c: dict) -> list[str]:
         seconds = c["stage_seconds"]
         trials = seconds.get("trials of whole plans")
+        inside = {"search", "the model's own output"}  # other stages lie in the first, and the second in trials
+        shared = {"the original's answers", "ranking of channels and heads"}  # by recipes that are run later
         return [
-            f"{sum(s for stage, s in seconds.items() if stage != 'search') / 60:.1f}",
+            f"{sum(s for stage, s in seconds.items() if stage not in inside | shared) / 60:.1f}",
             f"{seconds['recovery'] / c['steps']:.1f}",
-            f"{trials / 40:.1f}" if trials else "",
+            f"{trials / c['trials']:.1f}" if trials else "",
             f"{c['first_losses']:.3f}, {c['last_losses']:.3f}",
         ]
 
@@ -398,16 +405,17 @@ def plan_table(results: dict) -> list[str]:
             random = f"{others.mean():.4f} ± {others.std():.4f}"
             rows.append([menu, str(seed), f"{c['limit'] / 1e6:.1f}", uniform, random, *searched])
     heads = ["formats", "seed", "budget, MB", "uniform NF4", "random, mean ± sd", "best of 40 random"]
-    return ["## Plans of equal bytes", "", *table([*heads, "qpruner-2", "qpruner-3", "knapsack"], rows)]
+    return ["## Plans within the same bytes", "", *table([*heads, "qpruner-2", "qpruner-3", "knapsack"], rows)]
 
 
 def noise_table(results: dict) -> list[str]:
     cell = results.get(f"noise/{next(iter(MENUS))}")
-    rows = [
-        [name, f"{c['kl']:.4f}", f"{c['nll']:.4f}", f"{100 * c['accuracy']:.1f} ± {100 * c['stderr']:.1f}"]
-        for name, c in sorted(cell["plans"].items(), key=lambda one: one[1]["kl"])
-    ] if cell else [["not run", "", "", ""]]  # fmt: skip
-    return ["## Can accuracy rank plans?", "", *table(["plan", "KL", "NLL", "HellaSwag, %"], rows)]
+    rows = []
+    for name, c in sorted(cell["plans"].items(), key=lambda one: one[1]["kl"]) if cell else ():
+        accuracy = f"{100 * c['accuracy']:.1f} ± {100 * c['stderr']:.1f}"
+        rows.append([name, f"{c['nbytes'] / 1e6:.1f}", f"{c['kl']:.4f}", f"{c['nll']:.4f}", accuracy])
+    rows = rows or [["not run", "", "", "", ""]]
+    return ["## Can accuracy rank plans?", "", *table(["plan", "MB", "KL", "NLL", "HellaSwag, %"], rows)]
 
 
 def rank_table(results: dict) -> list[str]:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from transformers import AutoModelForCausalLM
 
 from test_qpruner import CHOOSING, PRUNED, SMALL
 from tiny import VOCAB
-from trimbit.errors import DataError, RecipeError
+from trimbit.errors import BudgetError, DataError, NumericsError, RecipeError
 from trimbit.measurements import Outcome
 from trimbit.pareto import Trial, picture, table
 from trimbit.pipeline import compress, open_session
+from trimbit.plan import Budget
 from trimbit.recipe import load_recipe
 from trimbit.search.levels import levels
 from trimbit.tasks import SOURCES
@@ -64,7 +66,7 @@ def test_the_best_by_the_objective_is_taken(job, tasks, tmp_path, by, steps):
     else:
         assert all(one.accuracy is None for one in found)
         want = min(found, key=lambda one: getattr(one, by))
-    assert f"the best {want.kl:.4f} nats" in plan.found_by.notes[0]
+    assert f"{want.kl:.4f} nats" in plan.found_by.notes[0].split("the best")[1]
     again = opened.judging.outcome(plan)
     assert again.kl == pytest.approx(want.kl, rel=1e-3)
     assert again.nll == pytest.approx(want.nll, rel=1e-3)
@@ -76,7 +78,12 @@ def test_recovery_is_part_of_an_outcome(job, tmp_path):
     before, after = (session(job, tmp_path / str(n), f"search.objective.steps={n}", *slow) for n in (0, 30))
     plan = before.find_plan(None)
     assert after.judging.outcome(plan).kl < before.judging.outcome(plan).kl
-    assert before._search_key(10**6) != after._search_key(10**6)
+    other = session(job, tmp_path / "4", "search.objective.steps=30", "tune.learning_rate=0.004")
+    longer = session(job, tmp_path / "5", "search.objective.steps=30", *slow, "tune.steps=9", "tune.save_every=3")
+    assert after._search_key(10**6) != other._search_key(10**6)
+    assert after._search_key(10**6) == longer._search_key(10**6)
+    assert not list((tmp_path / "30").glob("tuned/*"))  # nothing is left of a trial but its outcome
+    assert not list((tmp_path / "30").glob("trials/*"))
 
 
 def test_the_nll_of_the_dense_model(job, tmp_path):
@@ -90,16 +97,23 @@ def test_the_nll_of_the_dense_model(job, tmp_path):
     assert judge.judged().kl == pytest.approx(0, abs=1e-5)
 
 
-def test_processes_find_the_same(job, tmp_path):
-    """Two processes, each with a model of its own, judge the plans of a batch."""
+@pytest.mark.parametrize("calibration", ["file", "self"])
+def test_processes_find_the_same(job, tmp_path, monkeypatch, calibration):
+    """Two processes, each with a model of its own, judge the plans of a batch; they sample no text of their own."""
+    if calibration == "self":
+        monkeypatch.setattr(job, "text", "self")
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     one = session(job, tmp_path / "one")
     two = session(job, tmp_path / "two", "search.objective.workers=2")
     assert one._search_key(10**6) == two._search_key(10**6)
+    monkeypatch.setattr(two.judging, "outcome", None)  # nothing is judged in this process
     plans = [opened.find_plan(None) for opened in (one, two)]
     assert plans[0].weights == plans[1].weights
     for alone, shared in zip(trials(tmp_path / "one"), trials(tmp_path / "two"), strict=True):
         assert alone.kl == pytest.approx(shared.kl, rel=1e-4)
     assert two.judging.workers is None
+    assert len(list((tmp_path / "two").glob("tokens/*"))) == (calibration == "self")
+    assert len(list((tmp_path / "two").glob("candidates/*"))) == 1
 
 
 def test_what_a_process_cannot_do_is_said(job, tmp_path, monkeypatch):
@@ -107,7 +121,7 @@ def test_what_a_process_cannot_do_is_said(job, tmp_path, monkeypatch):
         job, tmp_path, "search.objective.workers=2", "search.objective.steps=2", "tune.learning_rate=1.0e+30"
     )
     monkeypatch.setattr(opened.judging, "outcome", None)  # nothing is judged in this process
-    with pytest.raises(Exception, match="the loss of recovery step"):
+    with pytest.raises(NumericsError, match="the loss of recovery step"):
         opened.find_plan(None)
     assert opened.judging.workers is None
 
@@ -126,16 +140,55 @@ def test_weights_may_each_have_a_format(job, tmp_path):
     assert plan.found_by.nbytes <= problem.limit - found.limit + weights
 
 
-def test_bits_by_weight_follow_their_sub_block(job, tmp_path):
+def test_a_weight_has_the_importance_of_its_sub_block(job, tmp_path):
     opened = session(job, tmp_path, "search.per=weight")
-    plan = compress(opened, None, tmp_path / "out")
-    assert len({runs[0].precision.name for name, runs in plan.weights.items() if ".1." in name}) > 1
+    found = levels(opened.problem(opened.limit(None)), "weight")
+    named = dict(zip(found.covers, found.layers, strict=True))
+    assert named["model.layers.2.self_attn.k_proj"] == "blocks.2.attn"
+    assert named["model.layers.1.mlp.up_proj"] == "blocks.1.mlp"
+
+
+def test_an_objective_after_training_needs_training(job, tmp_path):
+    with pytest.raises(RecipeError, match="needs a `tune`"):
+        session(job, tmp_path, "search.objective.steps=2", "tune=null")
+
+
+def test_trials_lie_beside_the_plan_that_came_of_them(job, tmp_path):
+    """Of two budgets, each has its own; fewer trials are not told as more; a plan without trials has none."""
+    opened = session(job, tmp_path / "c")
+    limit = opened.limit(None)
+    wide, narrow = opened.find_plan(None), opened.find_plan(Budget.parse(f"{limit - 600}B"))
+    fewer = session(job, tmp_path / "c", QUICK.replace("trials: 6", "trials: 4"))
+    few = fewer.find_plan(None)
+    with pytest.raises(BudgetError) as refused:
+        opened.limit(Budget.parse("1kB"))
+    smallest = re.search(r"--budget (\d+B)", str(refused.value))[1]
+    for name, (by, plan, count) in {
+        "wide": (opened, wide, 6), "narrow": (opened, narrow, 6), "few": (fewer, few, 4),
+        "smallest": (opened, opened.find_plan(Budget.parse(smallest)), 0),
+    }.items():  # fmt: skip
+        by.write(plan, tmp_path / name)
+        table = tmp_path / name / "trials.csv"
+        rows = list(csv.DictReader(table.read_text().splitlines())) if count else []
+        assert table.exists() == bool(count)
+        assert len(rows) == count
+        if count:
+            assert plan.found_by.nbytes in {int(row["nbytes"]) for row in rows}
+        if name == "narrow":
+            assert all(int(row["nbytes"]) <= limit - 600 for row in rows)
+
+
+def test_recovery_of_a_model_in_fp32(job, tmp_path):
+    """The original's answers then are in fp32, too."""
+    plan = compress(session(job, tmp_path / "c", "compute=float32"), None, tmp_path / "out")
+    assert 0 < plan.found_by.measured_damage < 5
 
 
 @pytest.mark.parametrize(
     ("override", "error", "says"),
     [
         ("search.objective.by=accuracy", RecipeError, "needs tasks"),
+        ("search.objective.workers=3", RecipeError, "3 workers share a batch of 2"),
         ("search.objective.by=speed", RecipeError, "objective.by"),
         ("search.objective={by: accuracy, tasks: [chess]}", DataError, "no task 'chess'"),
         ("search.objective={by: accuracy, tasks: [piqa], data: nowhere}", DataError, "nowhere"),
@@ -144,7 +197,7 @@ def test_bits_by_weight_follow_their_sub_block(job, tmp_path):
 def test_bad_objectives_are_refused_first(job, tmp_path, override, error, says):
     with pytest.raises(error, match=says):
         session(job, tmp_path, override).find_plan(None)
-    assert not (tmp_path / "candidates").exists()
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_table_and_a_picture_with_accuracy():

@@ -20,6 +20,7 @@ from trimbit.model.checkpoint import Checkpoint
 from trimbit.model.layout import Layout, Unit, Weight
 from trimbit.plan import digest
 from trimbit.precision import Precision, Run
+from trimbit.progress import Progress
 from trimbit.quant.qtensor import QTensor
 from trimbit.repair import refit
 from trimbit.repair.lowrank import LowRank
@@ -89,6 +90,16 @@ class CandidateWeights:
             self._make(weight, precision)
         return _stored(path, (Run(count=weight.cols, precision=precision),))[0]
 
+    def make(self, progress: Progress) -> None:
+        """Make all that a search over bits alone asks for: every weight, cut as `space.kept` says, in every format."""
+        assert self.space is not None
+        units = [unit for unit in self.layout.units.values() if unit.block is not None]
+        for at, unit in enumerate(units):
+            for precision in menu_of(unit, self.space):
+                formats = dict.fromkeys(sites_of(self.layout, unit), precision)
+                self.unit_state(unit, self.space.kept.get(unit.dim or "", unit.size), formats)
+            progress(at + 1, len(units))
+
     def _rank(self, weight: Weight) -> int:
         return self.rank if self.layout.units[weight.unit].block is not None else 0
 
@@ -102,6 +113,8 @@ class CandidateWeights:
         members = [self.layout.weights[name] for name in unit.weights if self.layout.weights[name].site == weight.site]
         menu = dict.fromkeys((precision, *(menu_of(unit, self.space) if self.space and unit.block is not None else ())))
         work = [(member, p) for member in members for p in menu if not self._path(member, p).exists()]
+        if not work:  # another process has made them meanwhile
+            return
         dense = {member.name: self._dense(member) for member in members}
         made = self.method.compress(
             [dense[m.name] for m, _ in work], self.moments(weight), [m.name for m, _ in work],

@@ -40,7 +40,7 @@ def original_of(stream: BlockStream, rows: Iterable[Tensor], folder: Path, progr
             progress(number * stream.layout.blocks + index + 1, len(groups) * stream.layout.blocks)
         for path, last in zip(group, hidden, strict=True):
             save_whole(path, partial(save_file, {"hidden": stream.final_norm(last)[0].to(torch.bfloat16)}))
-    return Original(hidden=lambda tokens: load_file(place(tokens))["hidden"], head=stream.head())
+    return Original(hidden=lambda tokens: load_file(place(tokens))["hidden"].to(stream.compute), head=stream.head())
 
 
 def _groups(rows: Mapping[Path, Tensor], token_nbytes: int) -> list[list[Path]]:

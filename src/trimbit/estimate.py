@@ -7,6 +7,9 @@ import torch
 from trimbit.pipeline import Session
 from trimbit.plan import Budget
 
+TASK_DOCUMENTS = 2000  # where no limit says how many
+TASK_TOKENS = 200  # of a document's prompts and choices
+
 
 def estimate(session: Session, budget: Budget | None) -> list[tuple[str, str]]:
     """Rows of (what, how much) for one job; checks that the budget is feasible.
@@ -29,10 +32,10 @@ def estimate(session: Session, budget: Budget | None) -> list[tuple[str, str]]:
         states = judged * layout.blocks * layout.sizes["hidden"] * 4
         measuring = 2 * layout.parameters + 2 * judged * layout.sizes["vocab"] + states + 2 * table
     recovering = 0
-    if session.tuning is not None:  # two models, and what a few rows leave for the backward pass
-        activations = session.tuning.micro * session.tuning.length * layout.blocks
+    if session.tuning is not None:  # the model, the original's head, and what a few rows leave for the backward pass
+        blocks = 1 if session.tuning.checkpointing else layout.blocks
         width = 16 * layout.sizes["hidden"] + 8 * layout.sizes["mid"]
-        recovering = 2 * layout.parameters + limit + activations * width * 2
+        recovering = limit + 2 * table + session.tuning.micro * session.tuning.length * blocks * width * 2
     return [
         (
             "model",
@@ -57,11 +60,16 @@ def _seconds(session: Session, tokens: int, block: int) -> float:
         want = recipe.measure
         choices = layout.blocks * (4 * len(recipe.space.formats) + 2 * len(recipe.space.widths))
         work += choices * want.rows * want.length * (layout.parameters / 2)
-    if hasattr(session.search[0], "trials") and recipe.measure:
-        judged = recipe.calibration.held_out * recipe.measure.length
-        work += float(session.search[1].optimiser.trials * judged * layout.parameters)
+    step = 0.0
     if session.tuning is not None:  # the original forward, the compressed one forward and back, and their heads
-        work += 4.0 * session.tuning.steps * session.tuning.batch * session.tuning.length * layout.parameters
+        step = 4.0 * session.tuning.batch * session.tuning.length * layout.parameters
+        work += session.tuning.steps * step
+    if session.objective is not None and recipe.measure:
+        goal = session.objective
+        judged = recipe.calibration.held_out * recipe.measure.length * layout.parameters
+        asked = len(goal.tasks) * (goal.documents or TASK_DOCUMENTS) * TASK_TOKENS * layout.parameters
+        applied = tokens * layout.blocks * block if goal.steps else 0
+        work += session.search[1].optimiser.trials * (judged + asked + applied + goal.steps * step)
     if session.calibration == "self":
         work += 10.0 * tokens * layout.parameters  # decoding reads all weights for few rows
     rounding = sum(w.cols for w in layout.weights.values()) * 2e-4  # seconds, one column after the other

@@ -1,6 +1,6 @@
 """What whole plans are worth on held-out tokens: put together from candidates, applied for real, or trained as well."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -18,8 +18,6 @@ from trimbit.recipe import Recipe
 from trimbit.recovery import recovered
 from trimbit.tasks import mean_score, score_tasks
 from trimbit.workers import Workers
-
-_judging: "Judging | None" = None  # of a process that does nothing else
 
 
 class Judging:
@@ -85,9 +83,16 @@ class Judging:
         return judge.whole.model, judge.judged()
 
     def _trained(self, plan: Plan, steps: int) -> tuple[PreTrainedModel, Judged]:
-        folder, recovery = self.prepared.trials.applied(plan), self.prepared.recovery
+        """What was written for this is removed: a search tries many plans and writes one."""
+        trials, recovery = self.prepared.trials, self.prepared.recovery
+        known = trials.place(plan).exists()
+        folder = trials.applied(plan)
         model = recovered(folder, recovery.train(folder, steps).pairs)
-        return model, recovery.judged(model)
+        judged = recovery.judged(model)
+        recovery.forget(folder, steps)
+        if not known:
+            trials.forget(plan)
+        return model, judged
 
     def outcomes(self, plans: Sequence[Plan]) -> Iterator[Outcome]:
         """The outcome of each plan, in their order; in processes of their own if the objective asks for several."""
@@ -97,11 +102,19 @@ class Judging:
             yield from map(self.outcome, plans)
             return
         if self.workers is None:
-            _ = prepared.rankings, prepared.stats, prepared.held_out  # now, or each process would make them
+            self._prepare(want.steps)
             recipe = prepared.recipe.model_dump_json()
             fields = (prepared.checkpoint.path, recipe, prepared.calibration, prepared.seed, prepared.cache)
-            self.workers = Workers(want.workers, _open, fields, _judge)
+            self.workers = Workers(want.workers, _open, (*fields, prepared.threads))
         yield from self.workers.map(plans)
+
+    def _prepare(self, steps: int) -> None:
+        """Make what all plans share, or each process would."""
+        if steps:
+            self.prepared.recovery.prepare(steps)
+        else:
+            with self.prepared.reporter.stage("weights of each choice") as progress:
+                self.prepared.candidates.make(progress)
 
     def release(self) -> None:
         """Let go of the whole model, and of the processes."""
@@ -111,12 +124,13 @@ class Judging:
             self.workers = None
 
 
-def _open(model: Path, recipe: str, calibration: str, seed: int, cache: Path) -> None:
-    global _judging
+def _open(
+    model: Path, recipe: str, calibration: str, seed: int, cache: Path, threads: int
+) -> Callable[[Plan], Outcome]:  # fmt: skip
+    """What a process of its own judges plans by."""
     checkpoint, read = open_checkpoint(model), Recipe.model_validate_json(recipe)
-    _judging = Judging(Preparation(checkpoint=checkpoint, recipe=read, calibration=calibration, seed=seed, cache=cache))
-
-
-def _judge(plan: Plan) -> Outcome:
-    assert _judging is not None
-    return _judging.outcome(plan)
+    return Judging(
+        Preparation(
+            checkpoint=checkpoint, recipe=read, calibration=calibration, seed=seed, cache=cache, threads=threads
+        )
+    ).outcome  # fmt: skip

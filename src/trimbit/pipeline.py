@@ -7,7 +7,7 @@ from typing import Any
 
 import trimbit
 from trimbit.artifact import RECIPE_FILE, Writer, model_card, require_absent
-from trimbit.cache import save_whole
+from trimbit.cache import save_whole, source_digest
 from trimbit.errors import BudgetError, PlanError
 from trimbit.judging import Judging
 from trimbit.measure import background_of, measure
@@ -18,7 +18,7 @@ from trimbit.plan import Budget, Plan, digest
 from trimbit.preparation import Preparation
 from trimbit.recipe import Recipe
 from trimbit.recovery import TUNING_FILE, adapter_tensors, recovered, tuning_record
-from trimbit.repair.tune import require_peft
+from trimbit.repair.tune import identity, require_peft
 from trimbit.search.problem import Problem
 from trimbit.tasks import check_tasks, task_keys
 
@@ -30,7 +30,7 @@ class Session(Preparation):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.judging = Judging(self)
-        self.searched: Problem | None = None  # the last problem that was solved
+        self.tried: dict[str, tuple[int, list[Trial]]] = {}  # by the plan that came of it: the limit, and all trials
 
     def problem(self, limit: int, *, ready: bool = True) -> Problem:
         """The search problem of a budget; not `ready`: for sizes alone, before anything long."""
@@ -52,13 +52,14 @@ class Session(Preparation):
         held_out, measure, objective = self.held_out.digest, self.recipe.measure, self.objective
         want = None if measure is None else measure.length
         module, config = self.search
-        decides = [self.stats_key, self.candidates.folder.name, held_out, want, limit, self.seed, self.rankings]
+        shared = [source_digest(), self.stats_key, self.candidates.folder.name, held_out, want]
         steps = [module.identity(config), self.plain(self.recipe.importance), self.space.model_dump(mode="json")]
         if objective is not None and objective.steps:
-            steps += [self.plain(self.recipe.tune), self.recovery.rows]
-        if objective is not None and objective.data is not None:
-            steps.append(task_keys(objective.tasks, Path(objective.data)))
-        return digest([*decides, *steps])
+            assert self.tuning is not None
+            steps += [identity(self.tuning.model_copy(update={"steps": objective.steps})), self.recovery.rows]
+        if objective is not None and objective.tasks:
+            steps.append(task_keys(objective.tasks, Path(objective.data) if objective.data else None))
+        return digest([*shared, limit, self.seed, self.rankings, *steps])
 
     def limit(self, budget: Budget | None) -> int:
         """A budget in bytes, checked to be feasible; without one, what the recipe itself asks for.
@@ -80,8 +81,8 @@ class Session(Preparation):
             raise BudgetError(f"search {self.recipe.search.name} needs a budget: give --budget, such as 0.3x")
         if budget is None:
             limit: int = module.default_limit(self.problem(0, ready=False), config)
-            return limit
-        limit = budget.nbytes(self.layout.parameters)
+        else:
+            limit = budget.nbytes(self.layout.parameters)
         module.require_feasible(self.problem(limit, ready=False), config)
         return limit
 
@@ -94,12 +95,14 @@ class Session(Preparation):
 
     def _find_plan(self, limit: int) -> Plan:
         module, config = self.search
-        self.searched = problem = self.problem(limit)
+        problem = self.problem(limit)
         want = self.recipe.measure
         if not hasattr(module, "background") or want is None:
             with self.reporter.stage("search") as progress:
                 plan: Plan = module.search(problem, config)
                 progress(1, 1)
+            if hasattr(module, "trials"):
+                self.tried[_content(plan)] = limit, [Trial(*one) for one in module.trials(problem, config)]
             return plan
         background: Background = module.background(problem, config)
         plans: list[Plan] = []
@@ -182,11 +185,10 @@ class Session(Preparation):
     def _beside(self, plan: Plan, writer: Writer) -> None:
         """The files beside the weights: tokenizer, templates, licence, recipe, model card."""
         writer.write(RECIPE_FILE, self.recipe.to_yaml())
-        module, config = self.search
-        if self.searched is not None and hasattr(module, "trials"):
-            tried = [Trial(*one) for one in module.trials(self.searched, config)]
+        limit, tried = self.tried.get(_content(plan), (0, []))
+        if tried:
             writer.write("trials.csv", table(tried))
-            writer.write("trials.png", picture(tried, self.searched.limit))
+            writer.write("trials.png", picture(tried, limit))
         c = self.checkpoint
         writer.write(
             "README.md", model_card(trimbit.__version__, c.model_id, c.license, self.layout, plan, self.calibration)
@@ -198,6 +200,10 @@ class Session(Preparation):
             shutil.copyfile(path, target)
         if not any(path.name.startswith("tokenizer") for path in sidecars):
             self.checkpoint.tokenizer().save_pretrained(writer.partial)
+
+
+def _content(plan: Plan) -> str:
+    return digest(plan.model_dump(mode="json", exclude={"found_by"}))
 
 
 def open_session(model: str | Path, recipe: Recipe, **fields: Any) -> Session:  # noqa: ANN401

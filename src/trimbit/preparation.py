@@ -63,6 +63,7 @@ class Preparation:
     seed: int = 0
     reporter: Reporter = field(default_factory=Silent)
     cache: Path = field(default_factory=cache_root)
+    threads: int = field(default_factory=torch.get_num_threads)  # that text is sampled with: it decides the text
 
     def __post_init__(self) -> None:
         recipe = self.recipe
@@ -78,6 +79,8 @@ class Preparation:
             raise RecipeError("`tune` trains low-rank pairs: the recipe needs a `lowrank` too")
         if self.tuning is not None and self.tuning.loss == "instruct" and self.tuning.data is None:
             raise RecipeError("tune.loss instruct needs tune.data, a .jsonl file with `instruction` and `output`")
+        if self.objective is not None and self.objective.steps and self.tuning is None:
+            raise RecipeError("search.objective.steps trains low-rank pairs: the recipe needs a `tune`")
         for field_name in self.search[0].NEEDS:
             if getattr(recipe, field_name) is None:
                 raise RecipeError(f"search {recipe.search.name} needs a `{field_name}` in the recipe")
@@ -140,7 +143,7 @@ class Preparation:
                 rows,
                 length,
                 self.seed,
-                torch.get_num_threads(),
+                self.threads,
             ]
         )
         path = self.cache / "tokens" / f"{key}.safetensors"
@@ -303,7 +306,8 @@ class Preparation:
     def recovery(self) -> Recovery:
         """Training of what plans leave of this model."""
         assert self.tuning is not None
-        answers = digest([self.model.weights_hash, self.recipe.compute, trimbit.__version__])
+        code = source_digest("model", "distillation.py")
+        answers = digest([code, self.model.weights_hash, self.model.config_hash, self.recipe.compute])
         return Recovery(
             stream=self.stream, config=self.tuning, examples=self.examples, held_out=self.held_out.tokens,
             seed=self.seed, originals=self.cache / "originals" / answers, states=self.cache / "tuned",

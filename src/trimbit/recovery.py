@@ -19,7 +19,7 @@ from trimbit.model.stream import BlockStream
 from trimbit.plan import digest
 from trimbit.progress import Reporter
 from trimbit.repair.lowrank import LowRank
-from trimbit.repair.tune import Config, Example, Original, Tuned, drawn, tune
+from trimbit.repair.tune import Config, Example, Original, Tuned, drawn, identity, tune
 from trimbit.runtime import AdaptedLinear, PackedLinear
 
 TUNING_FILE = "tuning.json"
@@ -40,16 +40,31 @@ class Recovery:
 
     def train(self, folder: Path, steps: int | None = None) -> Tuned:
         """Train the pairs of a directory, named by its content; `steps` in place of the configuration's."""
-        config = self.config if steps is None else self.config.model_copy(update={"steps": steps})
-        original = self.original(config) if config.loss == "distill" else None
-        decides = [folder.name, config.model_dump(mode="json"), self.rows, self.seed]
-        state = self.states / f"{digest(decides)}.safetensors"
+        config, state = self._config(steps), self._state(folder, steps)
+        original = self._original(config) if config.loss == "distill" else None
         model = load_model(folder, torch.bfloat16)
         pairs, kinds = _taken_out(model), (PackedLinear, AdaptedLinear)
         with self.reporter.stage("recovery") as progress:
             return tune(model, pairs, kinds, self.examples, original, config, state, self.seed, progress)
 
-    def original(self, config: Config) -> Original:
+    def forget(self, folder: Path, steps: int | None = None) -> None:
+        """Remove the state of a training."""
+        self._state(folder, steps).unlink(missing_ok=True)
+
+    def prepare(self, steps: int | None = None) -> None:
+        """Compute what trainings of any plan share."""
+        if self.config.loss == "distill":
+            self._original(self._config(steps))
+        self._original_held_out()
+
+    def _config(self, steps: int | None) -> Config:
+        return self.config if steps is None else self.config.model_copy(update={"steps": steps})
+
+    def _state(self, folder: Path, steps: int | None) -> Path:
+        decides = [folder.name, identity(self._config(steps)), self.rows, self.seed]
+        return self.states / f"{digest(decides)}.safetensors"
+
+    def _original(self, config: Config) -> Original:
         """The original, for the rows that training draws."""
         used = (self.examples[at].tokens for at in drawn(config, len(self.examples), self.seed))
         with self.reporter.stage("the original's answers") as progress:
@@ -57,14 +72,17 @@ class Recovery:
 
     def judged(self, model: PreTrainedModel) -> Judged:
         """A model, run as it would be used, beside the original on the held-out rows."""
-        with self.reporter.stage("the original's answers, held out") as progress:
-            original = original_of(self.stream, self.held_out, self.originals, progress)
+        original = self._original_held_out()
         total = torch.zeros(2, dtype=torch.float64)
         with self.reporter.stage("judging the recovered model") as progress:
             for at, row in enumerate(self.held_out):
                 total += torch.tensor(_compared(original, model, row), dtype=torch.float64)
                 progress(at + 1, len(self.held_out))
         return Judged(*(total / len(self.held_out)).tolist())
+
+    def _original_held_out(self) -> Original:
+        with self.reporter.stage("the original's answers, held out") as progress:
+            return original_of(self.stream, self.held_out, self.originals, progress)
 
     @cached_property
     def rows(self) -> str:

@@ -127,9 +127,10 @@ def check_tasks(names: tuple[str, ...], folder: Path | None, limit: int | None =
             _check_rows(_file(name, folder), SOURCES[name].fields)
 
 
-def task_keys(names: tuple[str, ...], folder: Path) -> list[str]:
-    """Content keys of the tasks' files."""
-    return [hashlib.sha256(_file(name, folder).read_bytes()).hexdigest() for name in names]
+def task_keys(names: tuple[str, ...], folder: Path | None) -> list[str]:
+    """What decides scores beside the model: lm-eval's version, and the tasks' files, if they are local."""
+    files = [hashlib.sha256(_file(name, folder).read_bytes()).hexdigest() for name in names if folder is not None]
+    return [version("lm_eval"), *files]
 
 
 def evaluate_tasks(

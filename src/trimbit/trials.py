@@ -1,5 +1,6 @@
 """Whole plans applied for real: each is kept under its content key, to be judged, trained, or written if chosen."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,10 @@ class Trials:
                 if not folder.exists():  # else another run has tried the same plan meanwhile
                     raise
         return folder
+
+    def forget(self, plan: Plan) -> None:
+        """Remove what is kept of a plan."""
+        shutil.rmtree(self.place(plan), ignore_errors=True)
 
     def damage(self, plan: Plan) -> float:
         """KL of an applied plan on the held-out tokens."""

@@ -1,8 +1,10 @@
 """A pool of processes, each with its share of the threads."""
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from multiprocessing import get_context
 from typing import Any, Generic, TypeVar
 
@@ -12,36 +14,50 @@ from trimbit.errors import TrimbitError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+Work = Callable[[Task], Result]
+
+_open: Callable[[], Work[Any, Any]] | None = None  # of a worker: what makes the work
+_work: Work[Any, Any] | None = None
 
 
 class Workers(Generic[Task, Result]):
-    """Processes that run `work`, each after `start(*arguments)`; close them when there is no more to do."""
+    """Processes that each do `make(*arguments)` once and then what that gives; close them when there is no more."""
 
-    def __init__(
-        self, count: int, start: Callable[..., None], arguments: Sequence[Any], work: Callable[[Task], Result]
-    ) -> None:
+    def __init__(self, count: int, make: Callable[..., Work[Task, Result]], arguments: Sequence[Any]) -> None:
         threads = max(1, torch.get_num_threads() // count)
-        self.work = work
         self.pool = ProcessPoolExecutor(
-            count, mp_context=get_context("spawn"), initializer=_start, initargs=(threads, start, *arguments)
+            count, mp_context=get_context("spawn"), initializer=_start, initargs=(threads, partial(make, *arguments))
         )
 
     def map(self, tasks: Sequence[Task]) -> Iterator[Result]:
-        """The result of each task, in their order, as soon as it is known.
+        """The result of each task, in their order, as soon as it is known; an error of one is raised here.
 
         Raises:
             TrimbitError: if a process dies; memory is what it lacks as a rule.
         """
         try:
-            yield from self.pool.map(self.work, tasks)
+            yield from self.pool.map(_do, tasks)
         except BrokenProcessPool as err:
             raise TrimbitError("a process has died, for want of memory as a rule: use fewer") from err
 
     def close(self) -> None:
-        """End the processes; what they have not begun is dropped."""
+        """End the processes at once, whatever they do."""
+        for process in list((self.pool._processes or {}).values()):  # terminate_workers(), from Python 3.14 on
+            process.terminate()
         self.pool.shutdown(cancel_futures=True)
 
 
-def _start(threads: int, start: Callable[..., None], *arguments: Any) -> None:  # noqa: ANN401
+def _start(threads: int, make: Callable[[], Work[Any, Any]]) -> None:
+    global _open
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches all; who started this ends it
     torch.set_num_threads(threads)
-    start(*arguments)
+    _open = make
+
+
+def _do(task: Any) -> Any:  # noqa: ANN401
+    """Made with the first task, not before: an error there ends the pool without its reason."""
+    global _work
+    if _work is None:
+        assert _open is not None
+        _work = _open()
+    return _work(task)

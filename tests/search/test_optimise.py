@@ -64,7 +64,8 @@ def run(method, box, damage, config, *, start=(), known=None, seed=0, stop=None)
     done = SimpleNamespace(evaluated=[], record={}, progress=[])
 
     def evaluate(points):
-        assert 0 < len(points) <= config.batch
+        first = not done.evaluated and len(known or {}) < config.initial
+        assert 0 < len(points) <= (config.initial if first else config.batch)
         done.evaluated += points
         return [damage(point) for point in points]
 

@@ -50,6 +50,11 @@ class Config(Data):
     save_every: int = Field(default=20, ge=1)  # steps between two stored states
 
 
+def identity(config: Config) -> dict[str, Any]:
+    """What of the configuration decides the result, beside the rows that `data` holds."""
+    return config.model_dump(mode="json", exclude={"data", "save_every", "checkpointing"})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
     """A row of tokens, and which of them are to be predicted."""

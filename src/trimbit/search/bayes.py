@@ -47,13 +47,16 @@ def require_feasible(problem: Problem, config: Config) -> None:
     """Refuse, before anything long, a missing library or a budget below the smallest formats everywhere.
 
     Raises:
-        RecipeError: if botorch is missing, or accuracy is asked for on no task.
+        RecipeError: if botorch is missing, accuracy is asked for on no task, or there are more workers than work.
         BudgetError: naming the smallest feasible budget.
     """
     if config.engine == "bayes":
         require_botorch()
+    workers, batch = config.objective.workers, config.optimiser.batch
     if config.objective.by == "accuracy" and not config.objective.tasks:
         raise RecipeError("an objective by accuracy needs tasks: search.objective.tasks=[hellaswag]")
+    if workers > batch:
+        raise RecipeError(f"{workers} workers share a batch of {batch}: search.optimiser.batch={workers} at least")
     importance.require_feasible(problem, importance.Config(per=config.per))
 
 
@@ -77,7 +80,7 @@ def search(problem: Problem, config: Config) -> Plan:
 
     def evaluate(points: Sequence[Point]) -> Iterator[float]:
         assert problem.outcomes is not None
-        outcomes = problem.outcomes([found.plan(point, "trial") for point in points])
+        outcomes = problem.outcomes([found.plan(point, "a plan") for point in points])
         for point, outcome in zip(points, outcomes, strict=True):
             known[point] = outcome
             yield _value(outcome, config.objective)
@@ -90,14 +93,14 @@ def search(problem: Problem, config: Config) -> Plan:
             lambda point, _: journal.append(point, known[point]),
         )  # fmt: skip
     method = "Bayesian optimisation" if config.engine == "bayes" else "random search"
-    return _best(found, [(point, known[point]) for point, _ in tried], [value for _, value in tried], method)
+    return _best(found, [(point, known[point]) for point, _ in tried], config.objective, method)
 
 
 def trials(problem: Problem, config: Config) -> list[tuple[int, Outcome]]:
     """Bytes of every plan that a search has tried and what was found of it, in their order."""
     found = levels(problem, config.per)
-    tried = Journal(problem.journal, problem.key).read()
-    return [(found.plan(point, "trial").found_by.nbytes, outcome) for point, outcome in tried.items()]
+    tried = list(Journal(problem.journal, problem.key).read().items())[: config.optimiser.trials]
+    return [(found.plan(point, "trial").found_by.nbytes, outcome) for point, outcome in tried]
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -113,22 +116,27 @@ def _value(outcome: Outcome, objective: Objective) -> float:
     return outcome.nll if objective.by == "nll" else math.log(max(outcome.kl, SMALLEST))
 
 
-def _best(found: Levels, tried: Sequence[tuple[Point, Outcome]], values: Sequence[float], method: str) -> Plan:
+def _best(found: Levels, tried: Sequence[tuple[Point, Outcome]], objective: Objective, method: str) -> Plan:
+    values = [_value(outcome, objective) for _, outcome in tried]
     plans = [found.plan(point, method) for point, _ in tried]
     sizes = [plan.found_by.nbytes for plan in plans]
     best = min(range(len(tried)), key=values.__getitem__)
-    first, last = (_told(tried[at][1]) for at in (0, best))
+    first, last = (_told(tried[at][1], objective) for at in (0, best))
     notes = [f"{method}: {len(tried)} plans tried, the first {first}, the best {last}"]
     front = pareto([(float(nbytes), value) for nbytes, value in zip(sizes, values, strict=True)])
     front = sorted(front, key=sizes.__getitem__)
-    notes += [f"Pareto: {sizes[at]:,} bytes, {_told(tried[at][1])}" for at in front]
+    notes += [f"Pareto: {sizes[at]:,} bytes, {_told(tried[at][1], objective)}" for at in front]
     told = plans[best].found_by.model_copy(update={"notes": tuple(notes)})
     return plans[best].model_copy(update={"found_by": told})
 
 
-def _told(outcome: Outcome) -> str:
-    accuracy = "" if outcome.accuracy is None else f", {100 * outcome.accuracy:.1f} %"
-    return f"{outcome.kl:.4f} nats{accuracy}"
+def _told(outcome: Outcome, objective: Objective) -> str:
+    """What the objective goes by, and the KL if that is something else."""
+    kl = f"{outcome.kl:.4f} nats"
+    if objective.by == "accuracy":
+        assert outcome.accuracy is not None
+        return f"{100 * outcome.accuracy:.1f} % and {kl}"
+    return f"NLL {outcome.nll:.4f} and {kl}" if objective.by == "nll" else kl
 
 
 class Journal:

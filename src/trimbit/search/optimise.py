@@ -266,7 +266,7 @@ def optimise(
     Args:
         box: the space.
         start: points to begin with.
-        evaluate: gives the damage of up to `config.batch` points.
+        evaluate: gives the damage of points: of all initial ones, then of up to `config.batch` at a time.
         known: results of an interrupted run, in their order; they are trials that need no evaluation. A run that goes
             on ends like one that was not interrupted: a proposal depends on the seed and the results before it alone.
         config: how many points.
@@ -313,11 +313,10 @@ def _run(
                 raise NumericsError(f"the damage of point {point} is {damage}")
             found[point] = damage
             record(point, damage)
-        progress(len(found), config.trials)
+            progress(len(found), config.trials)
 
-    missing = [point for point in first if point not in found]
-    for at in range(0, len(missing), config.batch):
-        tell(missing[at : at + config.batch])
+    if missing := [point for point in first if point not in found]:
+        tell(missing)
     found = {point: found[point] for point in (*first, *found)}
     while len(found) < config.trials:
         at = len(found) - (len(found) - len(first)) % config.batch  # where the batch begins that was interrupted

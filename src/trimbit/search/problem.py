@@ -45,7 +45,7 @@ class Problem:
     measurement_hash: str | None = None
     evaluate: Evaluate | None = None  # quick: KL of a plan put together from what was quantised alone
     trial: Evaluate | None = None  # real: KL of the plan as it is applied
-    outcomes: Outcomes | None = None  # of plans as the search's objective wants them judged, one after the other
+    outcomes: Outcomes | None = None  # of plans, in their order, as the search's objective wants them judged
     importance: Callable[[], Mapping[str, float]] | None = None  # of `blocks.7`, `blocks.7.attn`, ... to the task
     journal: Path | None = None  # of trials, for a search that may be broken off and go on
     key: str = ""  # content key of all that decides a trial's result
