@@ -35,7 +35,7 @@ from trimbit.model.whole import Judge, WholeModel
 from trimbit.pipeline import Session, compress
 from trimbit.plan import Budget, Plan
 from trimbit.progress import Silent
-from trimbit.search.bayes import Journal
+from trimbit.search.bayes import known_trials
 from trimbit.search.levels import levels
 from trimbit.tasks import SOURCES, evaluate_tasks
 
@@ -197,7 +197,7 @@ class Plans(QPruner):
             plans[method] = session.find_plan(Budget.parse(f"{limit}B"))
             seconds[method] = round(time.perf_counter() - started, 1)
         problem = sessions["best of random"].problem(limit)
-        points = Journal(problem.journal, problem.key).read()
+        points = known_trials(problem)
         own = levels(problem, per)
         others = list(points)[1:]  # the first is the plan by importance
         return Found(

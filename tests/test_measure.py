@@ -208,12 +208,12 @@ def test_resumes_after_a_kill(stream, candidates, measured, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run(stream, candidates, journal, kill)
-    assert len(journal.read_text().splitlines()) == 1 + 10  # the background first
+    assert len(journal.read_text().splitlines()) == 2 + 10  # whose it is and the background first
     again, steps = Counting(candidates), []
     assert run(stream, again, journal, lambda *step: steps.append(step)) == measured
     assert again.calls == units + work - 10  # the background, and what was left
     assert steps == [(at + 1, work) for at in range(work)]
-    assert len(journal.read_text().splitlines()) == work + 1
+    assert len(journal.read_text().splitlines()) == work + 2
     third = Counting(candidates)
     assert run(stream, third, journal) == measured
     assert third.calls == 0
@@ -255,7 +255,7 @@ def test_another_ranking_is_measured_anew(stream, candidates, measured, tmp_path
     other = Counting(candidates)
     other.rankings = {**candidates.rankings, "blocks.0.mlp.mid": tuple(range(80))}
     run(stream, other, journal)
-    cuts = [json.loads(line)["change"] for line in journal.read_text().splitlines()]
+    cuts = [json.loads(line)["change"] for line in journal.read_text().splitlines()[1:]]
     cuts = [change for change in cuts if change.startswith("blocks.0.mlp.mid=32")]
     assert len(set(cuts)) == len(cuts) == 2
 

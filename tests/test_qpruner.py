@@ -75,6 +75,7 @@ def test_loads_and_its_loss_fell(compressed):
     specs = opened.layout.tensors(plan)
     pairs = sum(spec.nbytes // 2 for name, spec in specs.items() if ".adapter." in name)
     assert record["trained_nbytes"] == 4 * pairs
+    assert f"4 steps, loss {record['losses'][0]:.4f} to {record['losses'][-1]:.4f}" in plan.found_by.notes[-1]
 
 
 def test_the_pruned_ratio_and_the_spared_block(compressed):
@@ -150,7 +151,7 @@ def test_another_searchs_journal_is_refused(job, tmp_path):
     (journal,) = (tmp_path / "plans").glob("*.jsonl")
     lines = journal.read_text().splitlines()
     journal.write_text("\n".join([lines[0].replace('": "', '": "x'), *lines[1:]]) + "\n")
-    with pytest.raises(PlanError, match="trials of another"):
+    with pytest.raises(PlanError, match="results of another"):
         session(job, "qpruner-3", cache=tmp_path).find_plan(None)
 
 

@@ -3,7 +3,6 @@
 Each result is appended to a journal, so that an interrupted measurement goes on where it stopped.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -11,6 +10,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from trimbit.errors import PlanError
+from trimbit.journal import Journal
 from trimbit.measurements import Background, FormatDamage, Measurements, Space, WidthDamage
 from trimbit.model.layout import Layout, Unit
 from trimbit.model.whole import Judge, WholeModel
@@ -94,15 +94,16 @@ def background_of(plan: Plan, layout: Layout) -> Background:
 
 
 def measure(
-    judge: Judge, layout: Layout, candidates: Candidates, space: Space, background: Background, journal: Path,
+    judge: Judge, layout: Layout, candidates: Candidates, space: Space, background: Background, path: Path,
     model: ModelRef, data_digest: str, seed: int, progress: Progress,
 ) -> Measurements:  # fmt: skip
     """Measure every format of every site and every width of every dim, one at a time, in the background.
 
-    The journal knows changes by what they do, so that other spaces and rankings share it.
+    The journal at `path` knows changes by what they do, so that other spaces and rankings share it.
     """
     whole = judge.whole
-    known = _read(journal)
+    journal = Journal(path, path.stem)
+    known: dict[str, float] = {entry["change"]: entry["damage"] for entry in journal.read()}
     work = [
         (unit, key, width, formats)
         for unit in layout.units.values()
@@ -113,7 +114,7 @@ def measure(
         judge.refresh()
         base = judge.damage(None)
         if "background" not in known:
-            _append(journal, "background", base)
+            journal.append({"change": "background", "damage": base})
             known["background"] = base
         for at, (unit, key, width, formats) in enumerate(work):
             if key not in known:
@@ -122,7 +123,7 @@ def measure(
                 whole.install(state)
                 known[key] = judge.damage(unit.block) - base
                 whole.install(before)
-                _append(journal, key, known[key])
+                journal.append({"change": key, "damage": known[key]})
             progress(at + 1, len(work))
     return Measurements(
         model=model, data_digest=data_digest, seed=seed, background=background, background_damage=known["background"],
@@ -193,22 +194,3 @@ def _widths(
         if unit.dim is not None
         for width in widths_of(layout, unit, space)
     ]
-
-
-def _read(journal: Path) -> dict[str, float]:
-    if not journal.exists():
-        return {}
-    known = {}
-    for line in journal.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue  # the last line of a measurement that was killed while writing it
-        known[entry["change"]] = entry["damage"]
-    return known
-
-
-def _append(journal: Path, change: str, damage: float) -> None:
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    with journal.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"change": change, "damage": damage}) + "\n")

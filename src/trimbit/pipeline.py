@@ -17,7 +17,7 @@ from trimbit.pareto import Trial, picture, require_plot, table
 from trimbit.plan import Budget, Plan, digest
 from trimbit.preparation import Preparation
 from trimbit.recipe import Recipe
-from trimbit.recovery import TUNING_FILE, adapter_tensors, recovered, tuning_record
+from trimbit.recovery import TUNING_FILE, adapter_tensors, recovered, tuning_note, tuning_record
 from trimbit.repair.tune import identity, require_peft
 from trimbit.search.problem import Problem
 from trimbit.tasks import check_tasks, task_keys
@@ -179,8 +179,9 @@ class Session(Preparation):
         writer.take(folder, adapter_tensors(tuned.pairs))
         writer.write(TUNING_FILE, tuning_record(tuned))
         judged = self.recovery.judged(recovered(folder, tuned.pairs))
-        found = writer.plan.found_by.model_copy(update={"measured_damage": judged.kl})
-        writer.plan = writer.plan.model_copy(update={"found_by": found})
+        before = writer.plan.found_by
+        told = {"measured_damage": judged.kl, "notes": (*before.notes, tuning_note(tuned, before.measured_damage))}
+        writer.plan = writer.plan.model_copy(update={"found_by": before.model_copy(update=told)})
 
     def _beside(self, plan: Plan, writer: Writer) -> None:
         """The files beside the weights: tokenizer, templates, licence, recipe, model card."""

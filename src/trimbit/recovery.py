@@ -130,6 +130,14 @@ def adapter_tensors(pairs: Mapping[str, LowRank]) -> dict[str, Tensor]:
     return stored | {f"{name}.adapter.b": pair.b.to(torch.bfloat16) for name, pair in pairs.items()}
 
 
+def tuning_note(tuned: Tuned, before: float | None) -> str:
+    """The training in a line; `before` is the KL that it began with."""
+    first, last = tuned.losses[0], tuned.losses[-1]
+    held = f"pairs {tuned.trained_nbytes / 1e6:.1f} MB in fp32, optimiser {tuned.optimizer_nbytes / 1e6:.1f} MB"
+    start = "" if before is None else f" from {before:.4f} nats,"
+    return f"recovery:{start} {len(tuned.losses)} steps, loss {first:.4f} to {last:.4f}; {held}"
+
+
 def tuning_record(tuned: Tuned) -> str:
     """The loss curve and the bytes of training, as JSON."""
     return json.dumps(

@@ -4,16 +4,14 @@ A trial judges a whole plan by the objective; the Gaussian process models the lo
 their NLL, or the error rate of tasks. `engine: random` tries as many plans without a model, the baseline.
 """
 
-import json
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from trimbit.cache import save_whole
-from trimbit.errors import PlanError, RecipeError
+from trimbit.errors import RecipeError
+from trimbit.journal import Journal
 from trimbit.measurements import Objective, Outcome
 from trimbit.plan import Plan
 from trimbit.precision import Data
@@ -75,8 +73,7 @@ def search(problem: Problem, config: Config) -> Plan:
     start = [tuple(importance.allocate(found, problem.importance()))] if problem.importance is not None else []
     if not box.fits(box.lowest):  # so near the smallest budget that the bound on the header leaves no room
         return found.plan(box.lowest, "smallest")
-    journal = Journal(problem.journal, problem.key)
-    known = journal.read()
+    journal, known = journal_of(problem), known_trials(problem)
 
     def evaluate(points: Sequence[Point]) -> Iterator[float]:
         assert problem.outcomes is not None
@@ -90,7 +87,7 @@ def search(problem: Problem, config: Config) -> Plan:
     with problem.reporter.stage("trials of whole plans") as progress:
         tried = run(
             box, start, evaluate, before, config.optimiser, problem.seed, progress,
-            lambda point, _: journal.append(point, known[point]),
+            lambda point, _: journal.append({"levels": point, "outcome": known[point].model_dump()}),
         )  # fmt: skip
     method = "Bayesian optimisation" if config.engine == "bayes" else "random search"
     return _best(found, [(point, known[point]) for point, _ in tried], config.objective, method)
@@ -99,7 +96,7 @@ def search(problem: Problem, config: Config) -> Plan:
 def trials(problem: Problem, config: Config) -> list[tuple[int, Outcome]]:
     """Bytes of every plan that a search has tried and what was found of it, in their order."""
     found = levels(problem, config.per)
-    tried = list(Journal(problem.journal, problem.key).read().items())[: config.optimiser.trials]
+    tried = list(known_trials(problem).items())[: config.optimiser.trials]
     return [(found.plan(point, "trial").found_by.nbytes, outcome) for point, outcome in tried]
 
 
@@ -139,42 +136,16 @@ def _told(outcome: Outcome, objective: Objective) -> str:
     return f"NLL {outcome.nll:.4f} and {kl}" if objective.by == "nll" else kl
 
 
-class Journal:
-    """Every trial, one a line, after a line that says which search they belong to."""
+def journal_of(problem: Problem) -> Journal:
+    """Where the trials of a search are kept."""
+    return Journal(problem.journal, problem.key)
 
-    def __init__(self, path: Path | None, belongs: object) -> None:
-        self.path = path
-        self.header = json.dumps({"search": belongs}, sort_keys=True)
 
-    def read(self) -> dict[Point, Outcome]:
-        """Trials so far, in their order.
+def known_trials(problem: Problem) -> dict[Point, Outcome]:
+    """Trials so far, in their order.
 
-        Raises:
-            PlanError: if they are another search's.
-        """
-        if self.path is None or not self.path.exists():
-            return {}
-        text = self.path.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:  # killed while it wrote the last line
-            save_whole(self.path, lambda beside: beside.write_text(whole, encoding="utf-8"))
-        if not whole:
-            return {}
-        header, *lines = whole.splitlines()
-        if header != self.header:
-            raise PlanError(f"{self.path} holds the trials of another model, space or budget; remove it")
-        found: dict[Point, Outcome] = {}
-        for line in lines:
-            entry = json.loads(line)
-            found[tuple(entry["levels"])] = Outcome.model_validate(entry["outcome"])
-        return found
-
-    def append(self, point: Point, outcome: Outcome) -> None:
-        """Add one trial."""
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        first = not self.path.exists() or self.path.stat().st_size == 0
-        with self.path.open("a", encoding="utf-8") as file:
-            lines = [self.header] if first else []
-            file.write("\n".join([*lines, json.dumps({"levels": point, "outcome": outcome.model_dump()})]) + "\n")
+    Raises:
+        PlanError: if they are another search's.
+    """
+    entries = journal_of(problem).read()
+    return {tuple(entry["levels"]): Outcome.model_validate(entry["outcome"]) for entry in entries}
