@@ -244,11 +244,13 @@ def tables(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_tables(path: Path, text: str) -> None:
+def write_tables(path: Path, text: str, name: str = "tables") -> None:
     """Replace the part of a page between its markers."""
-    before, _, rest = path.read_text(encoding="utf-8").partition("<!-- tables -->")
-    after = rest.partition("<!-- end of tables -->")[2]
-    path.write_text(f"{before}<!-- tables -->\n{text}<!-- end of tables -->{after}", encoding="utf-8")
+    before, start, rest = path.read_text(encoding="utf-8").partition(f"<!-- {name} -->")
+    _, end, after = rest.partition(f"<!-- end of {name} -->")
+    assert start, f"{path} has no place for {name}"
+    assert end, f"{path} does not end {name}"
+    path.write_text(f"{before}{start}\n{text}{end}{after}", encoding="utf-8")
 
 
 def draw(results: dict) -> None:

@@ -298,10 +298,14 @@ def name(bits: int, start: str, rank: int) -> str:
     return f"start/{bits} bits/{start}" + (f" {rank}" if start != "zeros" else "")
 
 
-def tables(results: dict) -> str:
-    """The results as Markdown tables."""
-    parts = (recipe_table, task_table, memory_table, cost_table, plan_table, noise_table, rank_table, start_table)
-    return "\n".join("\n".join(part(results)) + "\n" for part in parts)
+def write_page(results: dict) -> None:
+    """Draw all tables of docs/qpruner.md."""
+    parts = {
+        "recipes": recipe_table, "tasks": task_table, "memory": memory_table, "cost": cost_table, "plans": plan_table,
+        "noise": noise_table, "ranks": rank_table, "starts": start_table,
+    }  # fmt: skip
+    for part, rows in parts.items():
+        write_tables(PAGE, "\n" + "\n".join(rows(results)) + "\n\n", part)
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -326,21 +330,19 @@ def recipe_table(results: dict) -> list[str]:
     if "whole/original" in results:
         rows.insert(0, ["original", *cells(results["whole/original"])])
     heads = ["recipe, pruned", "weight file, MB", "ppl@2048", "ppl@128", "KL", "same first choice"]
-    return ["## Whole recipes", "", *table(heads, rows)]
+    return table(heads, rows)
 
 
 def task_table(results: dict) -> list[str]:
     def cells(c: dict) -> list[str]:
-        value, error = c["mean"]
-        return [*(f"{c['tasks'][name][0]:.1f}" for name in SOURCES), f"{value:.1f} ± {error:.1f}"]
+        (value, error), others = c["mean"], [c["tasks"][name][0] for name in SOURCES if name != "boolq"]
+        each = [f"{c['tasks'][name][0]:.1f}" for name in SOURCES]
+        return [*each, f"{value:.1f} ± {error:.1f}", f"{sum(others) / len(others):.1f}"]
 
-    rows = rows_of(results, "tasks", len(SOURCES) + 1, cells)
+    rows = rows_of(results, "tasks", len(SOURCES) + 2, cells)
     if "tasks/original" in results:
         rows.insert(0, ["original", *cells(results["tasks/original"])])
-    return [
-        f"Zero-shot tasks, the first {DOCUMENTS} documents of each, percent; standard errors are about 2 points:",
-        "", *table(["recipe, pruned", *SOURCES, "mean"], rows),
-    ]  # fmt: skip
+    return table(["recipe, pruned", *SOURCES, "mean", "without BoolQ"], rows)
 
 
 def memory_table(results: dict) -> list[str]:
@@ -365,7 +367,7 @@ def memory_table(results: dict) -> list[str]:
         "recipe, pruned", "weights, MB", "pairs", "AdamW", "sum", "below llm-pruner", "peak in recovery",
         "peak in inference",
     ]  # fmt: skip
-    return ["Memory; peaks are resident bytes above those of the libraries:", "", *table(heads, rows)]
+    return table(heads, rows)
 
 
 def cost_table(results: dict) -> list[str]:
@@ -388,7 +390,7 @@ def cost_table(results: dict) -> list[str]:
         "seconds a trial",
         "loss of the first, last 10 steps",
     ]
-    return ["Cost, and the loss of recovery:", "", *table(heads, rows_of(results, "whole", 4, cells))]
+    return table(heads, rows_of(results, "whole", 4, cells))
 
 
 def plan_table(results: dict) -> list[str]:
@@ -405,7 +407,7 @@ def plan_table(results: dict) -> list[str]:
             random = f"{others.mean():.4f} ± {others.std():.4f}"
             rows.append([menu, str(seed), f"{c['limit'] / 1e6:.1f}", uniform, random, *searched])
     heads = ["formats", "seed", "budget, MB", "uniform NF4", "random, mean ± sd", "best of 40 random"]
-    return ["## Plans within the same bytes", "", *table([*heads, "qpruner-2", "qpruner-3", "knapsack"], rows)]
+    return table([*heads, "qpruner-2", "qpruner-3", "knapsack"], rows)
 
 
 def noise_table(results: dict) -> list[str]:
@@ -415,7 +417,7 @@ def noise_table(results: dict) -> list[str]:
         accuracy = f"{100 * c['accuracy']:.1f} ± {100 * c['stderr']:.1f}"
         rows.append([name, f"{c['nbytes'] / 1e6:.1f}", f"{c['kl']:.4f}", f"{c['nll']:.4f}", accuracy])
     rows = rows or [["not run", "", "", "", ""]]
-    return ["## Can accuracy rank plans?", "", *table(["plan", "MB", "KL", "NLL", "HellaSwag, %"], rows)]
+    return table(["plan", "MB", "KL", "NLL", "HellaSwag, %"], rows)
 
 
 def rank_table(results: dict) -> list[str]:
@@ -423,7 +425,7 @@ def rank_table(results: dict) -> list[str]:
     for estimator in ESTIMATORS:
         cell = results.get(f"ranks/{estimator}")
         rows.append([estimator, ", ".join(f"{r:.2f}" for r in cell["spearman"]) if cell else "not run"])
-    return ["## Is importance stable?", "", *table(["estimator", "Spearman's rho of the blocks, pairs of seeds"], rows)]
+    return table(["estimator", "Spearman's rho of the blocks, pairs of seeds"], rows)
 
 
 def start_table(results: dict) -> list[str]:
@@ -433,7 +435,7 @@ def start_table(results: dict) -> list[str]:
         found = [results.get(name(bits, start, rank)) for start, rank in columns]
         rows.append([precision, *(f"{c['kl']:.4f} (ppl {c['ppl@2048']:.2f})" if c else "not run" for c in found)])
     heads = ["blocks", "zeros", *(f"{start}, rank {rank}" for start, rank in columns[1:])]
-    return ["## How a low-rank pair starts", "", *table(heads, rows)]
+    return table(heads, rows)
 
 
 def main() -> None:
@@ -468,7 +470,7 @@ def main() -> None:
     if "noise" in options.only:
         menu = next(iter(MENUS))
         bench.cell(f"noise/{menu}", lambda: bench.noise(menu))
-    write_tables(PAGE, tables(bench.results))
+    write_page(bench.results)
 
 
 if __name__ == "__main__":
