@@ -16,7 +16,7 @@ from trimbit.errors import LayoutError, PlanError
 from trimbit.model import axes
 from trimbit.model.families import Family, SubBlock, family_of
 from trimbit.plan import Plan
-from trimbit.precision import BFloat16, Run, code_row_nbytes, group_count, zero_row_nbytes
+from trimbit.precision import BFloat16, KVPrecision, Run, code_row_nbytes, group_count, zero_row_nbytes
 
 ITEM_NBYTES = {"U8": 1, "F16": 2, "BF16": 2}
 
@@ -170,6 +170,19 @@ class Layout:
         """Bytes of the weight files that a plan writes, headers included."""
         return sum(shard_nbytes(shard) for shard in shards(self.tensors(plan)))
 
+    def check_kv_cache(self, precision: KVPrecision | None) -> None:
+        """Refuse a cache that this model cannot have.
+
+        Raises:
+            PlanError: if a group is longer than a head.
+        """
+        head_dim = self.sizes["d"]
+        if precision is not None and precision.group is not None and precision.group > head_dim:
+            raise PlanError(
+                f"kv_cache: a group of {precision.group} channels, but head_dim is {head_dim}; "
+                f"give a group of at most {head_dim}, or null for a whole head"
+            )
+
     def check(self, plan: Plan) -> None:
         """Refuse a plan that does not fit this model.
 
@@ -200,6 +213,7 @@ class Layout:
             most = min(self.weight_shape(self.weights[name], self.width(alive[name], plan)))
             if not 1 <= rank <= most:
                 raise PlanError(f"weight {name}: a low-rank pair of rank {rank}, but it can have 1 to {most}")
+        self.check_kv_cache(plan.kv_cache)
 
 
 def build_layout(config: PreTrainedConfig) -> Layout:
@@ -212,7 +226,7 @@ def build_layout(config: PreTrainedConfig) -> Layout:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    sizes = _sizes(config)
+    sizes = sizes_of(config)
     tied = bool(config.tie_word_embeddings)
     if tied:
         shapes.pop(f"{family.head}.weight", None)
@@ -240,7 +254,8 @@ def build_layout(config: PreTrainedConfig) -> Layout:
     )  # fmt: skip
 
 
-def _sizes(config: PreTrainedConfig) -> dict[str, int]:
+def sizes_of(config: PreTrainedConfig) -> dict[str, int]:
+    """The factors of the axes."""
     heads = config.num_attention_heads
     kv = getattr(config, "num_key_value_heads", None) or heads
     return {
