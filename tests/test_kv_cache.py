@@ -334,6 +334,15 @@ def test_a_group_longer_than_a_head_is_refused(group):
         layout.check(plan.model_copy(update={"kv_cache": KVPrecision(group=group)}))
 
 
+def test_a_model_with_nothing_to_quantise_is_refused():
+    config = tiny_config("mistral")
+    config.sliding_window = 16
+    layout = build_layout(config)
+    layout.check(make_plan(layout))
+    with pytest.raises(PlanError, match="every layer of this model has a sliding window"):
+        layout.check(make_plan(layout).model_copy(update={"kv_cache": KVPrecision()}))
+
+
 @pytest.mark.parametrize(
     "fields",
     [{"bits": 1}, {"bits": 9}, {"group": 0}, {"sink_tokens": -1}, {"recent_tokens": -1}, {"bits": "4"}, {"b": 4}],

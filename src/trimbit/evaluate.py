@@ -104,6 +104,8 @@ def evaluate(
     tokenizer = load_tokenizer(path)
     windows = data.evaluation_windows(text, tokenizer, context=context, limit=limit)
     model = load_model(path, dtype)
+    precision = precision_of(model)
+    widths = load_plan(path / artifact.PLAN_FILE).widths if _compressed(path) else {}
     reference = load_model(against, dtype) if against is not None else None
     started = time.perf_counter()
     totals, seconds = torch.zeros(3, dtype=torch.float64), 0.0
@@ -114,8 +116,6 @@ def evaluate(
         beside = (reference, final_hidden(reference, window)) if reference is not None else None
         totals += score(model, hidden, window, beside)
         progress(at + 1, len(windows))
-    precision = precision_of(model)
-    widths = load_plan(path / artifact.PLAN_FILE).widths if _compressed(path) else {}
     scored = windows.shape[0] * (context - 1)
     nll, kl, top1 = (totals / scored).tolist()
     nbytes = artifact.weight_nbytes(path) if path.is_dir() else path.stat().st_size

@@ -1,20 +1,13 @@
 """How large a model's cache of keys and values is."""
 
 from collections.abc import Mapping
-from typing import Any
 
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from trimbit.model.layout import sizes_of
+from trimbit.model.layout import sizes_of, sliding_windows
 from trimbit.precision import KVPrecision
 
 VALUE_NBYTES = 2  # bf16
-
-
-def sliding_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
-    """The sliding window of each block's attention; None: it reads all tokens."""
-    layers: list[Any] = DynamicCache(config=config).layers
-    return tuple(layer.sliding_window if layer.is_sliding else None for layer in layers)
 
 
 def cache_nbytes(

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from types import MappingProxyType
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 
 from trimbit.errors import LayoutError, PlanError
 from trimbit.model import axes
@@ -174,10 +175,17 @@ class Layout:
         """Refuse a cache that this model cannot have.
 
         Raises:
-            PlanError: if a group is longer than a head.
+            PlanError: if a group is longer than a head, or no layer reads all tokens.
         """
+        if precision is None:
+            return
+        if None not in sliding_windows(self.config):
+            raise PlanError(
+                "kv_cache: every layer of this model has a sliding window, whose cache is kept exactly; "
+                "there is nothing to quantise, leave kv_cache out"
+            )
         head_dim = self.sizes["d"]
-        if precision is not None and precision.group is not None and precision.group > head_dim:
+        if precision.group is not None and precision.group > head_dim:
             raise PlanError(
                 f"kv_cache: a group of {precision.group} channels, but head_dim is {head_dim}; "
                 f"give a group of at most {head_dim}, or null for a whole head"
@@ -266,6 +274,12 @@ def sizes_of(config: PreTrainedConfig) -> dict[str, int]:
         "mid": config.intermediate_size,
         "vocab": config.vocab_size,
     }
+
+
+def sliding_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
+    """The sliding window of each block's attention; None: it reads all tokens."""
+    layers: list[Any] = DynamicCache(config=config).layers
+    return tuple(layer.sliding_window if layer.is_sliding else None for layer in layers)
 
 
 def _add_matrix(
