@@ -18,6 +18,7 @@ from tiny import save_tiny, tiny_model
 from trimbit import artifact, cli, pipeline, trials
 from trimbit.pipeline import open_session
 from trimbit.plan import load_plan
+from trimbit.precision import KVPrecision
 from trimbit.recipe import load_recipe
 
 SEARCHING = ["--budget", "--calibration", "--dry-run", "--recipe", "--seed", "--set"]
@@ -29,7 +30,7 @@ OPTIONS = {
         ["model"],
         ["--against", "--context", "--dtype", "--json", "--limit", "--task-data", "--tasks", "--text", "--windows"],
     ),
-    "show": (["path"], ["--json"]),
+    "show": (["path"], ["--context", "--json"]),
 }
 
 
@@ -137,6 +138,7 @@ def test_eval_prints_json(run, job, compressed):
     assert found["weight_nbytes"] == (compressed / "model.safetensors").stat().st_size
     assert found.keys() == {
         "schema_version", "model", "against", "text", "context", "windows", "tokens", "ppl", "kl", "top1_agreement",
+        "kv_cache", "kv_cache_nbytes", "kv_cache_bf16_nbytes",
         "weight_nbytes", "bits_per_weight", "peak_rss_nbytes", "prefill_tokens_per_second", "decode_tokens_per_second",
         "dtype", "hardware", "threads", "versions",
     }  # fmt: skip
@@ -205,6 +207,43 @@ def test_show(run, compressed):
     assert code == 0, err
     assert "blocks.2.mlp" in out
     assert f"{plan.found_by.nbytes:,} bytes" in " ".join(out.split())
+
+
+def test_a_packed_cache_from_the_recipe_to_generation(run, job, options, compressed, tmp_path):
+    sets = ["--set", "kv_cache.group=8", "--set", "kv_cache.sink_tokens=2", "--set", "kv_cache.recent_tokens=8"]
+    code, out, err = run("compress", job.model, tmp_path / "out", "--budget", BUDGET, *options, *sets)
+    assert code == 0, err
+    plan, before = load_plan(tmp_path / "out" / "plan.json"), load_plan(compressed / "plan.json")
+    assert plan.kv_cache == KVPrecision(bits=4, group=8, sink_tokens=2, recent_tokens=8)
+    assert (plan.cuts, plan.weights) == (before.cuts, before.weights)
+    heads = sum(plan.widths.get(f"blocks.{i}.attn.kv", 3) for i in range(3))
+
+    def nbytes(context):
+        return heads * 2 * (10 * 8 * 2 + (context - 10) * (4 + 2 + 2))
+
+    assert f"KV cache@2048: {nbytes(2048):,} bytes, {heads * 2 * 2048 * 16:,} in bf16 (4 bits, group 8" in out
+    assert "4 bits, group 8, the first 2 and last 8" in (tmp_path / "out" / "README.md").read_text()
+    code, out, err = run("show", tmp_path / "out", "--context", 100, "--json")
+    assert code == 0, err
+    assert json.loads(out)["kv_cache"] == {
+        "precision": plan.kv_cache.model_dump(), "context": 100, "nbytes": nbytes(100),
+        "bf16_nbytes": heads * 2 * 100 * 16,
+    }  # fmt: skip
+    arguments = ["--text", job.text, "--context", 64, "--windows", 3, "--against", job.model, "--dtype", "float32"]
+    measured = {}
+    for name, folder in {"packed": tmp_path / "out", "exact": compressed, "original": job.model}.items():
+        code, out, err = run("eval", folder, *arguments, "--json")
+        assert code == 0, err
+        measured[name] = json.loads(out)
+    assert measured["packed"]["kv_cache"] == plan.kv_cache.model_dump()
+    assert measured["packed"]["kv_cache_nbytes"] == nbytes(64)
+    assert measured["packed"]["kv_cache_bf16_nbytes"] == heads * 2 * 64 * 16 == measured["exact"]["kv_cache_nbytes"]
+    assert measured["original"]["kv_cache_nbytes"] == 3 * 3 * 2 * 64 * 16
+    assert measured["packed"]["ppl"] != measured["exact"]["ppl"]
+    assert measured["packed"]["ppl"] == pytest.approx(measured["exact"]["ppl"], rel=0.02)
+    code, out, err = run("eval", tmp_path / "out", *arguments)
+    assert code == 0, err
+    assert "KV cache@64" in out
 
 
 # --- what does not ---------------------------------------------------------------------------------------------------
@@ -334,6 +373,15 @@ def test_a_plan_that_does_not_fit(refused, job, options, compressed, tmp_path):
 )
 def test_a_budget_that_cannot_be(refused, job, options, tmp_path, budget, words):
     refused(*compress(job.model, tmp_path / "out", options, budget=budget), words=words)
+
+
+def test_a_cache_that_cannot_be(refused, job, options, compressed, tmp_path):
+    words = ["kv_cache", "a group of 64 channels", "head_dim is 8"]
+    refused(*compress(job.model, tmp_path / "out", options, "--set", "kv_cache.group=64"), words=words)
+    refused(*compress(job.model, tmp_path / "out", options, "--set", "kv_cache.bits=9"), words=["kv_cache.bits: "])
+    fields = json.loads((compressed / "plan.json").read_text()) | {"kv_cache": {"group": 64}}
+    (tmp_path / "plan.json").write_text(json.dumps(fields))
+    refused("apply", job.model, tmp_path / "plan.json", tmp_path / "out", *options, words=words)
 
 
 def test_text_shorter_than_a_window(refused, job, tmp_path):

@@ -16,9 +16,11 @@ from trimbit import preparation, trials
 from trimbit.artifact import weight_nbytes
 from trimbit.errors import ArtifactError, BudgetError, DataError, PlanError, RecipeError
 from trimbit.evaluate import evaluate
+from trimbit.kv_cache import precision_of
 from trimbit.measure import background_of
 from trimbit.pipeline import compress, open_session
 from trimbit.plan import Budget, load_plan
+from trimbit.precision import KVPrecision
 from trimbit.recipe import load_recipe
 
 LIMIT = Budget.parse(BUDGET).nbytes(1)
@@ -166,6 +168,17 @@ def test_a_trial_is_written_as_it_was_tried(job, compressed, tmp_path):
     files = {path.name: path.read_bytes() for path in (tmp_path / "first").iterdir()}
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "second").iterdir()}
     assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+
+
+def test_another_cache_of_keys_and_values_tries_nothing_again(job, compressed, tmp_path, monkeypatch):
+    out, plan = compressed
+    monkeypatch.setattr(trials, "apply_plan", lambda *_: pytest.fail("applied again"))
+    packed = compress(session(job, "kv_cache.bits=8"), Budget.parse(BUDGET), tmp_path / "small")
+    assert packed.kv_cache == KVPrecision(bits=8)
+    assert packed.found_by.measured_damage == plan.found_by.measured_damage
+    assert load_plan(tmp_path / "small" / "plan.json") == packed
+    assert (tmp_path / "small" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    assert precision_of(AutoModelForCausalLM.from_pretrained(tmp_path / "small")) == packed.kv_cache
 
 
 @pytest.mark.parametrize("name", ["uniform-rtn", "uniform-gptq", "knapsack-nopruning"])

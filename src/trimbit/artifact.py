@@ -166,6 +166,7 @@ def model_card(
     nbytes, found = layout.file_nbytes(plan), plan.found_by
     license_line = f"license: {license_name}\n" if license_name else ""
     damage = f"{found.measured_damage:.4f} nats a token" if found.measured_damage is not None else "not measured"
+    cache = f" Keys and values are cached in {plan.kv_cache.label}." if plan.kv_cache is not None else ""
     text = "text sampled from the model itself" if calibration == "self" else Path(calibration).name
     return (
         f"---\nbase_model: {model_id}\nlibrary_name: trimbit\n{license_line}"
@@ -174,7 +175,7 @@ def model_card(
         f"Compressed with trimbit {version}: {found.method}. Weight file {nbytes:,} bytes, "
         f"{8 * nbytes / layout.parameters:.2f} bits per original parameter; "
         f"KL to the original on held-out calibration text: {damage}.\n"
-        f"Calibrated on {text}, seed {found.seed}.\n\n"
+        f"Calibrated on {text}, seed {found.seed}.{cache}\n\n"
         "```python\nimport trimbit  # makes transformers know this format\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("this directory")\n'

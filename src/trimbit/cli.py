@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     from trimbit.model.layout import Layout
     from trimbit.pipeline import Session
     from trimbit.plan import Budget, Plan
+    from trimbit.precision import KVPrecision
     from trimbit.tasks import Score, TaskEvaluation
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Fit a language model to a budget."
 )
+CONTEXT = 2048  # tokens; of windows, and what a cache is counted at
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 stdout, stderr = Console(), Console(stderr=True)
 
@@ -157,7 +159,7 @@ def apply_command(
 def eval_command(
     model: Annotated[Path, typer.Argument(help="an original model or a compressed directory")],
     text: Annotated[Path | None, typer.Option("--text", help="a .txt, .raw, .jsonl or .jsonl.gz file")] = None,
-    context: Annotated[int, typer.Option("--context", help="tokens in a window; part of the perplexity's name")] = 2048,
+    context: Annotated[int, typer.Option("--context", help="tokens in a window; the perplexity's name")] = CONTEXT,
     windows: Annotated[int | None, typer.Option("--windows", help="how many, from the start; default all")] = None,
     against: Annotated[Path | None, typer.Option("--against", help="the original model, for KL and agreement")] = None,
     tasks: Annotated[str | None, typer.Option("--tasks", help="zero-shot tasks of lm-eval: boolq,piqa,...")] = None,
@@ -214,8 +216,16 @@ def _text_rows(found: "Evaluation") -> "Iterator[tuple[str, str]]":
         yield "same first choice", f"{100 * found.top1_agreement:.1f} %"
         yield "bits per weight", f"{found.bits_per_weight:.2f}"
     yield "weight files", f"{found.weight_nbytes:,} bytes"
+    yield f"KV cache@{found.context}", _cache_text(found.kv_cache, found.kv_cache_nbytes, found.kv_cache_bf16_nbytes)
     yield "peak memory", f"{found.peak_rss_nbytes / 1e6:.0f} MB"
     yield "prefill, decode", f"{found.prefill_tokens_per_second:.0f}, {found.decode_tokens_per_second:.1f} tokens/s"
+
+
+def _cache_text(precision: "KVPrecision | None", nbytes: int, bf16: int) -> str:
+    """Bytes of a cache, and those of the same model's cache in bf16."""
+    if precision is None:
+        return f"{nbytes:,} bytes in bf16"
+    return f"{nbytes:,} bytes, {bf16:,} in bf16 ({precision.label})"
 
 
 def _task_rows(scores: "TaskEvaluation") -> "Iterator[tuple[str, str]]":
@@ -230,8 +240,12 @@ def _percent(score: "Score") -> str:
 
 
 @app.command()
-def show(path: Annotated[Path, typer.Argument(help="a compressed directory")], as_json: AsJson = False) -> None:
-    """Print the plan: kept heads and channels, the bits of each weight, bytes."""
+def show(
+    path: Annotated[Path, typer.Argument(help="a compressed directory")],
+    context: Annotated[int, typer.Option("--context", help="tokens that the cache is counted at", min=1)] = CONTEXT,
+    as_json: AsJson = False,
+) -> None:
+    """Print the plan: kept heads and channels, the bits of each weight, bytes, also of the cache."""
     from transformers import AutoConfig
 
     import trimbit  # noqa: F401 - makes the config known
@@ -246,7 +260,9 @@ def show(path: Annotated[Path, typer.Argument(help="a compressed directory")], a
     layout = build_layout(AutoConfig.from_pretrained(path, local_files_only=True).original())
     rows = plan_rows(layout, found)
     if as_json:
-        typer.echo(json.dumps({"found_by": found.found_by.model_dump(mode="json"), "units": rows}, indent=1))
+        cache = cache_fields(layout, found, context)
+        told = {"found_by": found.found_by.model_dump(mode="json"), "kv_cache": cache, "units": rows}
+        typer.echo(json.dumps(told, indent=1))
         return
     table = Table(title=f"{path}: {found.found_by.method}, {layout.file_nbytes(found):,} bytes")
     for column in ("unit", "kept", "formats", "bytes", "share"):
@@ -254,8 +270,24 @@ def show(path: Annotated[Path, typer.Argument(help="a compressed directory")], a
     for row in rows:
         table.add_row(row["unit"], row["kept"], row["formats"], f"{row['nbytes']:,}", f"{100 * row['share']:.1f} %")
     stdout.print(table)
+    stdout.print(cache_line(layout, found, context), highlight=False)
     for note in found.found_by.notes:
         stdout.print(note, highlight=False)
+
+
+def cache_fields(layout: "Layout", plan: "Plan", context: int) -> dict[str, Any]:
+    """How keys and values are stored, and their bytes at this many tokens, batch 1; and if all were bf16."""
+    from trimbit.model.cache_size import cache_nbytes
+
+    nbytes, bf16 = (cache_nbytes(layout.config, plan.widths, kind, context) for kind in (plan.kv_cache, None))
+    precision = plan.kv_cache.model_dump(mode="json") if plan.kv_cache else None
+    return {"precision": precision, "context": context, "nbytes": nbytes, "bf16_nbytes": bf16}
+
+
+def cache_line(layout: "Layout", plan: "Plan", context: int) -> str:
+    """The same in a line."""
+    fields = cache_fields(layout, plan, context)
+    return f"KV cache@{context}: {_cache_text(plan.kv_cache, fields['nbytes'], fields['bf16_nbytes'])}"
 
 
 def plan_rows(layout: "Layout", plan: "Plan") -> list[dict[str, Any]]:
@@ -303,6 +335,8 @@ def print_summary(layout: "Layout", plan: "Plan", limit: int, out: Path) -> None
             f"KL to the original on held-out calibration tokens: {found.measured_damage:.4f} nats a token",
             highlight=False,
         )
+    if plan.kv_cache is not None:
+        stdout.print(cache_line(layout, plan, CONTEXT), highlight=False)
     for note in found.notes:
         stdout.print(note, highlight=False)
 

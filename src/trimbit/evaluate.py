@@ -17,11 +17,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from trimbit import artifact, data
 from trimbit.errors import ArtifactError, NumericsError
+from trimbit.kv_cache import cache_for, precision_of
+from trimbit.model.cache_size import cache_nbytes
 from trimbit.model.head import kl, logit_slices
 from trimbit.model.load import materialize, open_checkpoint
 from trimbit.model.stream import build_skeleton
-from trimbit.precision import Data
+from trimbit.plan import load_plan
+from trimbit.precision import Data, KVPrecision
 from trimbit.progress import Progress
+
+READ_TOKENS = 32  # ours: half of the default `recent_tokens`
 
 
 class Evaluation(Data):
@@ -37,15 +42,22 @@ class Evaluation(Data):
     ppl: float  # at this context
     kl: float | None  # KL(original || model), nats a token
     top1_agreement: float | None  # share of tokens where both put the same token first
+    kv_cache: KVPrecision | None  # that perplexity, KL, agreement and speed were measured with
+    kv_cache_nbytes: int  # at this context, batch 1, exact values in bf16
+    kv_cache_bf16_nbytes: int  # of the same model, if nothing were quantised
     weight_nbytes: int
     bits_per_weight: float | None  # 8 * weight_nbytes / parameters of the original
     peak_rss_nbytes: int
-    prefill_tokens_per_second: float
+    prefill_tokens_per_second: float  # of the windows as they were read, see `read_hidden`
     decode_tokens_per_second: float
     dtype: str
     hardware: str
     threads: int
     versions: dict[str, str]
+
+
+def _compressed(path: Path) -> bool:
+    return path.is_dir() and artifact.is_compressed(path)
 
 
 def load_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -54,7 +66,7 @@ def load_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         TrimbitError: if it is neither.
     """
-    if path.is_dir() and artifact.is_compressed(path):
+    if _compressed(path):
         try:
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
         except (OSError, ValueError, RuntimeError) as err:
@@ -75,7 +87,7 @@ def load_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 def load_tokenizer(path: Path):  # type: ignore[no-untyped-def]  # noqa: ANN201
     """The tokenizer of an original checkpoint or a compressed directory."""
-    if path.is_dir() and artifact.is_compressed(path):
+    if _compressed(path):
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     return open_checkpoint(path).tokenizer()
 
@@ -92,12 +104,14 @@ def evaluate(
     tokenizer = load_tokenizer(path)
     windows = data.evaluation_windows(text, tokenizer, context=context, limit=limit)
     model = load_model(path, dtype)
+    precision = precision_of(model)
+    widths = load_plan(path / artifact.PLAN_FILE).widths if _compressed(path) else {}
     reference = load_model(against, dtype) if against is not None else None
     started = time.perf_counter()
     totals, seconds = torch.zeros(3, dtype=torch.float64), 0.0
     for at, window in enumerate(windows):
         started = time.perf_counter()
-        hidden = final_hidden(model, window)
+        hidden = read_hidden(model, window)
         seconds += time.perf_counter() - started
         beside = (reference, final_hidden(reference, window)) if reference is not None else None
         totals += score(model, hidden, window, beside)
@@ -110,6 +124,8 @@ def evaluate(
         model=str(path), against=str(against) if against else None, text=text.name, context=context,
         windows=len(windows), tokens=scored,
         ppl=math.exp(nll), kl=kl if reference else None, top1_agreement=top1 if reference else None,
+        kv_cache=precision, kv_cache_nbytes=cache_nbytes(model.config, widths, precision, context),
+        kv_cache_bf16_nbytes=cache_nbytes(model.config, widths, None, context),
         weight_nbytes=nbytes, bits_per_weight=8 * nbytes / parameters if parameters else None,
         decode_tokens_per_second=decode_speed(model, windows[0, :16]),
         prefill_tokens_per_second=windows.numel() / seconds,
@@ -123,6 +139,23 @@ def evaluate(
 def final_hidden(model: PreTrainedModel, window: Int[Tensor, " length"]) -> Tensor:
     """The head's input for each token of a window."""
     return model.get_decoder()(input_ids=window[None], use_cache=False).last_hidden_state[0]  # type: ignore[no-any-return]
+
+
+@torch.inference_mode()
+def read_hidden(model: PreTrainedModel, window: Int[Tensor, " length"]) -> Tensor:
+    """The head's input for each token of a window, through the cache where that is quantised.
+
+    A window is then read `READ_TOKENS` at a time: next to generating, a token sees up to READ_TOKENS - 1 more of the
+    tokens before it unquantised.
+    """
+    if precision_of(model) is None:
+        return final_hidden(model, window)
+    cache, decoder = cache_for(model), model.get_decoder()
+    parts = [
+        decoder(input_ids=part[None], past_key_values=cache, use_cache=True).last_hidden_state[0]
+        for part in window.split(READ_TOKENS)
+    ]
+    return torch.cat(parts)
 
 
 @torch.inference_mode()
@@ -158,7 +191,7 @@ def _logits(model: PreTrainedModel, hidden: Tensor) -> Iterator[tuple[slice, Ten
 @torch.inference_mode()
 def decode_speed(model: PreTrainedModel, prompt: Int[Tensor, " length"], tokens: int = 32) -> float:
     """Tokens a second of greedy generation with a cache, one row, after a short prompt."""
-    out = model(input_ids=prompt[None], use_cache=True, logits_to_keep=1)
+    out = model(input_ids=prompt[None], past_key_values=cache_for(model), use_cache=True, logits_to_keep=1)
     started = time.perf_counter()
     for _ in range(tokens):
         token = out.logits[:, -1:].argmax(-1)

@@ -42,7 +42,7 @@ class Session(Preparation):
             evaluate=self.judging.evaluate if ready and self.recipe.measure else None,
             trial=self.judging.trial if ready and self.recipe.measure and self.recipe.measure.trials else None,
             outcomes=self.judging.outcomes if ready and self.objective else None,
-            refit_biases=self.repair is not None, rank=self.rank,
+            refit_biases=self.repair is not None, rank=self.rank, kv_cache=self.recipe.kv_cache,
             importance=(lambda: self.importance) if self.layers is not None else None,
             reporter=self.reporter, key=key, journal=self.cache / "plans" / f"{key}.jsonl" if key else None,
         )  # fmt: skip
@@ -66,8 +66,10 @@ class Session(Preparation):
 
         Raises:
             BudgetError: if it is not feasible, naming the smallest that is; or if there is none.
+            PlanError: if the recipe asks for a cache that the model cannot have.
         """
         module, config = self.search
+        self.layout.check_kv_cache(self.recipe.kv_cache)
         if hasattr(module, "trials"):
             require_plot()
         if self.tuning is not None:

@@ -10,7 +10,7 @@ from typing import Literal, Protocol, TypeVar, runtime_checkable
 from pydantic import Field, ValidationError
 
 from trimbit.errors import BudgetError, PlanError
-from trimbit.precision import Data, Run
+from trimbit.precision import Data, KVPrecision, Run
 
 T = TypeVar("T", bound=Data)
 
@@ -49,7 +49,8 @@ class Plan(Data):
 
     `cuts` maps a dim to its kept original indices (an empty tuple drops the sub-block), in the order in which they are
     stored. `weights` maps a weight to runs along its stored input channels. `biases` names weights that gain a bias,
-    `adapters` those that have a low-rank pair in bf16 beside them, with its rank.
+    `adapters` those that have a low-rank pair in bf16 beside them, with its rank. `kv_cache` is how keys and values are
+    stored while the model generates; None: as they are.
     """
 
     schema_version: Literal[1] = 1
@@ -58,7 +59,13 @@ class Plan(Data):
     weights: dict[str, tuple[Run, ...]]
     biases: tuple[str, ...] = ()
     adapters: dict[str, int] = Field(default_factory=dict)
+    kv_cache: KVPrecision | None = None
     found_by: Provenance
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Kept members of the dims that are cut."""
+        return {dim: len(keep) for dim, keep in self.cuts.items()}
 
     def nbytes(self, layout: Sized) -> int:
         """Bytes of all tensors written; the file adds its header."""

@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from trimbit.artifact import FORMAT_VERSION, METHOD
 from trimbit.errors import ArtifactError
+from trimbit.kv_cache import pack_cache
 from trimbit.model.layout import build_layout
 from trimbit.plan import first_problem
 from trimbit.runtime import Structure, restructure
@@ -123,6 +124,9 @@ class TrimbitForCausalLM(PreTrainedModel, GenerationMixin):
         wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
         if wrong:
             raise ArtifactError(f"{path}: weights and plan disagree on {len(wrong)} tensors, the first is {wrong[0]}")
+        kv_cache = parse_structure(config.structure).kv_cache
+        if kv_cache is not None:
+            pack_cache(model, kv_cache)
         return model  # type: ignore[no-any-return]
 
 

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 from trimbit.errors import RecipeError
 from trimbit.measurements import Prune, Space
 from trimbit.plan import digest, first_problem
-from trimbit.precision import Data
+from trimbit.precision import Data, KVPrecision
 
 
 class Step(Data):
@@ -55,6 +55,7 @@ class Recipe(Data):
     repair: Step | None = Step(name="refit")
     lowrank: Step | None = None  # a pair beside each weight of the blocks, where training starts
     tune: Step | None = None  # trains these pairs, the packed weights frozen
+    kv_cache: KVPrecision | None = None  # how a plan's model stores keys and values while it generates
     compute: Literal["bfloat16", "float32"] = "bfloat16"  # of matrix products
 
     @property

@@ -20,24 +20,27 @@ from trimbit.errors import ArtifactError
 from trimbit.kernels.reference import dequantize
 from trimbit.model.layout import Layout, Unit
 from trimbit.plan import Plan
-from trimbit.precision import BFloat16, Data, Run, code_row_nbytes, group_count, zero_row_nbytes
+from trimbit.precision import BFloat16, Data, KVPrecision, Run, code_row_nbytes, group_count, zero_row_nbytes
 
 HEAD_ROWS = 8192  # rows of the head that are dequantised at a time: bounds memory
 
 
 class Structure(Data):
-    """What the runtime needs of a plan: kept widths, runs and added biases, without the index lists."""
+    """What the runtime needs of a plan: kept widths, runs, added biases, the cache, without the index lists."""
 
     widths: dict[str, int]  # of the dims that are cut
     weights: dict[str, tuple[Run, ...]]
     biases: tuple[str, ...] = ()
     adapters: dict[str, int] = Field(default_factory=dict)
+    kv_cache: KVPrecision | None = None
 
     @classmethod
     def of(cls, plan: Plan) -> "Structure":
         """The structure of a plan."""
-        widths = {dim: len(keep) for dim, keep in plan.cuts.items()}
-        return cls(widths=widths, weights=plan.weights, biases=plan.biases, adapters=plan.adapters)
+        return cls(
+            widths=plan.widths, weights=plan.weights, biases=plan.biases,
+            adapters=plan.adapters, kv_cache=plan.kv_cache,
+        )  # fmt: skip
 
 
 class Packed(nn.Module):

@@ -35,10 +35,9 @@ class Trials:
     reporter: Reporter
 
     def place(self, plan: Plan) -> Path:
-        """Where an applied plan is kept."""
-        return self.folder / digest(
-            [source_digest(), *self.decides, plan.model_dump(mode="json", exclude={"found_by"})]
-        )
+        """Where an applied plan is kept; the cache of keys and values changes nothing of what is written."""
+        what = plan.model_dump(mode="json", exclude={"found_by", "kv_cache"})
+        return self.folder / digest([source_digest(), *self.decides, what])
 
     def applied(self, plan: Plan) -> Path:
         """The directory of a plan, which is applied if it was not before."""

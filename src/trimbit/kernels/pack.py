@@ -11,12 +11,12 @@ from torch import Tensor
 def pack(codes: UInt8[Tensor, "rows n"], bits: int) -> UInt8[Tensor, "rows nbytes"]:
     """Pack codes below 2^bits; the bits after a row's last code are zero."""
     rows, n = codes.shape
-    padded = torch.zeros(rows, -(-n // 8) * 8, dtype=torch.int64)
+    padded = torch.zeros(rows, -(-n // 8) * 8, dtype=torch.int64, device=codes.device)
     padded[:, :n] = codes
     eights = padded.view(rows, -1, 8)
-    shifts = torch.arange(8) * bits
+    shifts = torch.arange(8, device=codes.device) * bits
     words = (eights << shifts).sum(-1)  # 8 codes of at most 8 bits: 64 bits
-    octets = (words.unsqueeze(-1) >> (torch.arange(bits) * 8)) & 0xFF
+    octets = (words.unsqueeze(-1) >> (torch.arange(bits, device=codes.device) * 8)) & 0xFF
     return octets.to(torch.uint8).view(rows, -1)[:, : -(-n * bits // 8)].contiguous()
 
 

@@ -8,15 +8,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from types import MappingProxyType
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 
 from trimbit.errors import LayoutError, PlanError
 from trimbit.model import axes
 from trimbit.model.families import Family, SubBlock, family_of
 from trimbit.plan import Plan
-from trimbit.precision import BFloat16, Run, code_row_nbytes, group_count, zero_row_nbytes
+from trimbit.precision import BFloat16, KVPrecision, Run, code_row_nbytes, group_count, zero_row_nbytes
 
 ITEM_NBYTES = {"U8": 1, "F16": 2, "BF16": 2}
 
@@ -170,6 +171,26 @@ class Layout:
         """Bytes of the weight files that a plan writes, headers included."""
         return sum(shard_nbytes(shard) for shard in shards(self.tensors(plan)))
 
+    def check_kv_cache(self, precision: KVPrecision | None) -> None:
+        """Refuse a cache that this model cannot have.
+
+        Raises:
+            PlanError: if a group is longer than a head, or no layer reads all tokens.
+        """
+        if precision is None:
+            return
+        if None not in sliding_windows(self.config):
+            raise PlanError(
+                "kv_cache: every layer of this model has a sliding window, whose cache is kept exactly; "
+                "there is nothing to quantise, leave kv_cache out"
+            )
+        head_dim = self.sizes["d"]
+        if precision.group is not None and precision.group > head_dim:
+            raise PlanError(
+                f"kv_cache: a group of {precision.group} channels, but head_dim is {head_dim}; "
+                f"give a group of at most {head_dim}, or null for a whole head"
+            )
+
     def check(self, plan: Plan) -> None:
         """Refuse a plan that does not fit this model.
 
@@ -200,6 +221,7 @@ class Layout:
             most = min(self.weight_shape(self.weights[name], self.width(alive[name], plan)))
             if not 1 <= rank <= most:
                 raise PlanError(f"weight {name}: a low-rank pair of rank {rank}, but it can have 1 to {most}")
+        self.check_kv_cache(plan.kv_cache)
 
 
 def build_layout(config: PreTrainedConfig) -> Layout:
@@ -212,7 +234,7 @@ def build_layout(config: PreTrainedConfig) -> Layout:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    sizes = _sizes(config)
+    sizes = sizes_of(config)
     tied = bool(config.tie_word_embeddings)
     if tied:
         shapes.pop(f"{family.head}.weight", None)
@@ -240,7 +262,8 @@ def build_layout(config: PreTrainedConfig) -> Layout:
     )  # fmt: skip
 
 
-def _sizes(config: PreTrainedConfig) -> dict[str, int]:
+def sizes_of(config: PreTrainedConfig) -> dict[str, int]:
+    """The factors of the axes."""
     heads = config.num_attention_heads
     kv = getattr(config, "num_key_value_heads", None) or heads
     return {
@@ -251,6 +274,12 @@ def _sizes(config: PreTrainedConfig) -> dict[str, int]:
         "mid": config.intermediate_size,
         "vocab": config.vocab_size,
     }
+
+
+def sliding_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
+    """The sliding window of each block's attention; None: it reads all tokens."""
+    layers: list[Any] = DynamicCache(config=config).layers
+    return tuple(layer.sliding_window if layer.is_sliding else None for layer in layers)
 
 
 def _add_matrix(
