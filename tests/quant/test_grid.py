@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import brentq
 from scipy.stats import norm
 
 from plans import FORMATS, runs
@@ -122,6 +123,16 @@ def test_a_mean_is_found_by_enumerating_signs(generator):
     assert found("mbinaryrow", w, cost) == pytest.approx(least, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["binaryrow", "mbinaryrow", "ternaryrow"])
+def test_a_normal_distribution_loses_what_it_must(name, generator):
+    """Two levels at sqrt(2 / pi); three where the threshold is half of what lies beyond it on average."""
+    half = brentq(lambda t: norm.pdf(t) / norm.sf(t) - 2 * t, 0.1, 2)
+    want = 1 - 2 * norm.pdf(half) ** 2 / norm.sf(half) if name == "ternaryrow" else 1 - 2 / np.pi
+    w = torch.randn(4, 50_000, generator=generator)
+    q = rtn.quantize(w, None, runs((50_000, name)), rtn.Config(scales="mse")).dequantize()
+    assert float((q - w).square().mean()) == pytest.approx(want, rel=0.02)
+
+
 def test_a_dead_column_at_the_edge_has_no_level_of_its_own():
     """Its share of the costs is below what sums hold."""
     w, cost = torch.tensor([[-1.0, -1.0, 1.0, 1.0, 50.0]]), torch.tensor([1e6, 1e6, 1e6, 1e6, 1e-12])
@@ -167,17 +178,18 @@ def test_zero_groups_stay_zero(name, search, generator):
 
 
 @pytest.mark.parametrize("value", [1e7, float("inf"), float("nan")])
-@pytest.mark.parametrize("name", ["int4g32", "uint4row"])
-def test_a_scale_beyond_fp16_is_refused(value, name):
+@pytest.mark.parametrize("name", ["int4g32", "uint4row", "ternaryg32", "binaryrow", "mbinaryg32"])
+@pytest.mark.parametrize("search", ["absmax", "mse"])
+def test_a_scale_beyond_fp16_is_refused(value, name, search):
     w = torch.ones(2, 40)
     w[1, 3] = value
     with pytest.raises(NumericsError, match="does not fit fp16"):
-        rtn.quantize(w, None, runs((40, name)), rtn.Config())
+        rtn.quantize(w, None, runs((40, name)), rtn.Config(scales=search))
 
 
 def test_scales_below_fp16_give_zero():
     w = torch.full((2, 40), 1e-9)
-    for name in ("int4g32", "uint4g32"):
+    for name in ("int4g32", "uint4g32", "ternaryg32", "mbinaryrow"):
         assert not rtn.quantize(w, None, runs((40, name)), rtn.Config(scales="mse")).dequantize().any()
 
 

@@ -5,7 +5,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from trimbit.kernels.pack import digits, spread, unpack
-from trimbit.precision import BFloat16, Codebook, Run
+from trimbit.precision import BFloat16, Codebook, Int, Run
 
 
 def dequantize(
@@ -28,30 +28,32 @@ def dequantize(
         if isinstance(precision, BFloat16):
             pieces.append(_floats(raw, torch.bfloat16).to(dtype))
             continue
-        groups = precision.groups(count)
-        scale = scales[:, at_scale : at_scale + groups]
-        at_scale += groups
+        scale = scales[:, at_scale : at_scale + precision.groups(count)]
+        at_scale += scale.shape[1]
         shift = None
         if nbytes := precision.zero_nbytes(count):
             shift = zeros[:, at_zero : at_zero + nbytes]  # type: ignore[index]
             at_zero += nbytes
-        if isinstance(precision, Codebook):
-            level = spread(raw, _levels(precision, dtype, codes.device))[:, :count]
-            if shift is None:
-                pieces.append(level * per_column(scale.to(dtype), precision.group, count))
-                continue
-            mean = _floats(shift, torch.float16).float()  # m and s may cancel: one rounding, of their sum
-            reach = level.float() * per_column(scale.float(), precision.group, count)
-            pieces.append((per_column(mean, precision.group, count) + reach).to(dtype))
-            continue
-        value = unpack(raw, precision.bits, count).to(torch.int16)
-        if shift is None:
-            value = value - 2 ** (precision.bits - 1)
-        else:
-            zero = unpack(shift, precision.bits, groups)
-            value = value - per_column(zero, precision.group, count).to(torch.int16)
-        pieces.append(value.to(dtype) * per_column(scale.to(dtype), precision.group, count))
+        pieces.append(_values(raw, scale, shift, precision, count, dtype))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+def _values(
+    raw: Tensor, scale: Tensor, shift: Tensor | None, precision: Int | Codebook, count: int, dtype: torch.dtype
+) -> Tensor:
+    """The values of one run, [rows, count], from its bytes of codes and of zero points or means, and its scales."""
+    group = precision.group
+    scale = per_column(scale.to(dtype), group, count)
+    if isinstance(precision, Codebook):
+        level = spread(raw, _levels(precision, dtype, raw.device))[:, :count]
+        if shift is None:
+            return level.mul(scale)
+        return torch.addcmul(per_column(_floats(shift, torch.float16).to(dtype), group, count), level, scale)
+    code = unpack(raw, precision.bits, count).to(torch.int16)
+    if shift is None:
+        return scale.mul(code - 2 ** (precision.bits - 1))
+    zero = per_column(unpack(shift, precision.bits, precision.groups(count)), group, count)
+    return scale.mul(code - zero.to(torch.int16))
 
 
 def per_column(per_group: Tensor, group: int | None, count: int) -> Tensor:
