@@ -19,7 +19,7 @@ FOUND = Provenance(
 )
 FORMATS = (
     "bf16",
-    *(f"nf4{group}" for group in ("g32", "g64", "row")),
+    *(f"{kind}{group}" for kind in ("nf4", "ternary", "binary", "mbinary") for group in ("g32", "g64", "row")),
     *(f"{kind}{bits}{group}" for kind in ("int", "uint") for bits in range(2, 9) for group in ("g32", "g64", "row")),
 )
 

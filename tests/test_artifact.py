@@ -40,7 +40,7 @@ def test_a_directory_appears_whole(tmp_path):
 
 
 def test_shards_have_an_index(tmp_path, monkeypatch):
-    monkeypatch.setattr(artifact, "shards", lambda specs: shards(specs, 20_000))
+    monkeypatch.setattr(artifact, "shards", lambda specs: shards(specs, 10_000))
     with Writer(tmp_path / "out", LAYOUT, PLAN) as writer:
         names = [*tensors()]
         writer.add(dict([*tensors().items()][:-1]))

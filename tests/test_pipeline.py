@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trimbit
 from jobs import BUDGET
+from plans import make_plan, runs
 from tiny import VOCAB
 from trimbit import preparation, trials
 from trimbit.artifact import weight_nbytes
@@ -370,3 +371,18 @@ def test_a_recipe_that_fits_nothing_asks_for_no_text(job, tmp_path, monkeypatch)
     recipe = load_recipe("uniform-rtn", ("search.formats=[uint4g32]",))
     compress(open_session(job.model, recipe, cache=tmp_path / "cache"), Budget.parse("60kB"), tmp_path / "out")
     assert weight_nbytes(tmp_path / "out") <= 60_000
+
+
+def test_formats_below_two_bits_meet_a_budget_that_two_bits_do_not(job, tmp_path):
+    menu = "[binaryrow, mbinaryrow, ternaryrow, int2row]"
+    uniform = f"search.uniform={{formats: {menu}}}"
+    fields = (f"formats={menu}", f"table_formats={menu}", "widths=[1.0]", "groups=false")
+    opened = session(job, uniform, *(f"space.{field}" for field in fields))
+    two = make_plan(opened.layout, lambda _, cols: runs((cols, "int2row")))
+    limit = opened.layout.file_nbytes(two) - 500
+    plan = compress(opened, Budget.parse(f"{limit}B"), tmp_path / "out")
+    assert not plan.cuts
+    assert {own[0].precision.name for own in plan.weights.values()} & {"binaryrow", "mbinaryrow", "ternaryrow"}
+    assert weight_nbytes(tmp_path / "out") == plan.found_by.nbytes <= limit
+    text = {"context": 32, "limit": 4, "dtype": torch.float32, "against": None, "progress": lambda *_: None}
+    assert math.isfinite(evaluate(tmp_path / "out", job.text, **text).ppl)

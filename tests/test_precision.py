@@ -31,6 +31,11 @@ def test_names_parse_and_print(name):
         "nf3g64",
         "nf4",
         "unf4g64",
+        "ternary",
+        "uternaryg64",
+        "mternaryg64",
+        "binaryg16",
+        "ubinaryg64",
         "fp16",
         "sint4row",
     ],
@@ -52,6 +57,12 @@ def test_unknown_names_are_refused(name):
         ([(100, "uint3g32")], 38 + 8 + 2, 4),  # 4 zero points of 3 bits
         ([(100, "uint3row")], 38 + 2 + 1, 1),
         ([(99, "nf4g64")], 50 + 4, 2),
+        ([(65, "ternaryg64")], 13 + 4, 2),  # five a byte
+        ([(66, "ternaryrow")], 14 + 2, 1),
+        ([(1, "ternaryg32"), (4, "ternaryg32")], (1 + 2) + (1 + 2), 2),
+        ([(65, "binaryg32")], 9 + 6, 3),
+        ([(65, "mbinaryg32")], 9 + 6 + 6, 3),  # a mean is as large as a scale
+        ([(9, "mbinaryrow"), (7, "int4row")], (2 + 2 + 2) + (4 + 2), 2),
         ([(3, "int3row"), (3, "int3row")], 2 * (2 + 2), 2),  # each run starts at a whole byte and a new group
         ([(1, "uint2g128"), (2, "bf16"), (33, "uint5g32")], (1 + 2 + 1) + 4 + (21 + 4 + 2), 3),
     ],
@@ -59,6 +70,18 @@ def test_unknown_names_are_refused(name):
 def test_bytes_of_a_row(pairs, nbytes, groups):
     assert row_nbytes(runs(*pairs)) == nbytes
     assert group_count(runs(*pairs)) == groups
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_bits_are_what_a_code_takes(name):
+    precision = parse_precision(name)
+    assert precision.bits == precision.code_nbytes(1000) * 8 / 1000
+
+
+@pytest.mark.parametrize("name", ["nf4row", "ternaryrow", "binaryrow", "mbinaryrow"])
+def test_a_byte_holds_as_many_codes_as_fit(name):
+    precision = parse_precision(name)
+    assert len(precision.levels) ** precision.per_byte <= 256 < len(precision.levels) ** (precision.per_byte + 1)
 
 
 @pytest.mark.parametrize("count", [0, -1, 1.5, "3"])

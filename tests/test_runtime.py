@@ -41,6 +41,8 @@ def formats(weight, cols):
         "lm_head": runs((cols, "uint6g32")),
         "k_proj": runs((cols, "bf16")),
         "up_proj": runs((cols, "int8g32")),
+        "o_proj": runs((cols - 9, "ternaryg32"), (9, "mbinaryg32")),
+        "v_proj": runs((cols - 1, "binaryrow"), (1, "nf4row")),
         "down_proj": runs((20, "int7row"), (3, "bf16"), (left, "uint5g32")),
     }.get(weight.role, runs((23, "uint8g32"), (left, "int6g32")))
 
@@ -180,14 +182,26 @@ def test_weights_stay_packed_and_are_as_large_as_the_plan_says(small):
     assert not is_compressed(folder.parent / "original")
 
 
+@torch.no_grad()
 def test_unquantised_plans_work_too(tmp_path):
     folder, layout, plan = compress("phi3", tmp_path, lambda _, cols: runs((cols, "bf16")), ())
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert not any(isinstance(module, Packed) for module in model.modules())
-    with torch.no_grad():
-        torch.testing.assert_close(
-            model(tokens()).logits, masked_original(folder, layout, plan)(tokens()).logits, rtol=0, atol=1e-4
-        )
+    torch.testing.assert_close(
+        model(tokens()).logits, masked_original(folder, layout, plan)(tokens()).logits, rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", ["nf4g32", "ternaryg32", "binaryrow", "mbinaryg32"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])  # untied, tied: the table is packed as well
+@torch.no_grad()
+def test_codebooks_everywhere(name, model_type, tmp_path):
+    folder, layout, plan = compress(model_type, tmp_path, lambda _, cols: runs((cols, name)))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    logits = model(tokens()).logits
+    torch.testing.assert_close(logits, masked_original(folder, layout, plan)(tokens()).logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(model(tokens()[:1, :1]).logits, logits[:1, :1], rtol=0, atol=1e-4)
+    assert weight_nbytes(folder) == layout.file_nbytes(plan)
 
 
 def test_save_pretrained_is_refused(llama, tmp_path):
@@ -244,3 +258,12 @@ def test_packed_linear_by_hand():
     linear.scales.copy_(torch.tensor([[0.5], [0.25]]))
     linear.bias.data.copy_(torch.tensor([10.0, 20.0]))
     assert linear(torch.tensor([[[2.0, 3.0]]])).tolist() == [[[10 + 0.5 * (2 - 6), 20 + 0.25 * 300]]]
+
+
+def test_packed_linear_of_trits_and_signs_by_hand():
+    linear = PackedLinear(1, runs((6, "ternaryrow"), (3, "mbinaryrow")), bias=False, dtype=torch.float32)
+    trits = 2 + 0 * 3 + 1 * 9 + 2 * 27 + 2 * 81  # 1 -1 0 1 1, and -1 in the next byte
+    linear.codes.copy_(torch.tensor([[trits, 0, 0b101]], dtype=torch.uint8))
+    linear.scales.copy_(torch.tensor([[0.5, 0.25]]))
+    linear.zeros.copy_(torch.tensor([[2.0]]).half().view(torch.uint8))
+    assert linear(torch.eye(9)).flatten().tolist() == [0.5, -0.5, 0.0, 0.5, 0.5, -0.5, 2.25, 1.75, 2.25]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from plans import runs
+from points import points
 from trimbit.errors import NumericsError
 from trimbit.quant import gptq, rtn
 from trimbit.quant.grid import fit_grid
@@ -16,6 +17,9 @@ FORMATS = [
     runs((80, "int3g32")),
     runs((80, "uint2g64")),
     runs((40, "int4row"), (8, "bf16"), (32, "uint3g32")),
+    runs((80, "ternaryg64")),
+    runs((80, "binaryg32")),
+    runs((33, "mbinaryg32"), (7, "int4row"), (4, "bf16"), (36, "ternaryrow")),
 ]
 
 
@@ -72,15 +76,21 @@ def test_the_block_size_changes_nothing(formats, act_order, generator):
     assert all(torch.equal(codes, all_codes[0]) for codes in all_codes)
 
 
-def obq(w, h, order, scale, zero, top):
-    """Optimal brain quantisation: round a column, make up for it with all that are left, take it out of H^-1."""
+def obq(w, h, order, candidates):
+    """Optimal brain quantisation: round a column, make up for it with all that are left, take it out of H^-1.
+
+    Candidates are the points of each column, [points, rows]; None rounds to bf16.
+    """
     w, q = w.double().clone(), torch.zeros_like(w, dtype=torch.float64)
     inverse = torch.linalg.inv(h)
-    left, step = list(order), torch.where(scale == 0, 1.0, scale)
+    left = list(order)
     while left:
         j = left.pop(0)
-        code = ((w[:, j] / step[:, j]).round() + zero[:, j]).clamp(0, float(top[j]))
-        q[:, j] = (code - zero[:, j]) * scale[:, j] if top[j] else w[:, j].to(torch.bfloat16).double()
+        if candidates[j] is None:
+            q[:, j] = w[:, j].to(torch.bfloat16).double()
+        else:
+            best = (candidates[j] - w[:, j]).abs().argmin(0)
+            q[:, j] = candidates[j].gather(0, best[None])[0]
         error = (w[:, j] - q[:, j]) / inverse[j, j]
         w[:, left] -= error[:, None] * inverse[j, left]
         inverse = inverse - inverse[:, j : j + 1] @ inverse[j : j + 1] / inverse[j, j]
@@ -88,25 +98,30 @@ def obq(w, h, order, scale, zero, top):
 
 
 @pytest.mark.parametrize(
-    "formats", [runs((16, "int3row")), runs((4, "uint2row"), (5, "int2row"), (2, "bf16"), (5, "int4row"))]
+    "formats",
+    [
+        runs((16, "int3row")),
+        runs((4, "uint2row"), (5, "int2row"), (2, "bf16"), (5, "int4row")),
+        runs((4, "mbinaryrow"), (5, "ternaryrow"), (2, "bf16"), (3, "binaryrow"), (2, "nf4row")),
+    ],
 )
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("seed", range(3))
 def test_equals_obq(formats, act_order, seed):
     generator = torch.Generator().manual_seed(seed)
     w, h = torch.randn(16, 16, generator=generator), correlated(16, generator).float().double()
-    w[:8, 4:9] = 0  # in the second case whole groups, so that their scale is zero
+    w[:8, 4:9] = 0  # in the second case and the third whole groups, so that their scale is zero
     config = SAME_GRID.model_copy(update={"act_order": act_order, "block": 4})
-    order, at = [], 0
-    for run in formats:
+    order, candidates, at, grid = [], [], 0, fit_grid(w, formats, "absmax")
+    for run, scale, zero in zip(formats, grid.scales, grid.zeros, strict=True):
         columns = range(at, at + run.count)
+        candidates += [None] * run.count if scale is None else points(run, scale.double(), zero.double()).unbind(2)
         order += sorted(columns, key=lambda j: -float(h[j, j])) if act_order else columns
         at += run.count
     damped = h + 0.01 * h.diagonal().mean() * torch.eye(16, dtype=torch.float64)
-    scale, zero, top = fit_grid(w, formats, "absmax").columns(16)
-    want = obq(w, damped, order, scale.double(), zero.double(), top[0].double())
+    want = obq(w, damped, order, candidates)
     got = gptq.quantize(w, moments(h), formats, config).dequantize()
-    bf16 = top[0] == 0
+    bf16 = torch.tensor([each is None for each in candidates])
     torch.testing.assert_close(got[:, ~bf16], want[:, ~bf16].float(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(got[:, bf16], want[:, bf16].float(), rtol=2**-7, atol=1e-4)
 
@@ -148,6 +163,39 @@ def test_each_run_stays_on_its_own_grid(act_order, generator):
             else:
                 assert (steps.amax(1) - steps.amin(1)).max() < 2 * half
     assert group == q.scales.shape[1]
+
+
+@pytest.mark.parametrize("name", ["ternaryg32", "ternaryrow", "binaryg32", "binaryrow", "mbinaryg32", "mbinaryrow"])
+@pytest.mark.parametrize("seed", range(3))
+def test_few_levels_beat_rtn_with_the_same_search(name, seed):
+    generator = torch.Generator().manual_seed(seed)
+    w, h, formats = torch.randn(6, 80, generator=generator), correlated(80, generator), runs((80, name))
+    q = gptq.quantize(w, moments(h), formats, gptq.Config(weighted_scales=False)).dequantize()
+    r = rtn.quantize(w, None, formats, rtn.Config(scales="mse")).dequantize()
+    assert output_error(q - w, h) < 0.8 * output_error(r - w, h)
+
+
+def test_formats_of_one_site_are_swept_together_and_as_if_alone(generator):
+    """Rows of one sweep may have other formats in the same column."""
+    ws, h = [torch.randn(5, 80, generator=generator) for _ in range(6)], correlated(80, generator)
+    formats = [runs((80, name)) for name in ("ternaryg32", "mbinaryg64", "int4g64", "binaryrow", "nf4g32", "bf16")]
+    together = gptq.quantize_all(ws, moments(h), formats, gptq.Config())
+    for w, own, q in zip(ws, formats, together, strict=True):
+        alone = gptq.quantize(w, moments(h), own, gptq.Config())
+        assert all(torch.equal(tensor, q.tensors()[name]) for name, tensor in alone.tensors().items())
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_few_levels_stay_on_their_grid(act_order, generator):
+    formats = runs((33, "ternaryg32"), (6, "mbinaryrow"), (41, "binaryg64"))
+    w, h = torch.randn(6, 80, generator=generator), correlated(80, generator)
+    q = gptq.quantize(w, moments(h), formats, gptq.Config(act_order=act_order))
+    dense, scales = q.dequantize(), q.scales.float().repeat_interleave(torch.tensor([32, 1, 6, 41]), 1)
+    assert set((dense / scales)[:, :33].flatten().tolist()) == {-1.0, 0.0, 1.0}
+    assert set((dense / scales)[:, 39:].flatten().tolist()) == {-1.0, 1.0}
+    means = q.zeros.view(torch.float16).float()
+    assert torch.equal((dense[:, 33:39] - means).abs() > 0, torch.ones(6, 6, dtype=torch.bool))
+    torch.testing.assert_close((dense[:, 33:39] - means).abs(), scales[:, 33:39])
 
 
 def test_damping_that_the_error_suggests_works(generator):

@@ -5,9 +5,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import brentq
 from scipy.stats import norm
 
 from plans import FORMATS, runs
+from points import points
 from trimbit.errors import NumericsError
 from trimbit.precision import NF4_LEVELS
 from trimbit.quant import gptq, rtn
@@ -23,13 +25,7 @@ def errors(w, formats, search, weighting):
     """Weighted squared error of each row's groups, one run, by rounding to every point of the grid."""
     (run,) = formats
     grid = fit_grid(w, formats, search, weighting)
-    scale, zero, top = grid.columns(len(w))
-    points = (
-        torch.tensor(NF4_LEVELS).view(-1, 1, 1)
-        if "nf4" in run.precision.name
-        else torch.arange(int(top[0, 0]) + 1).view(-1, 1, 1)
-    )
-    nearest = (w - (points - zero) * scale).square().amin(0) * weighting
+    nearest = (w - points(run, grid.scales[0], grid.zeros[0])).square().amin(0) * weighting
     return torch.stack([part.sum(1) for part in nearest.split(run.precision.group or run.count, 1)], 1)
 
 
@@ -47,7 +43,7 @@ def test_mse_is_never_worse_than_absmax(name, cols, tails, weighted, seed):
 def test_absmax_reaches_the_ends_and_rounds_to_half_a_step(name, generator):
     w = torch.randn(4, 100, generator=generator)
     q = rtn.quantize(w, None, runs((100, name)), rtn.Config())
-    scale, _, _ = fit_grid(w, q.runs, "absmax").columns(4)
+    _, scale, _, _ = fit_grid(w, q.runs, "absmax").columns(w)
     off = (q.dequantize() - w).abs()
     # a zero point is rounded as well: the range moves by up to half a step
     assert bool((off <= scale * (0.51 if name.startswith("int") else 1.01)).all())
@@ -62,6 +58,96 @@ def test_nf4_levels_are_normal_quantiles():
     above, below = (norm.ppf(np.linspace(tail, 0.5, n)[:-1]) for n in (9, 8))
     levels = np.sort(np.concatenate([above, [0.0], -below]))
     np.testing.assert_allclose(NF4_LEVELS, levels / levels.max(), atol=1e-6)
+
+
+def outcomes(w, cost, levels):
+    """The squared error of each of many sets of levels, [sets, levels], for one group."""
+    return ((w - levels[..., None]).square().amin(1) * cost).sum(-1)
+
+
+def one_group(seed, n, *, skewed):
+    """Weights, costs over six orders of magnitude, and all values that levels are looked for among."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(n, generator=generator, dtype=torch.float64)
+    w = w.exp() if skewed else w
+    cost = torch.exp(3 * torch.randn(n, generator=generator, dtype=torch.float64))
+    return w, cost, torch.linspace(float(w.abs().max()) / 500, float(w.abs().max()), 500, dtype=torch.float64)
+
+
+def found(name, w, cost):
+    """The error of one group on the grid of least squared error."""
+    formats = runs((len(w), name))
+    return float(errors(w[None].float(), formats, "mse", cost.float()))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(["row", "g32"]), st.integers(1, 32), st.booleans(), st.integers(0, 10**6))
+def test_two_and_three_levels_are_no_worse_than_any_that_a_brute_search_finds(group, n, skewed, seed):
+    """Up to what fp16 rounds off a scale: relatively 2^-11."""
+    w, cost, sizes = one_group(seed, n, skewed=skewed)
+    slack = float((cost * w.square()).sum()) * 2**-21 + 1e-12
+    ternary = torch.stack([-sizes, 0 * sizes, sizes], 1)
+    assert found(f"ternary{group}", w, cost) <= float(outcomes(w, cost, ternary).min()) * (1 + 1e-5) + slack
+    binary = torch.stack([-sizes, sizes], 1)
+    assert found(f"binary{group}", w, cost) <= float(outcomes(w, cost, binary).min()) * (1 + 1e-5) + slack
+    of_column = w.sort().values
+    means = [
+        [float((part * c).sum() / c.sum()) for part, c in ((of_column[:k], costs[:k]), (of_column[k:], costs[k:]))]
+        for costs in [cost[w.argsort()]]
+        for k in range(1, n)
+    ] or [[float(w[0])] * 2]
+    pairs = torch.tensor(means, dtype=torch.float64)
+    assert found(f"mbinary{group}", w, cost) <= float(outcomes(w, cost, pairs).min()) * (1 + 1e-5) + 4 * slack
+
+
+def test_scales_of_two_and_three_levels_by_hand():
+    w = torch.tensor([[1.0, -1.0, 3.0, -3.0, 0.25, 0.0, 0.25, -0.5]])
+    binary, ternary = (fit_grid(w, runs((8, f"{name}row")), "mse") for name in ("binary", "ternary"))
+    assert binary.scales[0].item() == 9 / 8
+    assert ternary.scales[0].item() == 3.0  # it saves 6^2 / 2 = 18; with both ones 8^2 / 4 = 16
+    mean = fit_grid(torch.tensor([[12.0, 0.0, 1.0, 10.0, 2.0]]), runs((5, "mbinaryrow")), "mse")  # at 1 and 11
+    assert (mean.zeros[0].item(), mean.scales[0].item()) == (6.0, 5.0)
+
+
+def test_a_mean_is_found_by_enumerating_signs(generator):
+    """All ways to give ten weights one of two levels."""
+    w, cost = torch.randn(10, generator=generator).double() + 0.7, torch.rand(10, generator=generator).double()
+    least = float("inf")
+    for mask in range(1, 2**10 - 1):
+        high = torch.tensor([mask >> i & 1 for i in range(10)], dtype=torch.bool)
+        error = sum(
+            float((cost[side] * (w[side] - (cost[side] * w[side]).sum() / cost[side].sum()).square()).sum())
+            for side in (high, ~high)
+        )
+        least = min(least, error)
+    assert found("mbinaryrow", w, cost) == pytest.approx(least, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["binaryrow", "mbinaryrow", "ternaryrow"])
+def test_a_normal_distribution_loses_what_it_must(name, generator):
+    """Two levels at sqrt(2 / pi); three where the threshold is half of what lies beyond it on average."""
+    half = brentq(lambda t: norm.pdf(t) / norm.sf(t) - 2 * t, 0.1, 2)
+    want = 1 - 2 * norm.pdf(half) ** 2 / norm.sf(half) if name == "ternaryrow" else 1 - 2 / np.pi
+    w = torch.randn(4, 50_000, generator=generator)
+    q = rtn.quantize(w, None, runs((50_000, name)), rtn.Config(scales="mse")).dequantize()
+    assert float((q - w).square().mean()) == pytest.approx(want, rel=0.02)
+
+
+def test_a_dead_column_at_the_edge_has_no_level_of_its_own():
+    """Its share of the costs is below what sums hold."""
+    w, cost = torch.tensor([[-1.0, -1.0, 1.0, 1.0, 50.0]]), torch.tensor([1e6, 1e6, 1e6, 1e6, 1e-12])
+    grid = fit_grid(w, runs((5, "mbinaryrow")), "mse", cost)
+    torch.testing.assert_close([grid.zeros[0].item(), grid.scales[0].item()], [0.0, 1.0])
+
+
+@pytest.mark.parametrize("name", ["binaryg32", "mbinaryg32", "ternaryg32"])
+def test_absmax_of_two_and_three_levels_spans_the_range(name, generator):
+    w = torch.randn(3, 40, generator=generator) + 1
+    q = rtn.quantize(w, None, runs((40, name)), rtn.Config()).dequantize()
+    for part, own in zip(w.split(32, 1), q.split(32, 1), strict=True):
+        torch.testing.assert_close(own.amax(1), part.abs().amax(1), rtol=1e-3, atol=1e-3)
+        if name.startswith("m"):
+            torch.testing.assert_close(own.amin(1), part.amin(1), rtol=1e-3, atol=2e-3)
 
 
 def test_mse_weighs_columns():
@@ -92,17 +178,18 @@ def test_zero_groups_stay_zero(name, search, generator):
 
 
 @pytest.mark.parametrize("value", [1e7, float("inf"), float("nan")])
-@pytest.mark.parametrize("name", ["int4g32", "uint4row"])
-def test_a_scale_beyond_fp16_is_refused(value, name):
+@pytest.mark.parametrize("name", ["int4g32", "uint4row", "ternaryg32", "binaryrow", "mbinaryg32"])
+@pytest.mark.parametrize("search", ["absmax", "mse"])
+def test_a_scale_beyond_fp16_is_refused(value, name, search):
     w = torch.ones(2, 40)
     w[1, 3] = value
     with pytest.raises(NumericsError, match="does not fit fp16"):
-        rtn.quantize(w, None, runs((40, name)), rtn.Config())
+        rtn.quantize(w, None, runs((40, name)), rtn.Config(scales=search))
 
 
 def test_scales_below_fp16_give_zero():
     w = torch.full((2, 40), 1e-9)
-    for name in ("int4g32", "uint4g32"):
+    for name in ("int4g32", "uint4g32", "ternaryg32", "mbinaryrow"):
         assert not rtn.quantize(w, None, runs((40, name)), rtn.Config(scales="mse")).dequantize().any()
 
 

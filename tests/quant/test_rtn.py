@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from plans import FORMATS, runs
-from trimbit.precision import NF4_LEVELS
+from points import points
 from trimbit.quant import rtn
 from trimbit.quant.grid import fit_grid
 
@@ -17,25 +17,25 @@ def test_every_element_goes_to_the_nearest_point(name, search, generator):
     if name == "bf16":
         assert torch.equal(q, w.to(torch.bfloat16).float())
         return
-    scale, zero, top = fit_grid(w, runs((77, name)), search).columns(5)
-    levels = torch.tensor(NF4_LEVELS) if "nf4" in name else torch.arange(int(top[0, 0]) + 1)
-    points = (levels.view(-1, 1, 1) - zero) * scale
-    torch.testing.assert_close((w - q).abs(), (w - points).abs().amin(0))
+    (run,) = runs((77, name))
+    grid = fit_grid(w, (run,), search)
+    near = (w - points(run, grid.scales[0], grid.zeros[0])).abs().amin(0)
+    torch.testing.assert_close((w - q).abs(), near, rtol=1e-5, atol=1e-6)
 
 
 def test_each_run_is_quantised_alone(generator):
     w = torch.randn(5, 100, generator=generator)
-    parts = [(40, "int3g32"), (9, "bf16"), (51, "uint4row")]
+    parts = [(40, "int3g32"), (9, "bf16"), (13, "ternaryrow"), (11, "uint4row"), (27, "mbinaryg32")]
     whole = rtn.quantize(w, None, runs(*parts), rtn.Config(scales="mse")).dequantize()
     alone = [
         rtn.quantize(part, None, runs(pair), rtn.Config(scales="mse")).dequantize()
-        for part, pair in zip(w.split([40, 9, 51], 1), parts, strict=True)
+        for part, pair in zip(w.split([count for count, _ in parts], 1), parts, strict=True)
     ]
     assert torch.equal(whole, torch.cat(alone, 1))
 
 
 @pytest.mark.parametrize("chunk", ["trimbit.quant.grid.CHUNK", "trimbit.quant.rtn.CHUNK"])
-@pytest.mark.parametrize("formats", [runs((64, "int3g32")), runs((30, "uint4g32"), (34, "bf16"))])
+@pytest.mark.parametrize("formats", [runs((64, "int3g32")), runs((30, "mbinaryrow"), (34, "ternaryg32"))])
 def test_a_large_weight_is_rounded_in_chunks(chunk, formats, monkeypatch, generator):
     w = torch.randn(50, 64, generator=generator)
     whole = rtn.quantize(w, None, formats, rtn.Config(scales="mse")).tensors()

@@ -1,10 +1,11 @@
-"""Dense bit packing: `bits` bits a code, no gaps but at the end of a row, least significant bit first.
+"""Dense packing of the codes of a row, least significant first, with no gaps but at its end.
 
-Eight codes fill `bits` whole bytes, so a row of n codes takes ceil(n * bits / 8) bytes.
+As bits: eight codes fill `bits` whole bytes, so n codes take ceil(n * bits / 8) bytes. As digits, where a byte holds
+`per_byte` whole codes below `base`, such as five trits: ceil(n / per_byte) bytes.
 """
 
 import torch
-from jaxtyping import Shaped, UInt8
+from jaxtyping import Int64, Shaped, UInt8
 from torch import Tensor
 
 
@@ -41,8 +42,24 @@ def unpack(packed: UInt8[Tensor, "rows nbytes"], bits: int, n: int) -> UInt8[Ten
     return codes.view(rows, -1)[:, :n]
 
 
+def pack_digits(codes: UInt8[Tensor, "rows n"], base: int, per_byte: int) -> UInt8[Tensor, "rows nbytes"]:
+    """Pack codes below `base`, base^per_byte <= 256; the digits after a row's last code are zero."""
+    rows, n = codes.shape
+    padded = torch.nn.functional.pad(codes, (0, -n % per_byte)).view(rows, -(-n // per_byte), per_byte)
+    worth = torch.tensor([base**place for place in range(per_byte)], dtype=torch.uint8)
+    return (padded * worth).sum(-1, dtype=torch.uint8)
+
+
+def digits(base: int, per_byte: int, device: torch.device) -> Int64[Tensor, "256 per_byte"]:
+    """The digits of each byte; of bytes that `pack_digits` never gives, those of the byte modulo base^per_byte."""
+    worth = torch.tensor([base**place for place in range(per_byte)], device=device)
+    return torch.arange(256, device=device)[:, None] // worth % base
+
+
 def spread(packed: UInt8[Tensor, "rows nbytes"], table: Shaped[Tensor, "256 k"]) -> Shaped[Tensor, "rows n"]:
     """The k values, n = k * nbytes in a row, that `table` has for each byte: one look-up of k values at a time."""
-    word = {2: torch.int16, 4: torch.int32, 8: torch.int64}[table.shape[1] * table.element_size()]
-    found = torch.index_select(table.view(word).flatten(), 0, packed.flatten().int())
-    return found.view(packed.shape).view(table.dtype)
+    size = table.shape[1]
+    word = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(size * table.element_size())
+    entries = table if word is None else table.view(word).flatten()  # words are looked up faster than rows of a table
+    found = torch.index_select(entries, 0, packed.flatten().int())
+    return found.view(table.dtype).view(len(packed), size * packed.shape[1])

@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from trimbit.kernels.pack import spread, unpack
-from trimbit.precision import NF4_LEVELS, BFloat16, NormalFloat, Run
+from trimbit.kernels.pack import digits, spread, unpack
+from trimbit.precision import BFloat16, Codebook, Int, Run
 
 
 def dequantize(
@@ -17,7 +17,7 @@ def dequantize(
 ) -> Float[Tensor, "rows cols"]:
     """The weight behind packed codes; groups restart at each run.
 
-    s * c; s * (c - z) where there is a zero point; s * level[c] for NF4.
+    s * c; s * (c - z) where there is a zero point; s * level[c] for a codebook; m + s * level[c] where it has a mean.
     """
     pieces: list[Tensor] = []
     at_code = at_scale = at_zero = 0
@@ -26,25 +26,34 @@ def dequantize(
         raw = codes[:, at_code : at_code + precision.code_nbytes(count)]
         at_code += raw.shape[1]
         if isinstance(precision, BFloat16):
-            pieces.append(raw.contiguous().view(torch.bfloat16).to(dtype))
+            pieces.append(_floats(raw, torch.bfloat16).to(dtype))
             continue
-        groups = precision.groups(count)
-        scale = scales[:, at_scale : at_scale + groups]
-        at_scale += groups
-        if isinstance(precision, NormalFloat):
-            level = spread(raw, _nf4_pairs(dtype, codes.device))[:, :count]
-            pieces.append(level * per_column(scale.to(dtype), precision.group, count))
-            continue
-        value = unpack(raw, precision.bits, count).to(torch.int16)
-        if precision.symmetric:
-            value = value - 2 ** (precision.bits - 1)
-        else:
-            packed_zeros = zeros[:, at_zero : at_zero + precision.zero_nbytes(count)]  # type: ignore[index]
-            at_zero += packed_zeros.shape[1]
-            zero = unpack(packed_zeros, precision.bits, groups)
-            value = value - per_column(zero, precision.group, count).to(torch.int16)
-        pieces.append(value.to(dtype) * per_column(scale.to(dtype), precision.group, count))
+        scale = scales[:, at_scale : at_scale + precision.groups(count)]
+        at_scale += scale.shape[1]
+        shift = None
+        if nbytes := precision.zero_nbytes(count):
+            shift = zeros[:, at_zero : at_zero + nbytes]  # type: ignore[index]
+            at_zero += nbytes
+        pieces.append(_values(raw, scale, shift, precision, count, dtype))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+def _values(
+    raw: Tensor, scale: Tensor, shift: Tensor | None, precision: Int | Codebook, count: int, dtype: torch.dtype
+) -> Tensor:
+    """The values of one run, [rows, count], from its bytes of codes and of zero points or means, and its scales."""
+    group = precision.group
+    scale = per_column(scale.to(dtype), group, count)
+    if isinstance(precision, Codebook):
+        level = spread(raw, _levels(precision, dtype, raw.device))[:, :count]
+        if shift is None:
+            return level.mul(scale)
+        return torch.addcmul(per_column(_floats(shift, torch.float16).to(dtype), group, count), level, scale)
+    code = unpack(raw, precision.bits, count).to(torch.int16)
+    if shift is None:
+        return scale.mul(code - 2 ** (precision.bits - 1))
+    zero = per_column(unpack(shift, precision.bits, precision.groups(count)), group, count)
+    return scale.mul(code - zero.to(torch.int16))
 
 
 def per_column(per_group: Tensor, group: int | None, count: int) -> Tensor:
@@ -54,7 +63,12 @@ def per_column(per_group: Tensor, group: int | None, count: int) -> Tensor:
     return per_group.repeat_interleave(group, dim=1)[:, :count]
 
 
-def _nf4_pairs(dtype: torch.dtype, device: torch.device) -> Float[Tensor, "256 2"]:
-    """The two levels of each byte of NF4 codes."""
-    levels, octet = torch.tensor(NF4_LEVELS, dtype=dtype, device=device), torch.arange(256, device=device)
-    return torch.stack([levels[octet % 16], levels[octet // 16]], dim=1)
+def _levels(codebook: Codebook, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "256 per_byte"]:
+    """The levels of the codes of each byte."""
+    levels = torch.tensor(codebook.levels, dtype=dtype, device=device)
+    return levels[digits(len(codebook.levels), codebook.per_byte, device)]
+
+
+def _floats(stored: UInt8[Tensor, "rows nbytes"], dtype: torch.dtype) -> Float[Tensor, "rows n"]:
+    """Values that are stored as bytes; a copy, for in a lone row they may begin at an odd byte."""
+    return stored.clone(memory_format=torch.contiguous_format).view(dtype)

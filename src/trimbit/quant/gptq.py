@@ -62,7 +62,7 @@ def quantize_all(
     for batch in _batches(ws):
         parts = [ws[at][rows] for at, rows in batch]
         grids = [fit_grid(part, runs[at], config.scales, weighting) for part, (at, _) in zip(parts, batch, strict=True)]
-        columns = zip(*[(part, *grid.columns(len(part))) for part, grid in zip(parts, grids, strict=True)], strict=True)
+        columns = zip(*[grid.columns(part) for part, grid in zip(parts, grids, strict=True)], strict=True)
         w, scale, zero, top = (torch.cat(each)[:, order].T.contiguous() for each in columns)
         codes = _sweep(w, u, scale, zero, top, config.block).T[:, inverse]
         for (at, _), grid, own in zip(batch, grids, codes.split([len(part) for part in parts]), strict=True):

@@ -1,7 +1,7 @@
 """The quantisation grid of a weight: scale and zero point of each group, by absmax or by least squared error.
 
-Codes are numbered 0 .. 2^b - 1. Value = s * (c - z) for every integer format, with z = 2^(b-1) for symmetric ones;
-s * level[c] for NF4.
+Codes are numbered from 0 on. Value = s * (c - z) for every integer format, with z = 2^(b-1) for symmetric ones, and for
+ternary, with z = 1; m - s + 2 s * c for binary, where m stands in for z; s * level[c] for NF4.
 """
 
 from dataclasses import dataclass
@@ -10,10 +10,12 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
 from trimbit.errors import NumericsError
 from trimbit.kernels.reference import per_column
-from trimbit.precision import NF4_LEVELS, BFloat16, Int, NormalFloat, Run
+from trimbit.precision import NF4_LEVELS, BFloat16, Binary, Int, NormalFloat, Run, Ternary
+from trimbit.quant.lloyd import mean_size, middle_of_two, ternary_scale
 
 ScaleSearch = Literal["absmax", "mse"]
 SHRINKS = tuple(1.0 - 0.03 * step for step in range(24))  # ours: 1.00 down to 0.31 of the group's range
@@ -26,26 +28,35 @@ MIDPOINTS = (LEVELS[1:] + LEVELS[:-1]) / 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """Scales and zero points of every run of a weight, fp16-exact; None for bf16 runs."""
+    """Scales and zero points (binary: means) of every run of a weight, fp16-exact; None for bf16 runs."""
 
     runs: tuple[Run, ...]
     scales: list[Float[Tensor, "rows _"] | None]
     zeros: list[Float[Tensor, "rows _"] | None]
 
-    def columns(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Scale, zero point and top code (or PLAIN, TABLE) of each element of the `count` rows, [rows, cols] each."""
-        scales, zeros, tops = [], [], []
-        for run, scale, zero in zip(self.runs, self.scales, self.zeros, strict=True):
-            if scale is None or zero is None or isinstance(run.precision, BFloat16):
-                scales.append(torch.ones(count, run.count))
-                zeros.append(torch.zeros(count, run.count))
-                tops.append(torch.full((count, run.count), PLAIN))
-                continue
-            scales.append(per_column(scale, run.precision.group, run.count))
-            zeros.append(per_column(zero, run.precision.group, run.count))
-            top = TABLE if isinstance(run.precision, NormalFloat) else float(2**run.precision.bits - 1)
-            tops.append(torch.full((count, run.count), top))
-        return torch.cat(scales, 1), torch.cat(zeros, 1), torch.cat(tops, 1)
+    def columns(self, w: Float[Tensor, "rows cols"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What is to be rounded, and its step, zero point and top code (or PLAIN, TABLE), all [rows, cols].
+
+        What is to be rounded is w, but for binary runs, where it is w less m - s: from there on m - s and m + s are an
+        integer grid of step 2 s. Rounding with feedback does not mind: an error is a difference.
+        """
+        parts = w.split([run.count for run in self.runs], dim=1)
+        found = [_columns(*each) for each in zip(parts, self.runs, self.scales, self.zeros, strict=True)]
+        w, step, zero, top = (torch.cat(each, 1) for each in zip(*found, strict=True))
+        return w, step, zero, top
+
+
+def _columns(w: Tensor, run: Run, scale: Tensor | None, zero: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    precision = run.precision
+    if scale is None or zero is None or isinstance(precision, BFloat16):
+        return w, torch.ones_like(w), torch.zeros_like(w), torch.full_like(w, PLAIN)
+    scale, zero = (per_column(each, precision.group, run.count) for each in (scale, zero))
+    if isinstance(precision, Binary):
+        return w - (zero - scale), 2 * scale, torch.zeros_like(w), torch.ones_like(w)
+    if isinstance(precision, NormalFloat):
+        return w, scale, zero, torch.full_like(w, TABLE)
+    codes = len(precision.levels) if isinstance(precision, Ternary) else 2**precision.bits
+    return w, scale, zero, torch.full_like(w, codes - 1)
 
 
 def fit_grid(
@@ -56,8 +67,8 @@ def fit_grid(
 ) -> Grid:
     """Choose the grid of each group of each run.
 
-    `absmax` spans the group's range; `mse` shrinks that range to the least squared error, with each column's squared
-    error multiplied by `weighting` (the diagonal of H, where given).
+    `absmax` spans the group's range; `mse` shrinks that range to the least squared error, or, for two and three levels,
+    solves for it, with each column's squared error multiplied by `weighting` (the diagonal of H, where given).
 
     Raises:
         NumericsError: if a scale does not fit fp16.
@@ -81,13 +92,35 @@ def fit_grid(
 
 
 def _fit_run(
-    w: Tensor, precision: Int | NormalFloat, search: ScaleSearch, weighting: Tensor | None
+    w: Tensor, precision: Int | NormalFloat | Ternary | Binary, search: ScaleSearch, weighting: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     rows, count = w.shape
     group = precision.group or count
     pad = -count % group
-    x = torch.nn.functional.pad(w, (0, pad)).view(rows, -1, group)
-    cost = torch.nn.functional.pad(torch.ones(count) if weighting is None else weighting, (0, pad)).view(1, -1, group)
+    x = functional.pad(w, (0, pad), mode="replicate").view(rows, -1, group)  # the range stays; the cost is nothing
+    cost = functional.pad(torch.ones(count) if weighting is None else weighting, (0, pad)).view(1, -1, group)
+    if isinstance(precision, Ternary | Binary):
+        scale, zero = _solved(x, precision, search, cost)
+    else:
+        scale, zero = _searched(x, precision, search, cost)
+    return scale.squeeze(-1), zero.squeeze(-1)
+
+
+def _solved(x: Tensor, precision: Ternary | Binary, search: ScaleSearch, cost: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point or mean, [rows, groups, 1], where the least squared error needs no search."""
+    if isinstance(precision, Ternary):
+        scale = _float16(ternary_scale(x, cost) if search == "mse" else x.abs().amax(-1, keepdim=True))
+        return scale, torch.ones_like(scale)
+    mean = torch.zeros_like(x[..., :1])
+    if precision.mean:
+        low, high = x.aminmax(dim=-1, keepdim=True)
+        mean = _float16(middle_of_two(x, cost) if search == "mse" else (low + high) / 2)
+    off = (x - mean).abs_()
+    return _float16(mean_size(off, cost) if search == "mse" else off.amax(-1, keepdim=True)), mean
+
+
+def _searched(x: Tensor, precision: Int | NormalFloat, search: ScaleSearch, cost: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point, [rows, groups, 1], from ranges of the group shrunk by factors."""
     candidates = [
         (shrink, side) for shrink in (SHRINKS if search == "mse" else (1.0,)) for side in _sides(precision, search)
     ]
@@ -105,7 +138,7 @@ def _fit_run(
             torch.where(better, zero, best[2]),
         )
     assert best is not None
-    return best[1].squeeze(-1), best[2].squeeze(-1)
+    return best[1], best[2]
 
 
 def _sides(precision: Int | NormalFloat, search: ScaleSearch) -> tuple[float, ...]:
@@ -132,9 +165,10 @@ def _grid(x: Tensor, precision: Int | NormalFloat, shrink: float, side: float) -
 
 
 def _float16(scale: Tensor) -> Tensor:
-    if not bool((scale <= FLOAT16_MAX).all()):
+    """A scale or mean as fp16 holds it."""
+    if not bool((scale.abs() <= FLOAT16_MAX).all()):
         raise NumericsError(
-            f"a scale of {scale.max():.3g} does not fit fp16 (largest {FLOAT16_MAX:g}); weights are too large"
+            f"a scale of {scale.abs().max():.3g} does not fit fp16 (largest {FLOAT16_MAX:g}); weights are too large"
         )
     return scale.to(torch.float16).to(torch.float32)
 

@@ -1,4 +1,4 @@
-"""A packed weight: codes, scales, zero points, and the runs that say how to read them."""
+"""A packed weight: codes, scales, zero points or means, and the runs that say how to read them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float, Float16, UInt8
 from torch import Tensor
 
-from trimbit.kernels.pack import pack
+from trimbit.kernels.pack import pack, pack_digits
 from trimbit.kernels.reference import dequantize
-from trimbit.precision import BFloat16, Run, code_row_nbytes, group_count, zero_row_nbytes
+from trimbit.precision import BFloat16, Codebook, Run, code_row_nbytes, group_count, zero_row_nbytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,9 +17,10 @@ class QTensor:
     """A `rows x cols` weight, packed.
 
     Always: `runs` cover all columns; `codes` has `code_row_nbytes(runs)` bytes a row, `scales` has `group_count(runs)`
-    values a row, `zeros` is None exactly if no run has zero points, else `zero_row_nbytes(runs)` bytes a row; each run
-    starts at a whole byte. The weight is s * c for symmetric runs (c signed), s * (c - z) where there is a zero point,
-    and s * level[c] for NF4.
+    values a row, `zeros` is None exactly if no run has zero points or means, else `zero_row_nbytes(runs)` bytes a row,
+    of which a mean takes two, as fp16; each run starts at a whole byte. The weight is s * c for symmetric runs (c
+    signed), s * (c - z) where there is a zero point, s * level[c] for a codebook, and m + s * level[c] where it has a
+    mean.
     """
 
     codes: UInt8[Tensor, "rows code_nbytes"]
@@ -61,17 +62,24 @@ def pack_columns(
     zeros: list[Float[Tensor, "rows _"] | None],
     runs: tuple[Run, ...],
 ) -> QTensor:
-    """Pack codes as `Grid` numbers them (0 .. 2^b - 1; values where bf16); scales and zeros have one entry a run."""
+    """Pack codes as `Grid` numbers them (from 0 on; values where bf16); scales and zeros have one entry a run."""
     code_parts, zero_parts, at = [], [], 0
     for run, zero in zip(runs, zeros, strict=True):
         part = codes[:, at : at + run.count]
         at += run.count
-        if isinstance(run.precision, BFloat16):
+        precision = run.precision
+        if zero is None or isinstance(precision, BFloat16):
             code_parts.append(part.to(torch.bfloat16).contiguous().view(torch.uint8))
             continue
-        code_parts.append(pack(part.to(torch.uint8), run.precision.bits))
-        if run.precision.zero_nbytes(1) and zero is not None:
-            zero_parts.append(pack(zero.to(torch.uint8), run.precision.bits))
+        numbers = part.to(torch.uint8)
+        if isinstance(precision, Codebook):
+            code_parts.append(pack_digits(numbers, len(precision.levels), precision.per_byte))
+            stored = zero.to(torch.float16).view(torch.uint8)
+        else:
+            code_parts.append(pack(numbers, precision.bits))
+            stored = pack(zero.to(torch.uint8), precision.bits)
+        if precision.zero_nbytes(run.count):
+            zero_parts.append(stored)
     kept = [scale.to(torch.float16) for scale in scales if scale is not None]
     return QTensor(
         codes=torch.cat(code_parts, dim=1),

@@ -27,7 +27,7 @@ def quantize(w: Float[Tensor, "rows cols"], moments: Moments | None, runs: tuple
     pieces = []
     for part in w.split(max(1, CHUNK // w.shape[1])):
         grid = fit_grid(part, runs, config.scales)
-        pieces.append(pack_columns(round_columns(part, *grid.columns(len(part))), grid.scales, grid.zeros, runs))
+        pieces.append(pack_columns(round_columns(*grid.columns(part)), grid.scales, grid.zeros, runs))
     return concat_rows(pieces)
 
 
