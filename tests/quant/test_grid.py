@@ -36,7 +36,11 @@ def test_mse_is_never_worse_than_absmax(name, cols, tails, weighted, seed):
     w = torch.randn(3, cols, generator=generator) ** (3 if tails else 1)
     weighting = torch.rand(cols, generator=generator) + 0.01 if weighted else torch.ones(cols)
     mse, absmax = (errors(w, runs((cols, name)), search, weighting) for search in ("mse", "absmax"))
-    assert bool((mse <= absmax * (1 + 1e-5) + 1e-12).all())
+    if "nary" in name:  # solved, then rounded: fp16 moves a scale, and a mean, by up to 2^-11 of itself
+        moved = 2**-10 * w.abs().amax() * weighting.sum().sqrt()
+        assert bool((mse.sqrt() <= absmax.sqrt() + moved).all())
+    else:
+        assert bool((mse <= absmax * (1 + 1e-5) + 1e-12).all())
 
 
 @pytest.mark.parametrize("name", INTEGERS)
