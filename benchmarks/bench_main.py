@@ -168,7 +168,7 @@ class Bench:
         plan = session.find_plan(limit)
         search_seconds = round(time.perf_counter() - started, 1)
         found = self.write(session, plan, original)
-        cut = {dim: len(keep) for dim, keep in plan.cuts.items()}
+        cut = plan.widths
         bits = {}
         for name, runs in plan.weights.items():
             for run in runs:

@@ -49,6 +49,7 @@ RATIOS = (20, 50, 30)  # in the order that they are run
 SHORT = 128  # tokens, the other context of perplexity
 DOCUMENTS = 500
 PARTS = ("start", "recipes", "plans", "ranks", "noise")
+PEAKS = ("training", "checkpointed", "inference")
 SEEDS = (0, 1, 2)
 RANDOM = 10  # random plans that are judged on test text
 MENUS = {  # what shares a format, the formats, how scales are found, and whether the budget is uniform NF4's
@@ -142,9 +143,10 @@ class QPruner(Bench):
     def memory(self, recipe: str, ratio: int | None) -> dict:
         """Peak resident bytes above the imports' of two steps of recovery, and of one window of 2,048 tokens."""
         out = made(recipe, ratio)
+        self.recovering(recipe, ratio).recovery.prepare(steps=2)  # the original's answers are no part of a step
         _, imports = measured_process([sys.executable, __file__, "--peak", "nothing", str(out)], None)
         peaks = {}
-        for what in ("training", "inference"):
+        for what in PEAKS:
             again = [
                 sys.executable,
                 __file__,
@@ -264,11 +266,13 @@ def peak(what: str, out: Path, recipe: str = "", ratio: str = "0", source: str =
     """What a process of its own runs for its memory to be measured."""
     import peft  # noqa: F401
 
-    if what == "training":
+    if what in {"training", "checkpointed"}:
         bench = QPruner(Path(source), Path(folder), RESULTS)
         session = bench.recovering(recipe, int(ratio) or None)
         with tempfile.TemporaryDirectory() as scratch:
-            replace(session.recovery, states=Path(scratch)).train(out, steps=2)
+            recovery = session.recovery
+            config = recovery.config.model_copy(update={"checkpointing": what == "checkpointed"})
+            replace(recovery, config=config, states=Path(scratch)).train(out, steps=2)
     elif what == "inference":
         final_hidden(load_model(out, torch.bfloat16), torch.arange(CONTEXT))
 
@@ -356,16 +360,16 @@ def memory_table(results: dict) -> list[str]:
         key = key_of(recipe, ratio)
         cell, peaks = results.get(f"whole/{key}"), results.get(f"memory/{key}")
         if cell is None:
-            rows.append([key, "not run", *[""] * 6])
+            rows.append([key, "not run", *[""] * 7])
             continue
         base = results.get(f"whole/{key_of('llm-pruner', ratio)}") if ratio else None
         less = f"{100 * (1 - held(cell) / held(base)):.1f} %" if base and recipe != "llm-pruner" else ""
         parts = (cell["nbytes"] - cell["adapter_nbytes"], cell["trained_nbytes"], cell["optimizer_nbytes"])
-        measured = [f"{peaks[what] / 1e6:.0f}" if peaks else "not run" for what in ("training", "inference")]
+        measured = [f"{peaks[what] / 1e6:.0f}" if peaks and what in peaks else "not run" for what in PEAKS]
         rows.append([key, *(f"{part / 1e6:.1f}" for part in parts), f"{held(cell):.1f}", less, *measured])
     heads = [
         "recipe, pruned", "weights, MB", "pairs", "AdamW", "sum", "below llm-pruner", "peak in recovery",
-        "peak in inference",
+        "checkpointed", "peak in inference",
     ]  # fmt: skip
     return table(heads, rows)
 

@@ -97,12 +97,21 @@ def test_the_nll_of_the_dense_model(job, tmp_path):
     assert judge.judged().kl == pytest.approx(0, abs=1e-5)
 
 
+@pytest.fixture
+def threads():
+    """The number of threads is as it was, afterwards."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("calibration", ["file", "self"])
 def test_processes_find_the_same(job, tmp_path, monkeypatch, calibration):
     """Two processes, each with a model of its own, judge the plans of a batch; they sample no text of their own."""
     if calibration == "self":
         monkeypatch.setattr(job, "text", "self")
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+        torch.set_num_threads(2)  # a process has one, and must not take that for what the text was sampled with
     one = session(job, tmp_path / "one")
     two = session(job, tmp_path / "two", "search.objective.workers=2")
     assert one._search_key(10**6) == two._search_key(10**6)

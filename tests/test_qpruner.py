@@ -1,6 +1,7 @@
 """QPruner's recipes whole, on a tiny llama: pruned, bits allocated, low-rank pairs trained in the quantised state."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tiny import VOCAB, tiny_model
-from trimbit import distillation
+from trimbit import distillation, recovery
 from trimbit.artifact import weight_nbytes
 from trimbit.distillation import original_of
 from trimbit.errors import BudgetError, DataError, NumericsError, PlanError, RecipeError
@@ -193,7 +194,7 @@ def test_checkpointing_changes_memory_alone(job, tmp_path):
     for name, overrides in {"plain": (), "again": ("tune.checkpointing=true",)}.items():
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, to=sizes: to.append(t.numel()) or t, lambda t: t):
-            compress(session(job, "qpruner-1", *overrides, cache=tmp_path / "c"), None, tmp_path / name)
+            compress(session(job, "qpruner-1", *overrides, cache=tmp_path / f"{name} cache"), None, tmp_path / name)
         losses.append(json.loads((tmp_path / name / "tuning.json").read_text())["losses"])
         kept.append(sum(sizes))
     assert losses[0] == losses[1]
@@ -261,6 +262,22 @@ def test_what_training_draws_is_known_before():
     config = Config(steps=3, batch=4)
     assert drawn(config, 100, 0) == sorted(at for step in range(3) for at in _drawn(step, 4, 100, 0))
     assert drawn(config, 5, 0) == [0, 1, 2, 3, 4]
+
+
+def test_training_asks_the_original_for_what_was_drawn_and_no_more(job, tmp_path, monkeypatch):
+    opened = session(job, "qpruner-1", "tune.batch=3", "tune.steps=2", cache=tmp_path)
+    asked, found = set(), recovery.original_of
+
+    def listening(*arguments):
+        original = found(*arguments)
+        listen = lambda tokens: asked.add(tuple(tokens.tolist())) or original.hidden(tokens)  # noqa: E731
+        return replace(original, hidden=listen)
+
+    monkeypatch.setattr(recovery, "original_of", listening)
+    opened.recovery.train(opened.trials.applied(opened.find_plan(None)))
+    rows = drawn(opened.tuning, len(opened.examples), 0)
+    assert asked == {tuple(opened.examples[at].tokens.tolist()) for at in rows}
+    assert len(asked) == 6 < len(opened.examples)
 
 
 @pytest.mark.parametrize(

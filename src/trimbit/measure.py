@@ -90,7 +90,7 @@ def background_of(plan: Plan, layout: Layout) -> Background:
         own = (runs or next(iter(plan.weights.values())))[0].precision  # of a sub-block that is gone: any
         if formats.setdefault(site, own) != own:
             formats[name] = own
-    return Background(widths={dim: len(keep) for dim, keep in plan.cuts.items()}, formats=formats)
+    return Background(widths=plan.widths, formats=formats)
 
 
 def measure(

@@ -104,7 +104,7 @@ class Session(Preparation):
                 plan: Plan = module.search(problem, config)
                 progress(1, 1)
             if hasattr(module, "trials"):
-                self.tried[_content(plan)] = limit, [Trial(*one) for one in module.trials(problem, config)]
+                self.tried[plan.content] = limit, [Trial(*one) for one in module.trials(problem, config)]
             return plan
         background: Background = module.background(problem, config)
         plans: list[Plan] = []
@@ -188,7 +188,7 @@ class Session(Preparation):
     def _beside(self, plan: Plan, writer: Writer) -> None:
         """The files beside the weights: tokenizer, templates, licence, recipe, model card."""
         writer.write(RECIPE_FILE, self.recipe.to_yaml())
-        limit, tried = self.tried.get(_content(plan), (0, []))
+        limit, tried = self.tried.get(plan.content, (0, []))
         if tried:
             writer.write("trials.csv", table(tried))
             writer.write("trials.png", picture(tried, limit))
@@ -203,10 +203,6 @@ class Session(Preparation):
             shutil.copyfile(path, target)
         if not any(path.name.startswith("tokenizer") for path in sidecars):
             self.checkpoint.tokenizer().save_pretrained(writer.partial)
-
-
-def _content(plan: Plan) -> str:
-    return digest(plan.model_dump(mode="json", exclude={"found_by"}))
 
 
 def open_session(model: str | Path, recipe: Recipe, **fields: Any) -> Session:  # noqa: ANN401

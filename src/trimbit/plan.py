@@ -63,6 +63,11 @@ class Plan(Data):
     found_by: Provenance
 
     @property
+    def content(self) -> str:
+        """Content key: of what is done to the model, however it was found."""
+        return digest(self.model_dump(mode="json", exclude={"found_by"}))
+
+    @property
     def widths(self) -> dict[str, int]:
         """Kept members of the dims that are cut."""
         return {dim: len(keep) for dim, keep in self.cuts.items()}

@@ -27,8 +27,7 @@ def unpack(packed: UInt8[Tensor, "rows nbytes"], bits: int, n: int) -> UInt8[Ten
     if bits == 8:
         return packed[:, :n]
     if 8 % bits == 0:
-        octet, shifts = torch.arange(256, device=packed.device), torch.arange(0, 8, bits, device=packed.device)
-        return spread(packed, ((octet[:, None] >> shifts) & (2**bits - 1)).to(torch.uint8))[:, :n]
+        return spread(packed, digits(2**bits, 8 // bits, packed.device).to(torch.uint8))[:, :n]
     if missing := -nbytes % bits:
         packed = torch.nn.functional.pad(packed, (0, missing))
     octets = packed.reshape(rows, -1, bits)

@@ -70,9 +70,9 @@ def search(problem: Problem, config: Config) -> Plan:
     found = levels(problem, config.per)
     widths = tuple(tuple(math.log2(p.bits) for p in found.formats) for _ in found.costs)
     box = Box(costs=found.costs, values=widths, limit=found.limit)
-    start = [tuple(importance.allocate(found, problem.importance()))] if problem.importance is not None else []
     if not box.fits(box.lowest):  # so near the smallest budget that the bound on the header leaves no room
         return found.plan(box.lowest, "smallest")
+    start = [tuple(importance.allocate(found, problem.importance()))] if problem.importance is not None else []
     journal, known = journal_of(problem), known_trials(problem)
 
     def evaluate(points: Sequence[Point]) -> Iterator[float]:

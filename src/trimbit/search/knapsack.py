@@ -79,7 +79,7 @@ def search(problem: Problem, config: Config) -> Plan:
         if plan is None:
             notes += (f"{method}: nothing found",)
         else:
-            solved.setdefault(_content(plan), plan)
+            solved.setdefault(plan.content, plan)
     pruned = [plan for plan in solved.values() if plan.cuts]
     kinds = [kind for kind in (pruned, [plan for plan in solved.values() if not plan.cuts]) if kind]
     finalists = []
@@ -145,10 +145,6 @@ def _limit(problem: Problem) -> int:
         - header_bound(layout, problem.rank)
         - sum(2 * int(np.prod(layout.shapes[name])) for name in layout.fixed)
     )
-
-
-def _content(plan: Plan) -> str:
-    return plan.model_dump_json(exclude={"found_by"})
 
 
 def solve(problem: Problem, config: Config, pruning_cost: float | None, method: str) -> Plan | None:
