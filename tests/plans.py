@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 from trimbit.model.layout import Layout, Weight
 from trimbit.plan import ModelRef, Plan, Provenance
-from trimbit.precision import Run, parse_precision
+from trimbit.precision import ActInt, ActRun, Run, parse_precision
 
 REF = ModelRef(id="tiny", config_hash="0", weights_hash="0")
 FOUND = Provenance(
@@ -46,16 +46,39 @@ def make_plan(
 
 
 def random_plan(layout: Layout, seed: int) -> Plan:
-    """Any cuts, empty ones and permutations too; up to three runs a weight; biases on some of what may have them."""
-    rng = random.Random(seed)
+    """Any cuts, empty ones and permutations too; up to three runs a weight; biases on some of what may have them.
 
-    def formats(_: Weight, cols: int) -> tuple[Run, ...]:
+    Some sites have an order, and some whose weights share their runs' lengths round their inputs.
+    """
+    rng = random.Random(seed)
+    shared: dict[str, list[int]] = {}
+
+    def formats(weight: Weight, cols: int) -> tuple[Run, ...]:
         ends = [*sorted(rng.sample(range(1, cols), min(rng.randrange(3), cols - 1))), cols]
-        return runs(*((end - start, rng.choice(FORMATS)) for start, end in zip([0, *ends], ends, strict=False)))
+        lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        lengths = shared.setdefault(weight.site, lengths) if weight.site.endswith(("n", "mid")) else lengths
+        return runs(*((length, rng.choice(FORMATS)) for length in lengths))
 
     dims = {unit.dim: unit.size for unit in layout.units.values() if unit.dim}
     cuts = {
         dim: tuple(rng.sample(range(size), rng.randint(0, size))) for dim, size in dims.items() if rng.random() < 0.5
     }
     out = [unit.out_weight for unit in layout.units.values() if unit.out_weight and cuts.get(unit.dim, (0,))]
-    return make_plan(layout, formats, cuts, tuple(name for name in out if rng.random() < 0.5))
+    plan = make_plan(layout, formats, cuts, tuple(name for name in out if rng.random() < 0.5))
+    sites = {site: lengths for site, lengths in shared.items() if layout.readers(site)}
+    orders = {site: random_order(site, sum(lengths), rng) for site, lengths in sites.items() if rng.random() < 0.5}
+    acts = {site: random_acts(lengths, rng) for site, lengths in sites.items() if rng.random() < 0.5}
+    return plan.model_copy(update={"orders": orders, "acts": acts})
+
+
+def random_order(site: str, count: int, rng: random.Random, d: int = 8) -> tuple[int, ...]:
+    """Any order; half of those of attention's output stay in their heads, two of which share a V."""
+    if site.endswith("o_in") and rng.random() < 0.5:
+        inside = [rng.sample(range(d), d) for _ in range(count // (2 * d))]
+        return tuple(d * head + i for head in range(count // d) for i in inside[head // 2])
+    return tuple(rng.sample(range(count), count))
+
+
+def random_acts(lengths: list[int], rng: random.Random) -> tuple[ActRun, ...]:
+    kinds = (None, ActInt(bits=4, group=32, clip=0.9), ActInt(bits=8, group=None), ActInt(bits=3, group=64))
+    return tuple(ActRun(count=length, precision=rng.choice(kinds)) for length in lengths)

@@ -12,12 +12,13 @@ from tiny import tiny_config
 from trimbit import artifact
 from trimbit.artifact import Writer, weight_nbytes
 from trimbit.errors import ArtifactError
-from trimbit.model.layout import build_layout, shards
+from trimbit.model.layout import build_layout
+from trimbit.model.shards import shards
 from trimbit.plan import load_plan
 
 LAYOUT = build_layout(tiny_config("llama"))
 PLAN = random_plan(LAYOUT, 0)
-DTYPES = {"U8": torch.uint8, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {name: getattr(torch, kind.removeprefix("torch.")) for kind, name in artifact.DTYPES.items()}
 
 
 def tensors(plan=PLAN):
@@ -133,7 +134,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, where):
 
 def test_the_structure_has_no_index_lists(tmp_path):
     plan = make_plan(LAYOUT, lambda _, cols: runs((cols, "int4row")), {"blocks.0.mlp.mid": (7, 3)})
-    fields = artifact.config_fields(LAYOUT.config, plan)
+    fields = artifact.config_fields(LAYOUT, plan)
     assert fields["structure"]["widths"] == {"blocks.0.mlp.mid": 2}
     assert fields["structure"]["weights"]["lm_head"] == [{"count": 48, "precision": "int4row"}]
     assert fields["eos_token_id"] == 2

@@ -33,6 +33,7 @@ from trimbit.quant.qtensor import QTensor
 from trimbit.repair import lowrank, refit
 from trimbit.repair.lowrank import LowRank
 from trimbit.runtime import input_known, only_half, set_width
+from trimbit.site_input import change_input, order_dtype
 from trimbit.stats import Accumulator, Moments, Stats, Tap
 
 
@@ -199,6 +200,33 @@ def cut_unit(root: nn.Module, layout: Layout, unit: Unit, keep: tuple[int, ...],
     set_width(root, layout, unit, len(keep), prefix)
 
 
+def change_sites(root: nn.Module, layout: Layout, plan: Plan, unit: Unit, prefix: str = "") -> None:
+    """Reorder and round the inputs of a unit that is cut already; `prefix` is cut off the unit's names."""
+    for site in dict.fromkeys(layout.weights[name].site for name in unit.weights):
+        order = _ordered(root, layout, plan, site, prefix) if site in plan.orders else None
+        name, gives = layout.input_of(site)
+        module = root.get_submodule(name.removeprefix(prefix))
+        change_input(module, gives=gives, order=order, acts=plan.acts.get(site, ()))
+
+
+def _ordered(root: nn.Module, layout: Layout, plan: Plan, site: str, prefix: str) -> Tensor | None:
+    """Permute the columns of a site's weights; gives the order to gather, unless it folds into the weights before."""
+    order = torch.tensor(plan.orders[site])
+    readers = layout.readers(site)
+    for weight in readers:
+        linear: Any = root.get_submodule(weight.name.removeprefix(prefix))
+        linear.weight = nn.Parameter(linear.weight.detach()[:, order], requires_grad=False)
+    rows = layout.folded_rows(site, plan)
+    for name, index in (rows or {}).items():
+        linear = root.get_submodule(name.removeprefix(prefix))
+        for parameter in linear.parameters():
+            parameter.data = parameter.data[index]
+    if rows is not None:
+        return None
+    _, spec = layout.order_tensor(site, len(order))
+    return order.to(order_dtype(spec.dtype))
+
+
 class _Job:
     """The state of one application: the hidden states of both paths."""
 
@@ -234,6 +262,7 @@ class _Job:
                 if not self.layout.dropped(unit, self.plan):
                     if unit.dim in self.plan.cuts:
                         cut_unit(block, self.layout, unit, self.plan.cuts[unit.dim], prefix)
+                    change_sites(block, self.layout, self.plan, unit, prefix)
                     stored |= self._compress_unit(index, unit, dense, block, prefix)
                     self._advance_compressed(index, unit, block, prefix)
                     self._advance(self.held_compressed, index, block)
@@ -292,6 +321,9 @@ class _Job:
                     stored[f"{name}.bias"] = linear.bias.detach().to(torch.bfloat16)
         for name, _ in unit.kept:
             stored[name] = block.get_parameter(name.removeprefix(prefix)).detach().to(torch.bfloat16)
+        for site in sites.keys() & self.plan.orders.keys():
+            name = f"{self.layout.input_of(site)[0]}.order"
+            stored |= {full: buffer for full, buffer in block.named_buffers(prefix.removesuffix(".")) if full == name}
         return stored
 
     def _compress(self, names: Sequence[str], ws: Sequence[Tensor], moments: Moments | None) -> list[Compressed]:

@@ -10,16 +10,22 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from trimbit.errors import ArtifactError
-from trimbit.model.layout import METADATA, Layout, TensorSpec, shard_nbytes, shards
+from trimbit.model.layout import Layout
+from trimbit.model.shards import METADATA, TensorSpec, shard_nbytes, shards
 from trimbit.plan import Plan, load_plan
 from trimbit.runtime import Structure
 
 METHOD = "trimbit"  # the `model_type` of a compressed directory
 FORMAT_VERSION = 1
-DTYPES = {"torch.uint8": "U8", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+DTYPES = {
+    "torch.uint8": "U8",
+    "torch.int16": "I16",
+    "torch.float16": "F16",
+    "torch.bfloat16": "BF16",
+    "torch.int32": "I32",
+}
 PLAN_FILE = "plan.json"
 RECIPE_FILE = "recipe.yaml"
 EVALUATION_FILE = "evaluation.json"
@@ -35,7 +41,7 @@ class Writer:
         require_absent(out)
         self.out = out
         self.plan = plan
-        self.config = layout.config
+        self.layout = layout
         self.files = shards(layout.tensors(plan))
         self.specs = {name: spec for file in self.files for name, spec in file.items()}
         self.pending: dict[str, Tensor] = {}
@@ -126,7 +132,7 @@ class Writer:
                 "model.safetensors.index.json",
                 json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=1),
             )
-        self.write("config.json", json.dumps(config_fields(self.config, self.plan), indent=1) + "\n")
+        self.write("config.json", json.dumps(config_fields(self.layout, self.plan), indent=1) + "\n")
         self.plan.save(self.partial / PLAN_FILE)
 
 
@@ -140,9 +146,9 @@ def require_absent(out: Path) -> None:
         raise ArtifactError(f"{out} exists already; give a new directory or remove it")
 
 
-def config_fields(config: PreTrainedConfig, plan: Plan) -> dict[str, Any]:
+def config_fields(layout: Layout, plan: Plan) -> dict[str, Any]:
     """config.json of a compressed directory."""
-    base = config.to_dict()
+    base = layout.config.to_dict()
     for key in ("_name_or_path", "transformers_version"):
         base.pop(key, None)
     fields = {
@@ -151,7 +157,7 @@ def config_fields(config: PreTrainedConfig, plan: Plan) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "dtype": "bfloat16",
         "base": base,
-        "structure": Structure.of(plan).model_dump(mode="json"),
+        "structure": Structure.of(plan, layout).model_dump(mode="json"),
     }
     for key in ("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "max_position_embeddings"):
         if key in base:

@@ -294,14 +294,10 @@ def plan_rows(layout: "Layout", plan: "Plan") -> list[dict[str, Any]]:
     """One row a unit: what is kept of it, in which formats, in how many bytes."""
     total = layout.tensor_nbytes(plan)
     rows: list[dict[str, Any]] = []
+    tensors = layout.units_tensors(plan)
     for unit in layout.units.values():
         width = layout.width(unit, plan)
-        nbytes = sum(
-            spec.nbytes
-            for spec in layout.unit_tensors(
-                unit, plan.weights, width, biases=plan.biases, adapters=plan.adapters
-            ).values()
-        )
+        nbytes = sum(spec.nbytes for spec in tensors[unit.name].values())
         formats: dict[str, list[str]] = {}
         for name in unit.weights if not layout.dropped(unit, plan) else ():
             label = "+".join(

@@ -78,8 +78,10 @@ def background_of(plan: Plan, layout: Layout) -> Background:
     """The widths and formats of a plan whose weights have one run each.
 
     Raises:
-        PlanError: if a weight has several runs.
+        PlanError: if a weight has several runs, or a site has an order or rounded inputs.
     """
+    if odd := [*plan.orders, *plan.acts]:
+        raise PlanError(f"site {odd[0]} has an order or rounded inputs; plans with such sites cannot be tried here")
     formats: dict[str, Precision] = {}
     for name, weight in layout.weights.items():
         unit = layout.units[weight.unit]

@@ -10,7 +10,7 @@ from typing import Literal, Protocol, TypeVar, runtime_checkable
 from pydantic import Field, ValidationError
 
 from trimbit.errors import BudgetError, PlanError
-from trimbit.precision import Data, KVPrecision, Run
+from trimbit.precision import ActRun, Data, KVPrecision, Run
 
 T = TypeVar("T", bound=Data)
 
@@ -48,15 +48,19 @@ class Plan(Data):
     """What to do to one model; every search method returns one.
 
     `cuts` maps a dim to its kept original indices (an empty tuple drops the sub-block), in the order in which they are
-    stored. `weights` maps a weight to runs along its stored input channels. `biases` names weights that gain a bias,
-    `adapters` those that have a low-rank pair in bf16 beside them, with its rank. `kv_cache` is how keys and values are
-    stored while the model generates; None: as they are.
+    stored. `orders` maps a site to a permutation of its kept input channels: as its i-th channel it stores the kept one
+    of number orders[site][i]. `weights` maps a weight to runs along its stored input channels, and `acts` a site to how
+    its inputs are rounded, in runs of the same lengths; a site without is not rounded. `biases` names weights that gain
+    a bias, `adapters` those that have a low-rank pair in bf16 beside them, with its rank. `kv_cache` is how keys and
+    values are stored while the model generates; None: as they are.
     """
 
     schema_version: Literal[1] = 1
     model: ModelRef
     cuts: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    orders: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     weights: dict[str, tuple[Run, ...]]
+    acts: dict[str, tuple[ActRun, ...]] = Field(default_factory=dict)
     biases: tuple[str, ...] = ()
     adapters: dict[str, int] = Field(default_factory=dict)
     kv_cache: KVPrecision | None = None

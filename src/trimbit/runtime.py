@@ -20,26 +20,32 @@ from trimbit.errors import ArtifactError
 from trimbit.kernels.reference import dequantize
 from trimbit.model.layout import Layout, Unit
 from trimbit.plan import Plan
-from trimbit.precision import BFloat16, Data, KVPrecision, Run, code_row_nbytes, group_count, zero_row_nbytes
+from trimbit.precision import ActRun, BFloat16, Data, KVPrecision, Run, code_row_nbytes, group_count, zero_row_nbytes
+from trimbit.site_input import change_input, order_dtype
 
 HEAD_ROWS = 8192  # rows of the head that are dequantised at a time: bounds memory
 
 
 class Structure(Data):
-    """What the runtime needs of a plan: kept widths, runs, added biases, the cache, without the index lists."""
+    """What the runtime needs of a plan: kept widths, runs, added biases, the cache, without the index lists.
+
+    Of the orders it names the sites whose order is stored as a tensor; the others are folded into the weights.
+    """
 
     widths: dict[str, int]  # of the dims that are cut
     weights: dict[str, tuple[Run, ...]]
     biases: tuple[str, ...] = ()
     adapters: dict[str, int] = Field(default_factory=dict)
+    gathers: tuple[str, ...] = ()
+    acts: dict[str, tuple[ActRun, ...]] = Field(default_factory=dict)
     kv_cache: KVPrecision | None = None
 
     @classmethod
-    def of(cls, plan: Plan) -> "Structure":
+    def of(cls, plan: Plan, layout: Layout) -> "Structure":
         """The structure of a plan."""
         return cls(
-            widths=plan.widths, weights=plan.weights, biases=plan.biases,
-            adapters=plan.adapters, kv_cache=plan.kv_cache,
+            widths=plan.widths, weights=plan.weights, biases=plan.biases, adapters=plan.adapters,
+            gathers=layout.gathers(plan), acts=plan.acts, kv_cache=plan.kv_cache,
         )  # fmt: skip
 
 
@@ -223,13 +229,13 @@ def only_half(block: nn.Module, layout: Layout, unit: Unit) -> Iterator[None]:
 
 @contextmanager
 def input_known(root: nn.Module, unit: Unit, x: Tensor, prefix: str = "") -> Iterator[None]:
-    """Make a sub-block run from its last projection on, whose input x is known from an earlier run."""
+    """Make a sub-block run from its last projection on, whose input x, reordered and rounded, is known."""
     assert unit.module is not None
     assert unit.out_weight is not None
     module: Any = root.get_submodule(unit.module.removeprefix(prefix))
     project = root.get_submodule(unit.out_weight.removeprefix(prefix))
     attention = unit.name.endswith(".attn")
-    module.forward = lambda *_, **__: (project(x), None) if attention else project(x)
+    module.forward = lambda *_, **__: (project.forward(x), None) if attention else project.forward(x)
     try:
         yield
     finally:
@@ -274,8 +280,21 @@ def restructure(model: PreTrainedModel, layout: Layout, structure: Structure) ->
             set_width(model, layout, unit, width)
         for name in unit.weights:
             _install(model, layout, structure, name, width)
+        for site in dict.fromkeys(layout.weights[name].site for name in unit.weights if unit.block is not None):
+            _change_input(model, layout, structure, site)
     if layout.tied:
         set_module(model, layout.family.head, TiedHead(model.get_submodule(layout.family.embed)))
+
+
+def _change_input(model: PreTrainedModel, layout: Layout, structure: Structure, site: str) -> None:
+    name, gives = layout.input_of(site)
+    order = None
+    if site in structure.gathers:
+        reader = layout.readers(site)[0].name
+        _, spec = layout.order_tensor(site, sum(run.count for run in structure.weights[reader]))
+        device = next(iter(model.get_submodule(reader).state_dict().values())).device
+        order = torch.zeros(spec.shape, dtype=order_dtype(spec.dtype), device=device)
+    change_input(model.get_submodule(name), gives=gives, order=order, acts=structure.acts.get(site, ()))
 
 
 def _install(model: PreTrainedModel, layout: Layout, structure: Structure, name: str, width: int | None) -> None:

@@ -40,6 +40,32 @@ def members(axis: str, sizes: Mapping[str, int], dim: str) -> Int[Tensor, " chan
     return torch.cat(pieces)
 
 
+def within_heads(order: Int[Tensor, " n"], sizes: Mapping[str, int]) -> Int[Tensor, "kv dv"] | None:
+    """The order of each KV group's value channels, if `order`, of the axis `kv*g*dv`, is one; else None.
+
+    It is one if every channel stays in its head, and heads that share a V have the same order.
+    """
+    kv, g, dv = (sizes[factor] for factor in ("kv", "g", "dv"))
+    inside = order.view(kv * g, dv) - torch.arange(kv * g)[:, None] * dv
+    own = inside.view(kv, g, dv)
+    fits = inside.ge(0).all() and inside.lt(dv).all() and (own == own[:, :1]).all()
+    return own[:, 0] if fits else None
+
+
+def head_indices(axis: str, sizes: Mapping[str, int], inside: Int[Tensor, "kv dv"]) -> Int[Tensor, " n"]:
+    """Flat indices along `axis`, in stored order, when each KV group's value channels take the order `inside`."""
+    offset, pieces = 0, []
+    for part in parts(axis):
+        shape = [sizes[factor] for factor in part]
+        grid = torch.arange(prod(shape)).view(shape)
+        if part[-1] == "dv":  # behind kv, and perhaps g
+            spread = inside.view(inside.shape[0], *[1] * (len(part) - 2), -1).expand(shape)
+            grid = grid.take_along_dim(spread, -1)
+        pieces.append(grid.flatten() + offset)
+        offset += prod(shape)
+    return torch.cat(pieces)
+
+
 def kept_indices(axis: str, sizes: Mapping[str, int], dim: str, keep: Sequence[int]) -> Int[Tensor, " kept"]:
     """Flat indices along `axis` that stay, in stored order, when `dim` keeps the indices `keep`."""
     keep_index = torch.tensor(keep, dtype=torch.long)

@@ -1,8 +1,10 @@
 """The table of model families: one strict row each, executed by tests/model/test_families.py.
 
-A row maps each input site of a sub-block to the weights that read it, with their axes as `rows columns`. Cutting a KV
-group or an FFN channel along these axes equals masking it (the tests show it for every row), so both dims are exact
-here. A family where that does not hold, such as OLMo-2 with its norm over the whole q projection, cannot be a row.
+A row maps each input site of a sub-block to the weights that read it, with their axes as `rows columns`. The first site
+reads what the sub-block's first norm gives, any other what a weight of the sub-block writes. Cutting a KV group or an
+FFN channel along these axes equals masking it, and an order of the channels of a head's values (`dv`) changes nothing
+(the tests show both for every row), so these dims are exact here. A family where that does not hold, such as OLMo-2
+with its norm over the whole q projection, cannot be a row.
 """
 
 import difflib
@@ -43,14 +45,14 @@ def _attention(
     separate = {
         "self_attn.q_proj": "kv*g*d hidden",
         "self_attn.k_proj": "kv*d hidden",
-        "self_attn.v_proj": "kv*d hidden",
+        "self_attn.v_proj": "kv*dv hidden",
     }
     return SubBlock(
         module="self_attn",
         dim="kv",
         sites={
-            "a_in": {"self_attn.qkv_proj": "kv*g*d+kv*d+kv*d hidden"} if fused else separate,
-            "o_in": {"self_attn.o_proj": "hidden kv*g*d"},
+            "a_in": {"self_attn.qkv_proj": "kv*g*d+kv*d+kv*dv hidden"} if fused else separate,
+            "o_in": {"self_attn.o_proj": "hidden kv*g*dv"},
         },
         norms=norms,
         vectors={"self_attn.q_norm.weight": "d", "self_attn.k_norm.weight": "d"} if qk_norm else {},

@@ -3,36 +3,23 @@
 Always of the *original* model; `Layout.tensors(plan)` gives what the compressed one holds. This is the one byte count.
 """
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 
 from trimbit.errors import LayoutError, PlanError
 from trimbit.model import axes
 from trimbit.model.families import Family, SubBlock, family_of
+from trimbit.model.shards import TensorSpec, shard_nbytes, shards
 from trimbit.plan import Plan
 from trimbit.precision import BFloat16, KVPrecision, Run, code_row_nbytes, group_count, zero_row_nbytes
-
-ITEM_NBYTES = {"U8": 1, "F16": 2, "BF16": 2}
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """Type and shape of one stored tensor, in the names of safetensors."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the data."""
-        return ITEM_NBYTES[self.dtype] * prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +104,46 @@ class Layout:
             return dict(self.sizes)
         return {**self.sizes, unit.dim.rsplit(".", 1)[1]: width}
 
+    def readers(self, site: str) -> tuple[Weight, ...]:
+        """The weights of a block that read a site; none if it is not the site of a block."""
+        unit = self.units.get(site.rsplit(".", 1)[0])
+        names = () if unit is None or unit.block is None else unit.weights
+        return tuple(self.weights[name] for name in names if self.weights[name].site == site)
+
+    def input_of(self, site: str) -> tuple[str, bool]:
+        """The module that a site's input is known by, and whether it gives it (a norm) or takes it (a weight)."""
+        first = self.readers(site)[0]
+        unit = self.units[first.unit]
+        at_start = self.weights[unit.weights[0]].site == site
+        return (unit.norms[0], True) if at_start else (first.name, False)
+
+    def folded_rows(self, site: str, plan: Plan) -> dict[str, Int[Tensor, " rows"]] | None:
+        """Where the rows of the cut weights that write a site go, by weight, if its order folds into them; else None.
+
+        It does in a feed-forward sub-block, and where the channels of V stay in their heads.
+        """
+        order = torch.tensor(plan.orders[site])
+        first = self.readers(site)[0]
+        unit = self.units[first.unit]
+        sizes = self.cut_sizes(unit, self.width(unit, plan))
+        writers = {name: self.weights[name].row_axis for name in unit.weights if self.weights[name].site != site}
+        if first.col_axis == "mid":
+            kept = order.tolist()
+            return {name: axes.kept_indices(axis, sizes, "mid", kept) for name, axis in writers.items()}
+        inside = axes.within_heads(order, sizes) if axes.mentions(first.col_axis, "dv") else None
+        if inside is None:
+            return None
+        rows = {name: axes.head_indices(axis, sizes, inside) for name, axis in writers.items()}
+        return {name: index for name, index in rows.items() if axes.mentions(writers[name], "dv")}
+
+    def gathers(self, plan: Plan) -> tuple[str, ...]:
+        """The sites whose order has to be stored, and gathered while the model runs."""
+        return tuple(site for site in plan.orders if self.folded_rows(site, plan) is None)
+
+    def order_tensor(self, site: str, count: int) -> tuple[str, TensorSpec]:
+        """Name and type of the stored order of a site with so many channels."""
+        return f"{self.input_of(site)[0]}.order", TensorSpec("I16" if count <= 2**15 else "I32", (count,))
+
     def weight_tensors(
         self, weight: Weight, runs: tuple[Run, ...], width: int | None, *, bias: bool, rank: int = 0
     ) -> dict[str, TensorSpec]:
@@ -142,8 +169,9 @@ class Layout:
         *,
         biases: tuple[str, ...],
         adapters: Mapping[str, int] = MappingProxyType({}),
+        gathers: tuple[str, ...] = (),
     ) -> dict[str, TensorSpec]:
-        """The stored tensors of one unit: weights, biases, low-rank pairs, norms and vectors."""
+        """The stored tensors of one unit: weights, biases, low-rank pairs, orders, norms and vectors."""
         if unit.dim is not None and width == 0:
             return {}
         specs: dict[str, TensorSpec] = {}
@@ -151,17 +179,26 @@ class Layout:
             weight = self.weights[name]
             bias, rank = weight.bias or name in biases, adapters.get(name, 0)
             specs |= self.weight_tensors(weight, runs[name], width, bias=bias, rank=rank)
+            if weight.site in gathers:
+                specs |= dict([self.order_tensor(weight.site, self.weight_shape(weight, width)[1])])
         sizes = self.cut_sizes(unit, width)
         specs |= {name: TensorSpec("BF16", (axes.length(axis, sizes),)) for name, axis in unit.kept}
         return specs
 
     def tensors(self, plan: Plan) -> dict[str, TensorSpec]:
         """All tensors that a plan writes, in the order of the model."""
-        specs: dict[str, TensorSpec] = {}
-        for unit in self.units.values():
-            width = self.width(unit, plan)
-            specs |= self.unit_tensors(unit, plan.weights, width, biases=plan.biases, adapters=plan.adapters)
+        specs = {name: spec for unit in self.units_tensors(plan).values() for name, spec in unit.items()}
         return specs | {name: TensorSpec("BF16", self.shapes[name]) for name in self.fixed}
+
+    def units_tensors(self, plan: Plan) -> dict[str, dict[str, TensorSpec]]:
+        """All tensors that a plan writes for each unit."""
+        gathers = self.gathers(plan)
+        return {
+            name: self.unit_tensors(
+                unit, plan.weights, self.width(unit, plan), biases=plan.biases, adapters=plan.adapters, gathers=gathers
+            )
+            for name, unit in self.units.items()
+        }
 
     def tensor_nbytes(self, plan: Plan) -> int:
         """Bytes of all tensors that a plan writes."""
@@ -221,7 +258,22 @@ class Layout:
             most = min(self.weight_shape(self.weights[name], self.width(alive[name], plan)))
             if not 1 <= rank <= most:
                 raise PlanError(f"weight {name}: a low-rank pair of rank {rank}, but it can have 1 to {most}")
+        for site in sorted({*plan.orders, *plan.acts}):
+            self._check_site(site, plan, alive)
         self.check_kv_cache(plan.kv_cache)
+
+    def _check_site(self, site: str, plan: Plan, alive: Mapping[str, Unit]) -> None:
+        readers = self.readers(site)
+        if not readers or readers[0].name not in alive:
+            raise PlanError(f"site {site} cannot have an order or rounded inputs: no kept weight of a block reads it")
+        cols = sum(run.count for run in plan.weights[readers[0].name])
+        if site in plan.orders and sorted(plan.orders[site]) != list(range(cols)):
+            raise PlanError(f"site {site}: an order must have each of its {cols} kept channels once")
+        counts = [run.count for run in plan.acts.get(site, ())]
+        for weight in readers if site in plan.acts else ():
+            own = [run.count for run in plan.weights[weight.name]]
+            if own != counts:
+                raise PlanError(f"site {site}: its inputs are rounded in runs of {counts}, but {weight.name} has {own}")
 
 
 def build_layout(config: PreTrainedConfig) -> Layout:
@@ -266,11 +318,13 @@ def sizes_of(config: PreTrainedConfig) -> dict[str, int]:
     """The factors of the axes."""
     heads = config.num_attention_heads
     kv = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return {
         "hidden": config.hidden_size,
         "kv": kv,
         "g": heads // kv,
-        "d": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "d": head_dim,
+        "dv": head_dim,
         "mid": config.intermediate_size,
         "vocab": config.vocab_size,
     }
@@ -333,50 +387,15 @@ def _add_sub_block(
     )  # fmt: skip
 
 
-# --- the weight file -------------------------------------------------------------------------------------------------
+def header_bound(layout: Layout, rank: int = 0, sites: tuple[str, ...] = ()) -> int:
+    """An upper bound on the header of any plan: every weight with all its tensors, offsets of full length.
 
-MAX_SHARD_NBYTES = 5 * 10**9  # code: the default of save_pretrained in transformers before 5
-METADATA = {"format": "pt"}
-_RANK = {"BF16": 0, "F16": 1, "U8": 2}  # the order in which safetensors stores types
-
-
-def shards(specs: Mapping[str, TensorSpec], limit: int = MAX_SHARD_NBYTES) -> list[dict[str, TensorSpec]]:
-    """Split tensors into files of at most `limit` bytes of data, in order."""
-    files: list[dict[str, TensorSpec]] = [{}]
-    size = 0
-    for name, spec in specs.items():
-        if files[-1] and size + spec.nbytes > limit:
-            files.append({})
-            size = 0
-        files[-1][name] = spec
-        size += spec.nbytes
-    return files
-
-
-def shard_nbytes(specs: Mapping[str, TensorSpec]) -> int:
-    """Bytes of one safetensors file: length field, header padded to 8, data."""
-    header: dict[str, object] = {"__metadata__": METADATA}
-    offset = 0
-    for name, spec in _stored_order(specs):
-        header[name] = {
-            "dtype": spec.dtype,
-            "shape": list(spec.shape),
-            "data_offsets": [offset, offset + spec.nbytes],
-        }
-        offset += spec.nbytes
-    text = json.dumps(header, separators=(",", ":"))
-    return 8 + -(-len(text.encode()) // 8) * 8 + offset
-
-
-def _stored_order(specs: Mapping[str, TensorSpec]) -> Iterator[tuple[str, TensorSpec]]:
-    yield from sorted(specs.items(), key=lambda item: (_RANK[item[1].dtype], item[0]))
-
-
-def header_bound(layout: Layout, rank: int = 0) -> int:
-    """An upper bound on the header of any plan: every weight with all its tensors, offsets of full length."""
+    `sites` are those whose order may be stored.
+    """
     parts = ("codes", "scales", "zeros", "bias", *(("adapter.a", "adapter.b") if rank else ()))
     names = [f"{w}.{part}" for w in layout.weights for part in parts]
     names += [name for unit in layout.units.values() for name, _ in unit.kept] + list(layout.fixed)
+    names += [layout.order_tensor(site, 1)[0] for site in sites]
     digits = len(str(2 * layout.parameters + 10**6))
     entry = (
         len('"":{"dtype":"BF16","shape":[,],"data_offsets":[,]},') + 2 * len(str(layout.parameters)) // 2 + 2 * digits

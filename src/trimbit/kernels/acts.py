@@ -1,0 +1,33 @@
+"""Rounding of activations in plain PyTorch: the definition of correct for faster kernels."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from trimbit.precision import ActInt, ActRun
+
+
+def round_activations(
+    x: Float[Tensor, "*batch channels"], runs: tuple[ActRun, ...]
+) -> Float[Tensor, "*batch channels"]:
+    """The values that x stands for once each token and group is rounded; groups restart at each run.
+
+    Scales are fp32, the result has x's type. Gradients pass as if nothing had been rounded (straight through).
+    """
+    parts = x.split([run.count for run in runs], dim=-1)
+    rounded = torch.cat([_rounded(part, run.precision) for part, run in zip(parts, runs, strict=True)], dim=-1)
+    return x + (rounded - x).detach() if x.requires_grad else rounded
+
+
+def _rounded(x: Tensor, precision: ActInt | None) -> Tensor:
+    if precision is None:
+        return x
+    count = x.shape[-1]
+    group = precision.group or count
+    top = 2 ** (precision.bits - 1) - 1
+    groups = functional.pad(x.detach().float(), (0, -count % group)).unflatten(-1, (-1, group))
+    scale = groups.abs().amax(-1, keepdim=True) * (precision.clip / top)
+    codes = (groups / torch.where(scale == 0, 1.0, scale)).round_().clamp_(-top - 1, top)
+    rounded: Tensor = codes.mul_(scale).flatten(-2)[..., :count].to(x.dtype)
+    return rounded

@@ -1,0 +1,53 @@
+"""What happens to a site's input before its weights read it: channels go into the stored order, then are rounded.
+
+It is done once for all weights of the site: to what a norm gives, or to what a lone weight takes. The order lies in a
+buffer `order` of that module.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from trimbit.kernels.acts import round_activations
+from trimbit.precision import ActRun
+
+
+@dataclass(frozen=True)
+class _Change:
+    """Hooks of a module."""
+
+    acts: tuple[ActRun, ...]
+
+    def after(self, module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return self._changed(module, output)
+
+    def before(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (self._changed(module, inputs[0]), *inputs[1:])
+
+    def _changed(self, module: nn.Module, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        order = dict(module.named_buffers(recurse=False)).get("order")
+        if order is not None:
+            x = x.index_select(-1, order.int())
+        return round_activations(x, self.acts) if self.acts else x
+
+
+def change_input(
+    module: nn.Module, *, gives: bool, order: Int[Tensor, " n"] | None = None, acts: tuple[ActRun, ...] = ()
+) -> None:
+    """Reorder and round what a module gives, or, if it is a weight's layer, what it takes."""
+    if order is None and not acts:
+        return
+    if order is not None:
+        module.register_buffer("order", order)
+    change = _Change(acts)
+    if gives:
+        module.register_forward_hook(change.after)
+    else:
+        module.register_forward_pre_hook(change.before)
+
+
+def order_dtype(dtype: str) -> torch.dtype:
+    """The type of a stored order by its name in safetensors."""
+    return {"I16": torch.int16, "I32": torch.int32}[dtype]
