@@ -15,12 +15,12 @@ from trimbit.distillation import original_of
 from trimbit.errors import BudgetError, DataError, NumericsError, PlanError, RecipeError
 from trimbit.estimate import estimate
 from trimbit.evaluate import load_model
-from trimbit.model.head import logit_slices
+from trimbit.model.head import logit_slices, loss_gradient
 from trimbit.pipeline import compress, open_session
 from trimbit.plan import Budget, load_plan
 from trimbit.recipe import load_recipe
 from trimbit.recovery import _taken_out
-from trimbit.repair.tune import Config, _backward, _drawn, drawn, tune
+from trimbit.repair.tune import Config, _drawn, drawn, tune
 from trimbit.runtime import AdaptedLinear, PackedLinear
 
 TOKENS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -395,7 +395,7 @@ def test_the_loss_and_its_gradient_are_those_of_whole_logits(cap, distil, monkey
     head = torch.nn.Linear(48, VOCAB, bias=False).requires_grad_(requires_grad=False)
     slices = logit_slices(head, model.config, taught) if distil else None
     sliced, whole = (hidden.clone().requires_grad_() for _ in range(2))
-    found = _backward(model, sliced * 1, labels, slices, 8)
+    found = loss_gradient(model.get_output_embeddings(), model.config, sliced * 1, labels, slices, 8)
 
     def log_probabilities(logits):
         return torch.log_softmax(cap * torch.tanh(logits / cap) if cap else logits, -1)

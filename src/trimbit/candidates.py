@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -35,6 +36,7 @@ class CandidateWeights:
     def __init__(
         self, checkpoint: Checkpoint, layout: Layout, stats: Stats | None, method: Method, folder: Path,
         rankings: Mapping[str, tuple[int, ...]], space: Space | None, *, rank: int = 0, refits: bool = True,
+        orders: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:  # fmt: skip
         self.checkpoint = checkpoint
         self.layout = layout
@@ -45,6 +47,7 @@ class CandidateWeights:
         self.space = space
         self.rank = rank
         self.refits = refits
+        self.orders = orders  # of the columns, by site
 
     def unit_state(self, unit: Unit, width: int | None, formats: Mapping[str, Precision]) -> dict[str, Tensor]:
         """Parameters of a unit by name, each weight in its or its site's format; a zero bias where nothing is cut."""
@@ -81,7 +84,8 @@ class CandidateWeights:
             return None
         if weight.unit == "embed":
             return tied_moments(self.stats.moments("head_in")) if self.layout.tied else identity_moments(weight.cols)
-        return self.stats.moments(weight.site)
+        found = self.stats.moments(weight.site)
+        return found.at(self.orders[weight.site]) if weight.site in self.orders else found
 
     def compressed(self, weight: Weight, precision: Precision) -> Compressed:
         """The whole weight in one format."""
@@ -124,7 +128,8 @@ class CandidateWeights:
             _store(self._path(member, p), one, {})
 
     def _dense(self, weight: Weight) -> Tensor:
-        return self.checkpoint.tensor(f"{weight.name}.weight").float()
+        dense = self.checkpoint.tensor(f"{weight.name}.weight").float()
+        return dense[:, self.orders[weight.site]] if weight.site in self.orders else dense
 
     def _bias(self, weight: Weight) -> Tensor:
         return self.checkpoint.tensor(f"{weight.name}.bias") if weight.bias else torch.zeros(weight.rows)

@@ -37,7 +37,7 @@ def require_plot() -> None:
         RecipeError: if matplotlib is missing.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise RecipeError("a search by trials draws a picture: pip install 'trimbit[bo]'")
+        raise RecipeError("the search draws a picture: pip install 'trimbit[plot]'")
 
 
 def picture(trials: Sequence[Trial], limit: int) -> bytes:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import trimbit
+from trimbit import learning
 from trimbit.artifact import RECIPE_FILE, Writer, model_card, require_absent
 from trimbit.cache import save_whole, source_digest
 from trimbit.errors import BudgetError, PlanError
@@ -30,11 +31,12 @@ class Session(Preparation):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.judging = Judging(self)
+        self.curves: dict[str, list[dict[str, float]]] = {}  # of training, by the plan that came of it
         self.tried: dict[str, tuple[int, list[Trial]]] = {}  # by the plan that came of it: the limit, and all trials
 
     def problem(self, limit: int, *, ready: bool = True) -> Problem:
         """The search problem of a budget; not `ready`: for sizes alone, before anything long."""
-        key = self._search_key(limit) if ready and hasattr(self.search[0], "trials") else ""
+        key = self._search_key(limit) if ready and hasattr(self.search[0], "identity") else ""
         empty = {unit.dim: tuple(range(unit.size)) for unit in self.layout.units.values() if unit.dim is not None}
         return Problem(
             layout=self.layout, model=self.model, limit=limit, space=self.space,
@@ -43,6 +45,8 @@ class Session(Preparation):
             trial=self.judging.trial if ready and self.recipe.measure and self.recipe.measure.trials else None,
             outcomes=self.judging.outcomes if ready and self.objective else None,
             refit_biases=self.repair is not None, rank=self.rank, kv_cache=self.recipe.kv_cache,
+            energies=self.energies if ready and self.stats is not None else None,
+            masked=self.masked if ready else None,
             importance=(lambda: self.importance) if self.layers is not None else None,
             reporter=self.reporter, key=key, journal=self.cache / "plans" / f"{key}.jsonl" if key else None,
         )  # fmt: skip
@@ -52,7 +56,7 @@ class Session(Preparation):
         held_out, measure, objective = self.held_out.digest, self.recipe.measure, self.objective
         want = None if measure is None else measure.length
         module, config = self.search
-        shared = [source_digest(), self.stats_key, self.candidates.folder.name, held_out, want]
+        shared = [source_digest(), self.stats_key, self.candidates.folder.name, held_out, self.training.digest, want]
         steps = [module.identity(config), self.plain(self.recipe.importance), self.space.model_dump(mode="json")]
         if objective is not None and objective.steps:
             assert self.tuning is not None
@@ -70,7 +74,7 @@ class Session(Preparation):
         """
         module, config = self.search
         self.layout.check_kv_cache(self.recipe.kv_cache)
-        if hasattr(module, "trials"):
+        if hasattr(module, "trials") or hasattr(module, "curve"):
             require_plot()
         if self.tuning is not None:
             require_peft()
@@ -105,6 +109,8 @@ class Session(Preparation):
                 progress(1, 1)
             if hasattr(module, "trials"):
                 self.tried[plan.content] = limit, [Trial(*one) for one in module.trials(problem, config)]
+            if hasattr(module, "curve"):
+                self.curves[plan.content] = module.curve(problem, config)
             return plan
         background: Background = module.background(problem, config)
         plans: list[Plan] = []
@@ -193,6 +199,9 @@ class Session(Preparation):
             writer.write("trials.csv", table(tried))
             writer.write("trials.png", picture(tried, limit))
         c = self.checkpoint
+        if plan.content in self.curves:
+            writer.write("masks.csv", learning.table(self.curves[plan.content]))
+            writer.write("masks.png", learning.picture(self.layout, plan, self.curves[plan.content]))
         writer.write(
             "README.md", model_card(trimbit.__version__, c.model_id, c.license, self.layout, plan, self.calibration)
         )

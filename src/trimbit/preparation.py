@@ -21,17 +21,20 @@ from trimbit import data
 from trimbit.apply import Method, cut_unit
 from trimbit.cache import cache_root, save_whole, source_digest
 from trimbit.candidates import CandidateWeights
+from trimbit.distillation import original_of
 from trimbit.errors import DataError, RecipeError
 from trimbit.information import layer_information
 from trimbit.instructions import from_instructions, from_rows
+from trimbit.masked import MaskedModel, Versions
 from trimbit.measurements import Objective, Space
 from trimbit.model.checkpoint import Checkpoint
-from trimbit.model.layout import Layout, build_layout
+from trimbit.model.layout import Layout, Weight, build_layout
 from trimbit.model.stream import BlockStream
 from trimbit.model.whole import WholeModel
 from trimbit.plan import ModelRef, digest
 from trimbit.progress import Progress, Reporter, Silent
 from trimbit.prune import kept_widths, protected
+from trimbit.quant import rtn
 from trimbit.ranking import by_gradients, by_moments
 from trimbit.recipe import Recipe, Step, step_config
 from trimbit.recovery import Recovery
@@ -66,6 +69,7 @@ class Preparation:
     threads: int = field(default_factory=torch.get_num_threads)  # that text is sampled with: it decides the text
 
     def __post_init__(self) -> None:
+        self._masked: tuple[Any, MaskedModel] | None = None
         recipe = self.recipe
         self.quant = self._module("quant", recipe.quant, "quantize")
         self.search = self._module("search", recipe.search, "search")
@@ -122,16 +126,28 @@ class Preparation:
         return self._text[1]
 
     @cached_property
-    def _text(self) -> tuple[data.TokenSet, data.TokenSet]:
+    def training(self) -> data.TokenSet:
+        """What masks are learnt on."""
+        return self._text[2]
+
+    @cached_property
+    def _text(self) -> tuple[data.TokenSet, data.TokenSet, data.TokenSet]:
         want = self.recipe.calibration
-        rows, length, tokenizer = want.rows + want.held_out, want.length, self.checkpoint.tokenizer()
+        rows, tokenizer = want.rows + want.held_out + want.training, self.checkpoint.tokenizer()
         if self.calibration == "self":
-            return self._sampled(tokenizer, rows, length).split(want.held_out)
-        try:
-            found = data.from_file(Path(self.calibration), tokenizer, rows=rows, length=length, seed=self.seed)
-        except DataError as err:
-            raise DataError(f"{err} (rows are calibration.rows + calibration.held_out)") from err
-        return found.split(want.held_out)
+            found = self._sampled(tokenizer, rows, want.length)
+        else:
+            try:
+                path = Path(self.calibration)
+                found = data.from_file(path, tokenizer, rows=rows, length=want.length, seed=self.seed)
+            except DataError as err:
+                parts = "calibration.rows + calibration.held_out + calibration.training"
+                raise DataError(f"{err} (rows are {parts})") from err
+        fitted, held_out = found.split(want.held_out)
+        if not want.training:
+            return fitted, held_out, fitted
+        fitted, training = fitted.split(want.training)
+        return fitted, held_out, training
 
     def _sampled(self, tokenizer: Any, rows: int, length: int) -> data.TokenSet:  # noqa: ANN401
         """Text of the model's own, sampled once."""
@@ -171,6 +187,7 @@ class Preparation:
     @property
     def _needs_moments(self) -> bool:
         ranks = self.criterion is not None and self.criterion[0].READS == "moments"
+        ranks = ranks or getattr(self.search[0], "READS", None) == "moments"
         refits = self.criterion is not None and self.repair is not None
         return self.method.needs_moments or ranks or refits
 
@@ -186,6 +203,14 @@ class Preparation:
         stream = self.stream
         with self.reporter.stage("statistics") as progress:
             return collect(stream, tokens, folder, progress)
+
+    def energies(self) -> dict[str, list[float]]:
+        """Diag H of the inputs of each site of the blocks."""
+        assert self.stats is not None
+        sites = dict.fromkeys(
+            weight.site for weight in self.layout.weights.values() if self.layout.readers(weight.site)
+        )
+        return {site: self.stats.moments(site).h.diagonal().tolist() for site in sites}
 
     @cached_property
     def rankings(self) -> dict[str, tuple[int, ...]]:
@@ -287,6 +312,50 @@ class Preparation:
             refits=self.repair is not None,
         )
 
+    def masked(self, config: Any) -> MaskedModel:  # noqa: ANN401
+        """The model with a search's two formats in every weight."""
+        if self._masked is None or self._masked[0] != config:
+            self._masked = config, self._make_masked(config)
+        return self._masked[1]
+
+    def _make_masked(self, config: Any) -> MaskedModel:  # noqa: ANN401
+        assert self.stats is not None
+        method = self.method if config.versions == "quant" else Method(module=rtn, config=rtn.Config(scales="mse"))
+        orders = {
+            site: torch.tensor(own).argsort(stable=True) if config.sort else torch.arange(len(own))
+            for site, own in self.energies().items()
+        }
+        decides = [source_digest("quant", "kernels", "candidates.py", "apply.py"), self.stats_key, config.versions]
+        decides += [config.sort, self.plain(self.recipe.quant)]
+        candidates = CandidateWeights(
+            self.checkpoint, self.layout, self.stats, method, self.cache / "candidates" / digest(decides), {}, None,
+            orders=orders,
+        )  # fmt: skip
+        acts = config.low_acts, config.high_acts
+
+        def versions(weight: Weight) -> Versions:
+            low, high = (candidates.compressed(weight, precision).packed for precision in (config.low, config.high))
+            return Versions(low=low, high=high, low_acts=acts[0], high_acts=acts[1], order=orders[weight.site])
+
+        rows = self.training.tokens
+        rows = rows[:, : rows.shape[1] // config.length * config.length].reshape(-1, config.length)
+        held_out = self.held_out.tokens
+        distilled = [*held_out, *(rows if config.loss == "kl" else ())]
+        with self.reporter.stage("the original's answers") as progress:
+            original = original_of(self.stream, distilled, self.originals, progress)
+        with self.reporter.stage("both versions of the weights") as progress:
+            return MaskedModel(
+                self.stream, versions, rows, held_out, original, distil=config.loss == "kl", batch=config.batch,
+                checkpointing=config.checkpointing, progress=progress,
+            )  # fmt: skip
+
+    @property
+    def originals(self) -> Path:
+        """Where the original's answers are kept."""
+        code = source_digest("model", "distillation.py")
+        answers = digest([code, self.model.weights_hash, self.model.config_hash, self.recipe.compute])
+        return self.cache / "originals" / answers
+
     @cached_property
     def trials(self) -> Trials:
         """Plans applied for real."""
@@ -306,11 +375,9 @@ class Preparation:
     def recovery(self) -> Recovery:
         """Training of what plans leave of this model."""
         assert self.tuning is not None
-        code = source_digest("model", "distillation.py")
-        answers = digest([code, self.model.weights_hash, self.model.config_hash, self.recipe.compute])
         return Recovery(
             stream=self.stream, config=self.tuning, examples=self.examples, held_out=self.held_out.tokens,
-            seed=self.seed, originals=self.cache / "originals" / answers, states=self.cache / "tuned",
+            seed=self.seed, originals=self.originals, states=self.cache / "tuned",
             reporter=self.reporter,
         )  # fmt: skip
 

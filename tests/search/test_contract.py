@@ -13,7 +13,7 @@ from trimbit.criteria import mutual_information
 from trimbit.precision import Data
 from trimbit.recipe import Recipe
 
-SHARED = {"trimbit.search.problem", "trimbit.search.levels", "trimbit.search.optimise"}
+SHARED = {f"trimbit.search.{name}" for name in ("problem", "levels", "optimise", "mixed", "estimators", "hypernetwork")}
 
 
 def modules(package):
@@ -42,6 +42,8 @@ def test_the_walk_finds_what_there_is():
         "search.fixed",
         "search.importance",
         "search.bayes",
+        "search.salient",
+        "search.toga",
         "quant.rtn",
         "quant.gptq",
         "criteria.obs",

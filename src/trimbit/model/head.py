@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 LOGIT_TOKENS = 128  # 25 MB at a vocabulary of 49,152: below 32 MiB glibc reuses memory instead of mapping it anew
 NOTHING = -100  # follows the last token of a row
 Head = Callable[[Tensor], Tensor]
+Logits = Iterator[tuple[slice, Float[Tensor, "part vocab"]]]
 
 
 class Judged(NamedTuple):
@@ -21,9 +22,7 @@ class Judged(NamedTuple):
     nll: float  # of the token that follows, in the model, nats
 
 
-def logit_slices(
-    head: Head, config: PreTrainedConfig, hidden: Float[Tensor, "tokens hidden"]
-) -> Iterator[tuple[slice, Float[Tensor, "part vocab"]]]:
+def logit_slices(head: Head, config: PreTrainedConfig, hidden: Float[Tensor, "tokens hidden"]) -> Logits:
     """Logits in fp32 of the final hidden states, `LOGIT_TOKENS` at a time, with the family's soft cap."""
     cap = getattr(config, "final_logit_softcapping", None)
     for start in range(0, hidden.shape[0], LOGIT_TOKENS):
@@ -53,3 +52,30 @@ def judge(
         divergence += kl(log_p, log_q)
         surprise += float(functional.nll_loss(log_q, after[part], reduction="sum", ignore_index=NOTHING))
     return Judged(kl=divergence / len(after), nll=surprise / max(int((after != NOTHING).sum()), 1))
+
+
+def loss_gradient(
+    head: Head, config: PreTrainedConfig, hidden: Float[Tensor, "tokens hidden"], labels: Int[Tensor, " tokens"],
+    taught: Logits | None, count: int,
+) -> float:  # fmt: skip
+    """Go back from cross-entropy, or from KL(taught || model), over `count`; gives the part of the loss.
+
+    The head goes forward and back some tokens at a time, so that the logits of no more are in memory. In the logits the
+    gradient of both losses is the model's distribution less the one that is wanted.
+    """
+    leaf, total = hidden.detach().requires_grad_(), 0.0
+    for part, logits in logit_slices(head, config, leaf):
+        with torch.no_grad():
+            log_q = torch.log_softmax(logits, -1)
+            if taught is None:
+                total += float(functional.nll_loss(log_q, labels[part], reduction="sum"))
+                grad = log_q.exp_()
+                grad[torch.arange(len(grad)), labels[part]] -= 1
+            else:
+                log_p = torch.log_softmax(next(taught)[1], -1)
+                p = log_p.exp()
+                total += float(torch.linalg.vecdot(p, log_p.sub_(log_q)).double().sum())
+                grad = log_q.exp_().sub_(p)
+        logits.backward(grad / count)
+    hidden.backward(leaf.grad)
+    return total / count

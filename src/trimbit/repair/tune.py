@@ -9,7 +9,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,16 +20,14 @@ from pydantic import Field
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from trimbit.errors import ArtifactError, NumericsError, RecipeError
-from trimbit.model.head import Head, logit_slices
+from trimbit.model.head import Head, logit_slices, loss_gradient
 from trimbit.precision import Data
 from trimbit.progress import Progress
 from trimbit.repair.lowrank import LowRank
 
-Logits = Iterator[tuple[slice, Float[Tensor, "part vocab"]]]
 PAPER = "LoRA, arXiv:2106.09685; LLM-Pruner's recovery, arXiv:2305.11627"
 
 
@@ -203,7 +201,7 @@ def _step(
             if original is not None:
                 hidden_states = [original.hidden(row.tokens)[:-1][row.target[1:]] for row in own]
                 taught = logit_slices(original.head, model.config, torch.cat(hidden_states))
-            total += _backward(model, student, labels, taught, count)
+            total += loss_gradient(model.get_output_embeddings(), model.config, student, labels, taught, count)
     return total
 
 
@@ -230,30 +228,6 @@ def _padded(rows: Sequence[Example]) -> tuple[Tensor, Tensor]:
     for at, row in enumerate(rows):
         tokens[at, : len(row.tokens)], target[at, : len(row.tokens)] = row.tokens, row.target
     return tokens, target
-
-
-def _backward(model: PreTrainedModel, student: Tensor, labels: Tensor, taught: Logits | None, count: int) -> float:
-    """Add the gradients of cross-entropy, or of KL(original || model), over `count`; gives the part of the loss.
-
-    The head goes forward and back some tokens at a time, so that the logits of no more are in memory. In the logits the
-    gradient of both losses is the model's distribution less the one that is wanted.
-    """
-    leaf, total = student.detach().requires_grad_(), 0.0
-    for part, logits in logit_slices(model.get_output_embeddings(), model.config, leaf):
-        with torch.no_grad():
-            log_q = torch.log_softmax(logits, -1)
-            if taught is None:
-                total += float(functional.nll_loss(log_q, labels[part], reduction="sum"))
-                grad = log_q.exp_()
-                grad[torch.arange(len(grad)), labels[part]] -= 1
-            else:
-                log_p = torch.log_softmax(next(taught)[1], -1)
-                p = log_p.exp()
-                total += float(torch.linalg.vecdot(p, log_p.sub_(log_q)).double().sum())
-                grad = log_q.exp_().sub_(p)
-        logits.backward(grad / count)
-    student.backward(leaf.grad)
-    return total / count
 
 
 def _save(state: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, losses: list[float]) -> None:

@@ -5,9 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from torch import Tensor
+
 from trimbit.errors import BudgetError
 from trimbit.measure import format_of, menu_of, sites_of, widths_of
 from trimbit.measurements import Measurements, Outcome, Space
+from trimbit.model.head import Judged
 from trimbit.model.layout import Layout, Unit
 from trimbit.plan import ModelRef, Plan, Provenance
 from trimbit.precision import Data, KVPrecision, Precision, Run
@@ -30,6 +33,16 @@ class Method(Protocol):
     def search(self, problem: "Problem", config: Data) -> Plan: ...  # noqa: D102
 
 
+class Masked(Protocol):
+    """The frozen model whose every weight holds a low and a high version, of which masks choose for each channel."""
+
+    def gradients(self, masks: Mapping[str, Tensor], step: int) -> tuple[float, dict[str, Tensor]]:
+        """The loss of a step's tokens, in nats a token, for masks of zeros and ones by site, and its gradients."""
+
+    def damage(self, masks: Mapping[str, Tensor]) -> Judged:
+        """KL to the original and loss on the held-out tokens, in nats a token."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """One search: find the plan of least damage whose weight files are at most `limit` bytes."""
@@ -46,9 +59,11 @@ class Problem:
     evaluate: Evaluate | None = None  # quick: KL of a plan put together from what was quantised alone
     trial: Evaluate | None = None  # real: KL of the plan as it is applied
     outcomes: Outcomes | None = None  # of plans, in their order, as the search's objective wants them judged
+    energies: Callable[[], Mapping[str, Sequence[float]]] | None = None  # diag H of each site's inputs
+    masked: "Callable[[Data], Masked] | None" = None  # the model with two formats in every weight, for gradients
     importance: Callable[[], Mapping[str, float]] | None = None  # of `blocks.7`, `blocks.7.attn`, ... to the task
-    journal: Path | None = None  # of trials, for a search that may be broken off and go on
-    key: str = ""  # content key of all that decides a trial's result
+    journal: Path | None = None  # of trials or steps, for a search that may be broken off and go on
+    key: str = ""  # content key of all that decides a trial's or a step's result
     reporter: Reporter = field(default_factory=Silent)
     refit_biases: bool = True  # a cut unit's out weight gains a bias
     rank: int = 0  # of the low-rank pair beside each weight of the blocks

@@ -1,0 +1,188 @@
+"""Two formats in every weight of the blocks: of each site's channels some are high, all others low.
+
+What searches share that choose the high channels. A site stores its low channels first, then the high ones, each part
+by rising diag H of the site's inputs (arXiv:2310.19102 reorders like this), so that a group holds channels alike.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from pydantic import Field
+
+from trimbit.errors import BudgetError, RecipeError
+from trimbit.measure import sites_of
+from trimbit.plan import Plan
+from trimbit.precision import BF16, ActInt, ActRun, Data, Int, Precision, Run, row_nbytes
+from trimbit.search.problem import Problem
+
+Channels = Mapping[str, Sequence[int]]  # site -> its high channels
+
+
+class Mixed(Data):
+    """The two formats of weights and of inputs, and how many channels are high."""
+
+    low: Precision = Int(bits=4, group=128, symmetric=True)  # code (efeslab/Atom)
+    high: Precision = Int(bits=8, group=128, symmetric=True)
+    low_acts: ActInt | None = None  # None: the inputs of low channels are not rounded
+    high_acts: ActInt | None = None
+    share: float = Field(default=0.125, ge=0, le=1)  # of the codes, those in high channels, where no budget is given
+    tile: int = Field(default=32, ge=1)  # ours: high channels of a site are a multiple of this
+    sort: bool = True  # by diag H within low and high; false: channels keep their order there
+    table: Precision = BF16  # of the embedding and the head
+
+
+@dataclass(frozen=True)
+class Sites:
+    """The sites of a problem and what their high channels cost.
+
+    Raises:
+        RecipeError: if the tile does not divide the channels of a site, or high does not have more bits than low.
+    """
+
+    problem: Problem
+    mixed: Mixed
+
+    def __post_init__(self) -> None:
+        low, high = self.mixed.low, self.mixed.high
+        if low.bits >= high.bits:
+            raise RecipeError(f"the high format {high.name} must have more bits than the low one, {low.name}")
+        for site, channels in self.channels.items():
+            if channels % self.mixed.tile:
+                raise RecipeError(
+                    f"a tile of {self.mixed.tile} channels does not divide the {channels} channels of {site}"
+                )
+
+    @cached_property
+    def channels(self) -> dict[str, int]:
+        """Channels of each site."""
+        layout = self.problem.layout
+        units = [unit for unit in layout.units.values() if unit.block is not None]
+        return {site: layout.weights[names[0]].cols for unit in units for site, names in sites_of(layout, unit).items()}
+
+    @cached_property
+    def rows(self) -> dict[str, int]:
+        """Rows of all weights that read each site: what a channel costs, in codes."""
+        return {site: sum(weight.rows for weight in self.problem.layout.readers(site)) for site in self.channels}
+
+    @cached_property
+    def energies(self) -> Mapping[str, Sequence[float]]:
+        """Diag H of each site's inputs; for sizes alone, falling numbers, so that orders are stored."""
+        if self.problem.energies is None:
+            return {site: [-float(at) for at in range(count)] for site, count in self.channels.items()}
+        return self.problem.energies()
+
+    def bits(self, tiles: Mapping[str, int]) -> float:
+        """Mean nominal bits of a code."""
+        low, high = self.mixed.low.bits, self.mixed.high.bits
+        return low + (high - low) * self.codes(tiles) / self.all_codes
+
+    def codes(self, tiles: Mapping[str, int]) -> int:
+        """Codes in high channels."""
+        return sum(self.rows[site] * self.mixed.tile * count for site, count in tiles.items())
+
+    @cached_property
+    def all_codes(self) -> int:
+        """Codes in all channels."""
+        return sum(self.rows[site] * count for site, count in self.channels.items())
+
+    def spread(self, share: float) -> dict[str, int]:
+        """Tiles of each site for the same share of channels everywhere, as near as whole tiles come.
+
+        What is left goes to the sites whose tiles were rounded down most, as far as it reaches.
+        """
+        exact = {site: share * count / self.mixed.tile for site, count in self.channels.items()}
+        tiles = {site: int(value + 1e-9) for site, value in exact.items()}
+        left = share * self.all_codes - self.codes(tiles)
+        for site in sorted(exact, key=lambda site: tiles[site] - exact[site]):
+            cost = self.rows[site] * self.mixed.tile
+            if tiles[site] < exact[site] and cost <= left + 1e-6:
+                tiles[site] += 1
+                left -= cost
+        return tiles
+
+    def largest(self, site: str, tiles: int) -> tuple[int, ...]:
+        """The channels of largest diag H of a site, as many tiles."""
+        energies = self.energies[site]
+        ranked = sorted(range(len(energies)), key=lambda channel: (-energies[channel], channel))
+        return tuple(ranked[: tiles * self.mixed.tile])
+
+    def plan(self, high: Channels, method: str) -> Plan:
+        """The plan whose `high` channels are high."""
+        problem, mixed = self.problem, self.mixed
+        formats = {
+            site: mixed.table if unit.block is None else mixed.low
+            for unit in problem.layout.units.values()
+            for site in sites_of(problem.layout, unit)
+        }
+        base = problem.plan({}, formats, method)
+        weights, orders, acts = dict(base.weights), {}, {}
+        for site, channels in self.channels.items():
+            order = self._order(site, high[site])
+            if order != tuple(range(channels)):
+                orders[site] = order
+            runs = self._runs(site, len(high[site]))
+            weights |= dict.fromkeys((weight.name for weight in problem.layout.readers(site)), runs)
+            rounding = {mixed.low: mixed.low_acts, mixed.high: mixed.high_acts}
+            if any(rounding[run.precision] for run in runs):
+                acts[site] = tuple(ActRun(count=run.count, precision=rounding[run.precision]) for run in runs)
+        plan = base.model_copy(update={"weights": weights, "orders": orders, "acts": acts})
+        found = base.found_by.model_copy(update={"nbytes": problem.layout.file_nbytes(plan)})
+        return plan.model_copy(update={"found_by": found})
+
+    def _runs(self, site: str, high: int) -> tuple[Run, ...]:
+        counts = ((self.channels[site] - high, self.mixed.low), (high, self.mixed.high))
+        return tuple(Run(count=count, precision=precision) for count, precision in counts if count)
+
+    def _order(self, site: str, high: Sequence[int]) -> tuple[int, ...]:
+        chosen = set(high)
+        channels = range(self.channels[site])
+        key = self.energies[site].__getitem__ if self.mixed.sort else int
+        low, rest = ([c for c in channels if (c in chosen) is kind] for kind in (False, True))
+        return (*sorted(low, key=key), *sorted(rest, key=key))
+
+    def sized(self, tiles: Mapping[str, int]) -> int:
+        """Bytes of the files of a plan with so many tiles."""
+        return self.plan({site: range(count * self.mixed.tile) for site, count in tiles.items()}, "").found_by.nbytes
+
+    def site_nbytes(self, site: str, tiles: int) -> int:
+        """Bytes of the weights of a site with so many high tiles, and of its order where that is stored."""
+        layout, runs = self.problem.layout, self._runs(site, tiles * self.mixed.tile)
+        folds = layout.readers(site)[0].col_axis == "mid"
+        ordered = self.mixed.sort or len(runs) > 1
+        order = layout.order_tensor(site, self.channels[site])[1].nbytes if ordered and not folds else 0
+        return order + self.rows[site] * row_nbytes(runs)
+
+    @cached_property
+    def limit(self) -> int:
+        """What is left of the budget for the sites; the headers of other tiles may differ by some bytes."""
+        tiles = self.fitting
+        return self.problem.limit - self.sized(tiles) + sum(self.site_nbytes(*each) for each in tiles.items())
+
+    def require_feasible(self) -> None:
+        """Refuse a budget outside what the formats reach.
+
+        Raises:
+            BudgetError: naming the range.
+        """
+        least, most = self.sized(self.spread(0.0)), self.sized(self.spread(1.0))
+        if not least <= self.problem.limit <= most:
+            side = "below" if self.problem.limit < least else "above"
+            raise BudgetError(
+                f"the budget of {self.problem.limit:,} bytes is {side} what {self.mixed.low.name} and "
+                f"{self.mixed.high.name} reach: {least:,} to {most:,} bytes; the smallest feasible budget is "
+                f"{least:,} bytes (--budget {least}B)"
+            )
+
+    @cached_property
+    def fitting(self) -> dict[str, int]:
+        """Tiles for the largest same share everywhere whose plan is within the budget."""
+        low, high = 0.0, 1.0
+        if self.sized(self.spread(high)) <= self.problem.limit:
+            return self.spread(high)
+        if self.sized(self.spread(self.mixed.share)) <= self.problem.limit:
+            low = self.mixed.share
+        for _ in range(20):  # far below a tile
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.sized(self.spread(middle)) <= self.problem.limit else (low, middle)
+        return self.spread(low)

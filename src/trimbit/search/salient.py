@@ -1,0 +1,56 @@
+"""The same share of channels at every site is high, chosen before any search: by diag H, as Atom does, or at random.
+
+With a binary low format this is the layout of PTQ1.61 (arXiv:2502.13179). Baselines for learnt masks.
+"""
+
+import random
+from typing import Literal
+
+from trimbit.plan import Plan
+from trimbit.search.mixed import Mixed, Sites
+from trimbit.search.problem import Problem
+
+PAPER = "Atom, arXiv:2310.19102"
+NEEDS: tuple[str, ...] = ()
+READS = "moments"
+
+
+class Config(Mixed):
+    """The formats, and what is high."""
+
+    by: Literal["energy", "random"] = "energy"
+
+
+def default_limit(problem: Problem, config: Config) -> int:
+    """Bytes with the configured share of channels high."""
+    sites = Sites(problem, config)
+    return sites.sized(sites.spread(config.share))
+
+
+def require_feasible(problem: Problem, config: Config) -> None:
+    """Refuse a budget outside what the formats reach.
+
+    Raises:
+        BudgetError: naming the range.
+    """
+    Sites(problem, config).require_feasible()
+
+
+def search(problem: Problem, config: Config) -> Plan:
+    """The plan of the largest share within the budget.
+
+    Raises:
+        BudgetError: if the budget is outside what the formats reach.
+    """
+    require_feasible(problem, config)
+    sites = Sites(problem, config)
+    tiles = sites.fitting
+    rng = random.Random(problem.seed)
+    high = {
+        site: sites.largest(site, count)
+        if config.by == "energy"
+        else rng.sample(range(sites.channels[site]), count * config.tile)
+        for site, count in tiles.items()
+    }
+    by = "largest diag H" if config.by == "energy" else "at random"
+    return sites.plan(high, f"{sites.bits(tiles):.3f} bits a code, channels {by} in {config.high.name}")

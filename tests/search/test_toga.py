@@ -1,0 +1,234 @@
+"""Learnt masks on an invented loss: they find what matters, fill the budget, go on where they stopped."""
+
+from dataclasses import dataclass, field, replace
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from problems import LAYOUT, measurements, problem
+from trimbit.errors import ArtifactError, BudgetError, NumericsError, RecipeError
+from trimbit.measurements import Space
+from trimbit.model.head import Judged
+from trimbit.precision import ActInt, parse_precision
+from trimbit.search import salient, toga
+from trimbit.search.mixed import Sites
+
+SPACE = Space(formats=(), table_formats=())
+SMALL = {"low": parse_precision("binaryg32"), "high": parse_precision("int4g32"), "tile": 16, "share": 0.25}
+CONFIG = toga.Config(
+    **SMALL, steps=60, batch=1, length=16, learning_rate=0.05, weight_decay=0.0, network="logits", save_every=7
+)
+ACTS = {"low_acts": ActInt(bits=3, group=32, clip=0.9), "high_acts": ActInt(bits=8, group=32)}
+
+
+def energies():
+    generator = torch.Generator().manual_seed(5)
+    sites = dict.fromkeys(w.site for w in LAYOUT.weights.values() if LAYOUT.readers(w.site))
+    return {site: torch.rand(LAYOUT.readers(site)[0].cols, generator=generator).tolist() for site in sites}
+
+
+@dataclass
+class Invented:
+    """Loss: the sum of what each low channel is worth, all the same but for some that matter."""
+
+    worth: dict[str, torch.Tensor]
+    fails_at: int = -1
+    steps: list[int] = field(default_factory=list)
+
+    def gradients(self, masks, step):
+        self.steps.append(step)
+        loss = sum(float((self.worth[site] * (1 - mask)).sum()) for site, mask in masks.items())
+        return (float("nan") if step == self.fails_at else loss), {site: -self.worth[site] for site in masks}
+
+    def damage(self, masks):
+        return Judged(kl=self.gradients(masks, -1)[0], nll=1.0)
+
+
+def worths(seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        site: torch.where(torch.rand(len(own), generator=generator) < 0.2, 0.5, 0.001) * len(LAYOUT.readers(site))
+        for site, own in energies().items()
+    }
+
+
+def made(tmp_path, config=CONFIG, limit=None, **fields):
+    masked = fields.pop("masked", None) or Invented(worths())
+    found = problem(
+        limit or 10**9, space=SPACE, measurements=measurements(), energies=energies, masked=lambda _: masked,
+        journal=tmp_path / "masks.jsonl", key="k", **fields,
+    )  # fmt: skip
+    module = toga if isinstance(config, toga.Config) else salient
+    return found if limit else replace(found, limit=module.default_limit(found, config))
+
+
+def high_of(plan, sites):
+    """The high channels that a plan stores, by site."""
+    found = {}
+    for site, count in sites.channels.items():
+        order = plan.orders.get(site, tuple(range(count)))
+        runs = plan.weights[LAYOUT.readers(site)[0].name]
+        high = sum(run.count for run in runs if run.precision == sites.mixed.high)
+        found[site] = set(order[count - high :])
+    return found
+
+
+@pytest.mark.parametrize("network", ["logits", "hypernetwork"])
+@pytest.mark.parametrize(("estimator", "temperature"), [("reinmax", 1.0), ("gumbel", 0.4)])
+def test_what_matters_is_found(tmp_path, network, estimator, temperature):
+    rate = {"learning_rate": 0.05 if network == "logits" else 2e-3, "steps": 150}
+    config = CONFIG.model_copy(update={"network": network, "estimator": estimator, "temperature": temperature, **rate})
+    task = made(tmp_path, config)
+    plan = toga.search(task, config)
+    LAYOUT.check(plan)
+    sites, worth = Sites(task, config), worths()
+    chosen = high_of(plan, sites)
+
+    def kept(high):
+        return sum(float(worth[site][sorted(own)].sum()) for site, own in high.items())
+
+    by_energy = high_of(salient.search(task, salient.Config(**SMALL)), sites)
+    assert kept(chosen) > 1.5 * kept(by_energy)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000), share=st.floats(0.0, 1.0), rounded=st.booleans(), sort=st.booleans())
+def test_the_budget_is_filled_by_whole_tiles_and_never_exceeded(tmp_path_factory, seed, share, rounded, sort):
+    config = CONFIG.model_copy(update={"share": share, "sort": sort, **(ACTS if rounded else {})})
+    task = made(tmp_path_factory.mktemp("m"), config)
+    sites = Sites(task, config)
+    generator = torch.Generator().manual_seed(seed)
+    logits = {site: torch.randn(count, generator=generator) - 2 for site, count in sites.channels.items()}
+    high = toga.fill(logits, sites, sites.limit)
+    plan = sites.plan(high, "")
+    LAYOUT.check(plan)
+    assert all(len(own) % 16 == 0 for own in high.values())
+    for site, own in high.items():
+        assert set(logits[site].topk(len(own)).indices.tolist()) == set(own)
+    cheapest = 16 * min(sites.rows.values()) * 4 // 8
+    if share < 1:
+        assert task.limit - cheapest - 800 * 12 < plan.found_by.nbytes
+    assert plan.found_by.nbytes <= task.limit + 64  # the header; `search` asks again
+
+
+def test_filling_is_the_best_there_is(tmp_path):
+    """Against all ways to give three sites tiles, the others none."""
+    config = CONFIG.model_copy(update={"share": 0.05})
+    task = made(tmp_path, config)
+    sites = Sites(task, config)
+    names = list(sites.channels)[:3]
+    generator = torch.Generator().manual_seed(0)
+    logits = {site: torch.full((count,), -50.0) for site, count in sites.channels.items()}
+    logits |= {site: torch.rand(sites.channels[site], generator=generator) + 1 for site in names}
+    none = dict.fromkeys(sites.channels, 0)
+    base = sum(sites.site_nbytes(site, 0) for site in none)
+    limit = base + 3000
+
+    def worth(tiles):
+        return sum(float(logits[site].sort(descending=True).values[: 16 * n].sum()) for site, n in tiles.items())
+
+    best = 0.0
+    for counts in product(*(range(sites.channels[site] // 16 + 1) for site in names)):
+        tiles = dict(zip(names, counts, strict=True))
+        if base + sum(sites.site_nbytes(s, n) - sites.site_nbytes(s, 0) for s, n in tiles.items()) <= limit:
+            best = max(best, worth(tiles))
+    found = toga.fill(logits, sites, limit)
+    assert worth({site: len(found[site]) // 16 for site in names}) == pytest.approx(best, rel=1e-6)
+
+
+def test_all_of_one_format_is_a_plain_plan(tmp_path):
+    for share, name in ((0.0, "binaryg32"), (1.0, "int4g32")):
+        config = CONFIG.model_copy(update={"share": share, "sort": False})
+        plan = salient.search(made(tmp_path, config), salient.Config(**(SMALL | {"share": share, "sort": False})))
+        assert not plan.orders
+        assert {run.precision.name for n, runs in plan.weights.items() if "layers" in n for run in runs} == {name}
+
+
+@pytest.mark.parametrize("stop", [1, 7, 8, 30, 59])
+def test_a_run_that_was_broken_off_goes_on(tmp_path, stop):
+    whole = toga.search(made(tmp_path / "whole"), CONFIG)
+
+    class Broken(Invented):
+        def gradients(self, masks, step):
+            if step == stop and not self.steps.count(stop):
+                self.steps.append(step)
+                raise KeyboardInterrupt
+            return super().gradients(masks, step)
+
+    masked = Broken(worths())
+    task = made(tmp_path / "parts", masked=masked)
+    with pytest.raises(KeyboardInterrupt):
+        toga.search(task, CONFIG)
+    again = toga.search(task, CONFIG)
+    assert masked.steps[stop + 1] == stop // 7 * 7  # from the last stored state
+    assert again.content == whole.content
+    assert toga.curve(task, CONFIG) == toga.curve(made(tmp_path / "whole"), CONFIG)
+    assert len(toga.curve(task, CONFIG)) == 60
+
+
+def test_a_finished_run_is_taken_up(tmp_path):
+    first = toga.search(made(tmp_path), CONFIG)
+    masked = Invented(worths())
+    assert toga.search(made(tmp_path, masked=masked), CONFIG).content == first.content
+    assert masked.steps == [-1]  # judged alone
+
+
+def test_the_state_of_another_search_is_refused(tmp_path):
+    task = made(tmp_path)
+    toga.search(task, CONFIG)
+    with pytest.raises(ArtifactError, match="stored state of another search"):
+        toga.search(replace(task, key="other"), CONFIG)
+    with pytest.raises(ArtifactError, match="stored state of another search"):
+        toga.search(task, CONFIG.model_copy(update={"network": "hypernetwork"}))
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(tmp_path):
+    masked = Invented(worths(), fails_at=17)
+    with pytest.raises(NumericsError, match="step 18 of the masks is nan; the state after step 14 is kept"):
+        toga.search(made(tmp_path, masked=masked), CONFIG)
+    assert len(toga.curve(made(tmp_path), CONFIG)) == 14
+    masked.fails_at = -1
+    again = toga.search(made(tmp_path, masked=masked), CONFIG)
+    assert again.content == toga.search(made(tmp_path / "whole"), CONFIG).content
+
+
+@pytest.mark.parametrize("module", [toga, salient])
+def test_bad_input(tmp_path, module):
+    config = module.Config(**SMALL)
+    for limit, side in ((1000, "below"), (10**9, "above")):
+        task = made(tmp_path, config, limit=limit)
+        with pytest.raises(BudgetError, match=rf"{side} what binaryg32 and int4g32 reach: [\d,]+ to [\d,]+ bytes"):
+            module.search(task, config)
+    for change, message in (
+        ({"tile": 32}, "a tile of 32 channels does not divide the 48 channels of blocks.0.attn.a_in"),
+        ({"low": SMALL["high"], "high": SMALL["low"]}, "must have more bits than the low one"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            module.require_feasible(made(tmp_path, config, limit=50_000), config.model_copy(update=change))
+
+
+def test_the_smallest_feasible_budget_is_feasible(tmp_path):
+    with pytest.raises(BudgetError) as found:
+        toga.search(made(tmp_path, limit=1000), CONFIG)
+    least = int(str(found.value).split("--budget ")[1].rstrip("B)"))
+    plan = toga.search(made(tmp_path, limit=least), CONFIG)
+    assert plan.found_by.nbytes <= least
+
+
+@pytest.mark.parametrize("by", ["energy", "random"])
+def test_salient_channels(tmp_path, by):
+    config = salient.Config(**SMALL, **ACTS, by=by)
+    task = made(tmp_path, config)
+    plan = salient.search(task, config)
+    LAYOUT.check(plan)
+    sites = Sites(task, config)
+    high = high_of(plan, sites)
+    largest = {site: set(sites.largest(site, len(own) // 16)) for site, own in high.items()}
+    assert (high == largest) is (by == "energy")
+    for site, own in plan.acts.items():
+        assert [run.precision for run in own] == [config.low_acts, config.high_acts][: 2 if high[site] else 1]
+    assert plan.found_by.nbytes == task.limit
+    assert plan.content == salient.search(task, config).content

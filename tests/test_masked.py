@@ -1,0 +1,136 @@
+"""The model under masks: at the ends it is the plain quantised model, and its gradients are those of the formula."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from trimbit.kernels.acts import round_activations
+from trimbit.masked import MaskedLinear
+from trimbit.pipeline import open_session
+from trimbit.plan import load_plan
+from trimbit.precision import ActRun
+from trimbit.recipe import Recipe, Step
+from trimbit.search.mixed import Sites
+
+ACTS = {"low_acts": {"bits": 4, "group": 32, "clip": 0.9}, "high_acts": {"bits": 8, "group": 32}}
+PARAMS = {"low": "int3g32", "high": "int8g32", "tile": 16, "steps": 6, "length": 16, "share": 0.25, "save_every": 2}
+
+
+def recipe(**params):
+    return Recipe(
+        description="",
+        source="",
+        compute="float32",
+        calibration={"rows": 6, "length": 32, "held_out": 2, "training": 3},
+        search=Step(name="toga", params=PARAMS | params),
+        quant=Step(name="rtn", params={"scales": "mse"}),
+        repair=None,
+    )
+
+
+def session(job, **params):
+    return open_session(job.model, recipe(**params), calibration=str(job.text), seed=3)
+
+
+@pytest.mark.parametrize("acts", [{}, ACTS], ids=["weights", "activations, too"])
+@pytest.mark.parametrize("sort", [True, False])
+@pytest.mark.parametrize("end", [0, 1])
+def test_at_both_ends_it_is_the_plain_quantised_model(job, tmp_path, acts, sort, end):
+    made = session(job, sort=sort, **acts)
+    config = made.search[1]
+    problem = made.problem(10**9)
+    sites = Sites(problem, config)
+    high = {site: range(end * count) for site, count in sites.channels.items()}
+    written = made.write(sites.plan(high, "an end"), tmp_path / "end")
+    masks = {site: torch.full((count,), float(end)) for site, count in sites.channels.items()}
+    found = made.masked(config).damage(masks)
+    assert found.kl == pytest.approx(written.found_by.measured_damage, rel=2e-2)
+    assert found.kl > (0.01 if end == 0 else 1e-6)
+
+
+@pytest.mark.parametrize("acts", [{}, ACTS], ids=["weights", "activations, too"])
+@pytest.mark.parametrize("loss", ["lm", "kl"])
+def test_gradients_are_those_of_the_formula(job, monkeypatch, acts, loss):
+    made = session(job, loss=loss, **acts)
+    model = made.masked(made.search[1])
+    generator = torch.Generator().manual_seed(0)
+    masks = {
+        site: (torch.rand(len(layers[0].versions.order), generator=generator) < 0.5).float()
+        for site, layers in model.layers.items()
+    }
+    value, gradients = model.gradients(masks, 1)
+    model.checkpointing = False
+    plain_value, plain = model.gradients(masks, 1)
+    assert plain_value == value
+    torch.testing.assert_close(plain, gradients)
+
+    def formula(layer, x):
+        """Both products, by autograd; rounding passes gradients straight through."""
+        own, n = layer.versions, x.shape[-1]
+        x, m = x[..., own.order], layer.mask[own.order]
+        low, high = (
+            x if a is None else round_activations(x, (ActRun(count=n, precision=a),))
+            for a in (own.low_acts, own.high_acts)
+        )
+        return ((1 - m) * low) @ own.low.dequantize().T + (m * high) @ own.high.dequantize().T
+
+    monkeypatch.setattr(MaskedLinear, "forward", formula)
+    row = model.rows[1]
+    leaves = {site: mask.clone().requires_grad_() for site, mask in masks.items()}
+    model._set(leaves)
+    logits = model.original.head(model._final(row[None])[0, :-1])
+    if loss == "lm":
+        want = functional.cross_entropy(logits, row[1:])
+    else:
+        taught = functional.linear(model.original.hidden(row)[:-1], made.stream.head().keywords["weight"]).log_softmax(
+            -1
+        )
+        want = (taught.exp() * (taught - logits.log_softmax(-1))).sum(-1).mean()
+    assert value == pytest.approx(float(want.detach()), rel=1e-4)
+    want.backward()
+    for site, leaf in leaves.items():
+        torch.testing.assert_close(gradients[site], leaf.grad, rtol=2e-3, atol=2e-6, msg=site)
+    assert len(gradients) == 12
+
+
+def test_every_step_takes_the_next_rows(job):
+    made = session(job, batch=2)
+    model = made.masked(made.search[1])
+    assert model.rows.shape == (6, 16)  # 3 rows of 32
+    assert set(map(tuple, model.rows.tolist())).isdisjoint(map(tuple, made.tokens.tokens.view(-1, 16).tolist()))
+    masks = {site: torch.ones(len(layers[0].versions.order)) for site, layers in model.layers.items()}
+    values = [model.gradients(masks, step)[0] for step in range(4)]
+    assert values[0] == values[3] != values[1]
+    model.batch = 6
+    assert model.gradients(masks, 0)[0] == pytest.approx(sum(values[:3]) / 3, rel=1e-5)
+
+
+def test_the_versions_are_the_quantiser_s_if_asked(job):
+    near, own = (session(job, versions=kind) for kind in ("nearest", "quant"))
+    own.quant = replace_quant(own)
+    layers = [made.masked(made.search[1]).layers["blocks.1.mlp.mid"][0] for made in (near, own)]
+    assert not torch.equal(layers[0].versions.low.codes, layers[1].versions.low.codes)
+
+
+def replace_quant(made):
+    from trimbit.quant import gptq
+
+    made.recipe = made.recipe.model_copy(update={"quant": Step(name="gptq")})
+    return gptq, gptq.Config()
+
+
+@pytest.mark.parametrize("acts", [{}, ACTS], ids=["weights", "activations, too"])
+def test_the_whole_job(job, tmp_path, acts):
+    """Within its budget; the file is what the plan says; the packed model is near what the search saw."""
+    made = session(job, **acts)
+    plan = made.find_plan(None)
+    written = made.write(plan, tmp_path / "out")
+    limit = made.limit(None)
+    assert (tmp_path / "out/model.safetensors").stat().st_size == written.found_by.nbytes <= limit
+    assert load_plan(tmp_path / "out/plan.json") == written
+    kl = float(written.found_by.notes[0].split("KL ")[1].split(",")[0])
+    assert written.found_by.measured_damage == pytest.approx(kl, rel=0.3)  # groups restart at the high channels
+    lines = (tmp_path / "out/masks.csv").read_text().splitlines()
+    assert lines[0] == "step,loss,bits,temperature"
+    assert len(lines) == 7
+    assert (tmp_path / "out/masks.png").read_bytes().startswith(b"\x89PNG")
