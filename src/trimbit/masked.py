@@ -140,11 +140,11 @@ class MaskedModel:
         return total, {site: leaf.grad for site, leaf in leaves.items() if leaf.grad is not None}
 
     @torch.no_grad()
-    def damage(self, masks: Mapping[str, Tensor]) -> Judged:
-        """KL to the original, and the loss, on the held-out rows."""
+    def damage(self, masks: Mapping[str, Tensor], rows: int | None = None) -> Judged:
+        """KL to the original, and the loss, on the first rows that are learnt from; None: on the held-out ones."""
         self._set(masks)
         found = []
-        for row in self.held_out:
+        for row in self.held_out if rows is None else self.rows[:rows]:
             with products_in(self.stream.compute):
                 own = logit_slices(self.original.head, self.model.config, self._final(row[None])[0])
                 taught = logit_slices(self.original.head, self.model.config, self.original.hidden(row))

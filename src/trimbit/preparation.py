@@ -40,6 +40,7 @@ from trimbit.recipe import Recipe, Step, step_config
 from trimbit.recovery import Recovery
 from trimbit.repair.tune import Config as Tuning
 from trimbit.repair.tune import Example
+from trimbit.search.mixed import Masking
 from trimbit.stats import Stats, collect, stored
 from trimbit.trials import Trials
 
@@ -69,7 +70,7 @@ class Preparation:
     threads: int = field(default_factory=torch.get_num_threads)  # that text is sampled with: it decides the text
 
     def __post_init__(self) -> None:
-        self._masked: tuple[Any, MaskedModel] | None = None
+        self._masked: tuple[Masking, MaskedModel] | None = None
         recipe = self.recipe
         self.quant = self._module("quant", recipe.quant, "quantize")
         self.search = self._module("search", recipe.search, "search")
@@ -312,21 +313,21 @@ class Preparation:
             refits=self.repair is not None,
         )
 
-    def masked(self, config: Any) -> MaskedModel:  # noqa: ANN401
+    def masked(self, config: Masking) -> MaskedModel:
         """The model with a search's two formats in every weight."""
         if self._masked is None or self._masked[0] != config:
             self._masked = config, self._make_masked(config)
         return self._masked[1]
 
-    def _make_masked(self, config: Any) -> MaskedModel:  # noqa: ANN401
+    def _make_masked(self, config: Masking) -> MaskedModel:
         assert self.stats is not None
         method = self.method if config.versions == "quant" else Method(module=rtn, config=rtn.Config(scales="mse"))
         orders = {
             site: torch.tensor(own).argsort(stable=True) if config.sort else torch.arange(len(own))
             for site, own in self.energies().items()
         }
-        decides = [source_digest("quant", "kernels", "candidates.py", "apply.py"), self.stats_key, config.versions]
-        decides += [config.sort, self.plain(self.recipe.quant)]
+        code = source_digest("quant", "kernels", "candidates.py", "apply.py")
+        decides = [code, self.stats_key, config.versions, config.sort, self.plain(self.recipe.quant)]
         candidates = CandidateWeights(
             self.checkpoint, self.layout, self.stats, method, self.cache / "candidates" / digest(decides), {}, None,
             orders=orders,
@@ -340,7 +341,7 @@ class Preparation:
         rows = self.training.tokens
         rows = rows[:, : rows.shape[1] // config.length * config.length].reshape(-1, config.length)
         held_out = self.held_out.tokens
-        distilled = [*held_out, *(rows if config.loss == "kl" else ())]
+        distilled = [*held_out, *(rows if config.loss == "kl" else rows[: config.rows])]
         with self.reporter.stage("the original's answers") as progress:
             original = original_of(self.stream, distilled, self.originals, progress)
         with self.reporter.stage("both versions of the weights") as progress:

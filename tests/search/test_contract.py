@@ -43,6 +43,7 @@ def test_the_walk_finds_what_there_is():
         "search.importance",
         "search.bayes",
         "search.salient",
+        "search.shares",
         "search.toga",
         "quant.rtn",
         "quant.gptq",

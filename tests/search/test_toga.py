@@ -1,5 +1,6 @@
 """Learnt masks on an invented loss: they find what matters, fill the budget, go on where they stopped."""
 
+import importlib
 from dataclasses import dataclass, field, replace
 from itertools import product
 
@@ -13,8 +14,8 @@ from trimbit.errors import ArtifactError, BudgetError, NumericsError, RecipeErro
 from trimbit.measurements import Space
 from trimbit.model.head import Judged
 from trimbit.precision import ActInt, parse_precision
-from trimbit.search import salient, toga
-from trimbit.search.mixed import Sites
+from trimbit.search import salient, shares, toga
+from trimbit.search.mixed import Sites, as_masks
 
 SPACE = Space(formats=(), table_formats=())
 SMALL = {"low": parse_precision("binaryg32"), "high": parse_precision("int4g32"), "tile": 16, "share": 0.25}
@@ -35,7 +36,7 @@ class Invented:
     """Loss: the sum of what each low channel is worth, all the same but for some that matter."""
 
     worth: dict[str, torch.Tensor]
-    fails_at: int = -1
+    fails_at: int | None = None
     steps: list[int] = field(default_factory=list)
 
     def gradients(self, masks, step):
@@ -43,7 +44,7 @@ class Invented:
         loss = sum(float((self.worth[site] * (1 - mask)).sum()) for site, mask in masks.items())
         return (float("nan") if step == self.fails_at else loss), {site: -self.worth[site] for site in masks}
 
-    def damage(self, masks):
+    def damage(self, masks, rows=None):
         return Judged(kl=self.gradients(masks, -1)[0], nll=1.0)
 
 
@@ -61,19 +62,13 @@ def made(tmp_path, config=CONFIG, limit=None, **fields):
         limit or 10**9, space=SPACE, measurements=measurements(), energies=energies, masked=lambda _: masked,
         journal=tmp_path / "masks.jsonl", key="k", **fields,
     )  # fmt: skip
-    module = toga if isinstance(config, toga.Config) else salient
+    module = importlib.import_module(type(config).__module__)
     return found if limit else replace(found, limit=module.default_limit(found, config))
 
 
 def high_of(plan, sites):
     """The high channels that a plan stores, by site."""
-    found = {}
-    for site, count in sites.channels.items():
-        order = plan.orders.get(site, tuple(range(count)))
-        runs = plan.weights[LAYOUT.readers(site)[0].name]
-        high = sum(run.count for run in runs if run.precision == sites.mixed.high)
-        found[site] = set(order[count - high :])
-    return found
+    return {site: set(own) for site, own in sites.high(plan).items()}
 
 
 @pytest.mark.parametrize("network", ["logits", "hypernetwork"])
@@ -190,12 +185,12 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(tmp_path):
     with pytest.raises(NumericsError, match="step 18 of the masks is nan; the state after step 14 is kept"):
         toga.search(made(tmp_path, masked=masked), CONFIG)
     assert len(toga.curve(made(tmp_path), CONFIG)) == 14
-    masked.fails_at = -1
+    masked.fails_at = None
     again = toga.search(made(tmp_path, masked=masked), CONFIG)
     assert again.content == toga.search(made(tmp_path / "whole"), CONFIG).content
 
 
-@pytest.mark.parametrize("module", [toga, salient])
+@pytest.mark.parametrize("module", [toga, salient, shares])
 def test_bad_input(tmp_path, module):
     config = module.Config(**SMALL)
     for limit, side in ((1000, "below"), (10**9, "above")):
@@ -232,3 +227,48 @@ def test_salient_channels(tmp_path, by):
         assert [run.precision for run in own] == [config.low_acts, config.high_acts][: 2 if high[site] else 1]
     assert plan.found_by.nbytes == task.limit
     assert plan.content == salient.search(task, config).content
+
+
+SHARES = shares.Config(**SMALL, factors=(0.0, 0.5, 2.0, 4.0), rows=1)
+
+
+def by_site(seed=2):
+    """Sites differ; in each, channels of larger diag H are worth more."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        site: torch.tensor(own) * float(torch.rand(1, generator=generator) ** 3) for site, own in energies().items()
+    }
+
+
+def test_shares_follow_what_is_measured(tmp_path):
+    masked = Invented(by_site())
+    task = made(tmp_path, SHARES, masked=masked)
+    plan = shares.search(task, SHARES)
+    LAYOUT.check(plan)
+    sites = Sites(task, SHARES)
+    high = high_of(plan, sites)
+    assert all(own == set(sites.largest(site, len(own) // 16)) for site, own in high.items())
+    alike = salient.search(task, salient.Config(**SMALL))
+    kls = [masked.damage(as_masks(sites.high(one), sites)).kl for one in (plan, alike)]
+    assert kls[0] < 0.9 * kls[1]
+    assert plan.found_by.nbytes <= task.limit
+    assert len(masked.steps) < 12 * 5 + 3
+
+
+@pytest.mark.parametrize("stop", [0, 1, 20])
+def test_a_measurement_that_was_broken_off_goes_on(tmp_path, stop):
+    class Broken(Invented):
+        def damage(self, masks, rows=None):
+            if len(self.steps) == stop:
+                self.steps.append(0)
+                raise KeyboardInterrupt
+            return super().damage(masks, rows)
+
+    masked = Broken(by_site())
+    task = made(tmp_path, SHARES, masked=masked)
+    with pytest.raises(KeyboardInterrupt):
+        shares.search(task, SHARES)
+    again = shares.search(task, SHARES)
+    whole = Invented(by_site())
+    assert again.content == shares.search(made(tmp_path / "whole", SHARES, masked=whole), SHARES).content
+    assert len(masked.steps) == len(whole.steps) + 1

@@ -4,11 +4,14 @@ What searches share that choose the high channels. A site stores its low channel
 by rising diag H of the site's inputs (arXiv:2310.19102 reorders like this), so that a group holds channels alike.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
 from trimbit.errors import BudgetError, RecipeError
 from trimbit.measure import sites_of
@@ -30,6 +33,17 @@ class Mixed(Data):
     tile: int = Field(default=32, ge=1)  # ours: high channels of a site are a multiple of this
     sort: bool = True  # by diag H within low and high; false: channels keep their order there
     table: Precision = BF16  # of the embedding and the head
+
+
+class Masking(Mixed):
+    """Which model the masks are tried in, and on what."""
+
+    versions: Literal["nearest", "quant"] = "nearest"  # rounded to nearest while masks are tried, or by the quantiser
+    loss: Literal["lm", "kl"] = "lm"  # paper: of the next token; ours: KL(original || model)
+    batch: int = Field(default=1, ge=1)  # paper: rows of a step
+    length: int = Field(default=2048, ge=16)  # paper: tokens of a row
+    rows: int = Field(default=0, ge=0)  # that damage is measured on, the first of the training text
+    checkpointing: bool = True  # keep each block's input alone, and run the block again for its gradients
 
 
 @dataclass(frozen=True)
@@ -159,6 +173,28 @@ class Sites:
         tiles = self.fitting
         return self.problem.limit - self.sized(tiles) + sum(self.site_nbytes(*each) for each in tiles.items())
 
+    def filled(self, chosen: Callable[[int], Channels], what: str) -> Plan:
+        """The plan of the channels that are `chosen` for so many bytes; fewer, where its header is too long."""
+        limit = self.limit
+        while True:
+            high = chosen(limit)
+            tiles = {site: len(channels) // self.mixed.tile for site, channels in high.items()}
+            plan = self.plan(high, f"{self.bits(tiles):.3f} bits a code, {what}")
+            over = plan.found_by.nbytes - self.problem.limit
+            if over <= 0:
+                return plan
+            limit -= over
+
+    def high(self, plan: Plan) -> Channels:
+        """The high channels of a plan."""
+        found = {}
+        for site, count in self.channels.items():
+            order = plan.orders.get(site, tuple(range(count)))
+            runs = plan.weights[self.problem.layout.readers(site)[0].name]
+            low = sum(run.count for run in runs if run.precision == self.mixed.low)
+            found[site] = order[low:]
+        return found
+
     def require_feasible(self) -> None:
         """Refuse a budget outside what the formats reach.
 
@@ -186,3 +222,11 @@ class Sites:
             middle = (low + high) / 2
             low, high = (middle, high) if self.sized(self.spread(middle)) <= self.problem.limit else (low, middle)
         return self.spread(low)
+
+
+def as_masks(high: Channels, sites: Sites) -> dict[str, Tensor]:
+    """Ones where a site's channel is high."""
+    masks = {site: torch.zeros(count) for site, count in sites.channels.items()}
+    for site, channels in high.items():
+        masks[site][list(channels)] = 1
+    return masks

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -39,8 +39,8 @@ class Masked(Protocol):
     def gradients(self, masks: Mapping[str, Tensor], step: int) -> tuple[float, dict[str, Tensor]]:
         """The loss of a step's tokens, in nats a token, for masks of zeros and ones by site, and its gradients."""
 
-    def damage(self, masks: Mapping[str, Tensor]) -> Judged:
-        """KL to the original and loss on the held-out tokens, in nats a token."""
+    def damage(self, masks: Mapping[str, Tensor], rows: int | None = None) -> Judged:
+        """KL to the original and loss, in nats a token, on the first rows that are learnt from; None: held-out ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Problem:
     trial: Evaluate | None = None  # real: KL of the plan as it is applied
     outcomes: Outcomes | None = None  # of plans, in their order, as the search's objective wants them judged
     energies: Callable[[], Mapping[str, Sequence[float]]] | None = None  # diag H of each site's inputs
-    masked: "Callable[[Data], Masked] | None" = None  # the model with two formats in every weight, for gradients
+    masked: "Callable[[Any], Masked] | None" = None  # the model with two formats in every weight, for gradients
     importance: Callable[[], Mapping[str, float]] | None = None  # of `blocks.7`, `blocks.7.attn`, ... to the task
     journal: Path | None = None  # of trials or steps, for a search that may be broken off and go on
     key: str = ""  # content key of all that decides a trial's or a step's result

@@ -11,7 +11,7 @@ are, or ours.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from trimbit.plan import Plan
 from trimbit.search import knapsack
 from trimbit.search.estimators import Estimator, sample
 from trimbit.search.hypernetwork import Hypernetwork, Logits
-from trimbit.search.mixed import Mixed, Sites
+from trimbit.search.mixed import Masking, Sites, as_masks
 from trimbit.search.problem import Problem
 
 PAPER = "TOGA-q, arXiv:2606.07819; masks as in DISP-LLM, arXiv:2410.11988"
@@ -37,14 +37,10 @@ READS = "moments"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
-class Config(Mixed):
-    """The formats, what is learnt from, and how."""
+class Config(Masking):
+    """The formats, and how masks are learnt."""
 
-    loss: Literal["lm", "kl"] = "lm"  # paper: of the next token; ours: KL(original || model)
-    versions: Literal["nearest", "quant"] = "nearest"  # rounded to nearest while masks are learnt, or by the quantiser
     steps: int = Field(default=2000, ge=1)  # paper
-    batch: int = Field(default=1, ge=1)  # paper: rows of a step
-    length: int = Field(default=2048, ge=16)  # paper: tokens of a row
     network: Literal["hypernetwork", "logits"] = "hypernetwork"  # paper; logits: a parameter for each channel
     estimator: Estimator = "reinmax"
     temperature: float = Field(default=1.0, gt=0)  # code (microsoft/ReinMax): 1 or more; Gumbel, code (DISP-LLM): 0.4
@@ -52,7 +48,6 @@ class Config(Mixed):
     budget_weight: float = Field(default=6.0, ge=0)  # code (DISP-LLM)
     learning_rate: float = Field(default=1e-3, gt=0)  # code (DISP-LLM)
     weight_decay: float = Field(default=0.05, ge=0)  # code (DISP-LLM)
-    checkpointing: bool = True  # keep each block's input alone, and run the block again for its gradients
     save_every: int = Field(default=50, ge=1)  # steps between two stored states
 
 
@@ -88,17 +83,9 @@ def search(problem: Problem, config: Config) -> Plan:
     require_feasible(problem, config)
     sites = Sites(problem, config)
     logits = learn(problem, config, sites)
-    limit = sites.limit
-    while True:
-        high = fill(logits, sites, limit)
-        tiles = {site: len(channels) // config.tile for site, channels in high.items()}
-        plan = sites.plan(high, f"{sites.bits(tiles):.3f} bits a code, learnt channels in {config.high.name}")
-        over = plan.found_by.nbytes - problem.limit
-        if over <= 0:
-            break
-        limit -= over  # the header is that much longer
+    plan = sites.filled(lambda limit: fill(logits, sites, limit), f"learnt channels in {config.high.name}")
     assert problem.masked is not None
-    found = problem.masked(config).damage(_as_masks(high, sites))
+    found = problem.masked(config).damage(as_masks(sites.high(plan), sites))
     notes = (
         f"masks: {config.steps} steps of {config.batch} x {config.length} tokens; "
         f"held out, before the quantiser: KL {found.kl:.4f}, loss {found.nll:.4f} nats",
@@ -109,13 +96,6 @@ def search(problem: Problem, config: Config) -> Plan:
 def curve(problem: Problem, config: Config) -> list[dict[str, float]]:
     """Of every step that was made: loss in nats a token, nominal bits of the sample, temperature."""
     return list(json.loads(_metadata(_state(problem))["curve"]))
-
-
-def _as_masks(high: Mapping[str, Sequence[int]], sites: Sites) -> dict[str, Tensor]:
-    masks = {site: torch.zeros(count) for site, count in sites.channels.items()}
-    for site, channels in high.items():
-        masks[site][list(channels)] = 1
-    return masks
 
 
 def learn(problem: Problem, config: Config, sites: Sites) -> dict[str, Float[Tensor, " channels"]]:
