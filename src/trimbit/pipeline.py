@@ -46,6 +46,7 @@ class Session(Preparation):
             outcomes=self.judging.outcomes if ready and self.objective else None,
             refit_biases=self.repair is not None, rank=self.rank, kv_cache=self.recipe.kv_cache,
             energies=self.energies if ready and self.stats is not None else None,
+            salience=self.salience if ready else None, rounding_error=self.rounding_error if ready else None,
             masked=self.masked if ready else None,
             importance=(lambda: self.importance) if self.layers is not None else None,
             reporter=self.reporter, key=key, journal=self.cache / "plans" / f"{key}.jsonl" if key else None,

@@ -25,6 +25,7 @@ from trimbit.distillation import original_of
 from trimbit.errors import DataError, RecipeError
 from trimbit.information import layer_information
 from trimbit.instructions import from_instructions, from_rows
+from trimbit.linalg import damped_inverse
 from trimbit.masked import MaskedModel, Versions
 from trimbit.measurements import Objective, Space
 from trimbit.model.checkpoint import Checkpoint
@@ -32,6 +33,7 @@ from trimbit.model.layout import Layout, Weight, build_layout
 from trimbit.model.stream import BlockStream
 from trimbit.model.whole import WholeModel
 from trimbit.plan import ModelRef, digest
+from trimbit.precision import Run
 from trimbit.progress import Progress, Reporter, Silent
 from trimbit.prune import kept_widths, protected
 from trimbit.quant import rtn
@@ -43,6 +45,8 @@ from trimbit.repair.tune import Example
 from trimbit.search.mixed import Masking
 from trimbit.stats import Stats, collect, stored
 from trimbit.trials import Trials
+
+DAMPING = 0.01  # code (Aaronhuang-778/SliM-LLM): of diag H, as a share of its mean
 
 
 def module_of(stage: str, step: Step) -> ModuleType:
@@ -212,6 +216,22 @@ class Preparation:
             weight.site for weight in self.layout.weights.values() if self.layout.readers(weight.site)
         )
         return {site: self.stats.moments(site).h.diagonal().tolist() for site in sites}
+
+    def salience(self, name: str) -> list[float]:
+        """Of each input channel of a weight: the sum of w^2 / [H^-1]_jj^2 over its rows."""
+        assert self.stats is not None
+        h = self.stats.moments(self.layout.weights[name].site).h.double()
+        w = self.checkpoint.tensor(f"{name}.weight").double()
+        inverse = damped_inverse(h, DAMPING).diagonal()
+        return (w.square().sum(0) / inverse.square()).tolist()
+
+    def rounding_error(self, name: str, runs: tuple[Run, ...]) -> float:
+        """E |(W - Q) x|^2 of a weight that is rounded to nearest in these runs."""
+        assert self.stats is not None
+        h = self.stats.moments(self.layout.weights[name].site).h
+        w = self.checkpoint.tensor(f"{name}.weight").float()
+        off = w - rtn.quantize(w, None, runs, rtn.Config(scales="mse")).dequantize()
+        return float(torch.linalg.vecdot(off @ h, off).sum())
 
     @cached_property
     def rankings(self) -> dict[str, tuple[int, ...]]:

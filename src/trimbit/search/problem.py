@@ -60,6 +60,8 @@ class Problem:
     trial: Evaluate | None = None  # real: KL of the plan as it is applied
     outcomes: Outcomes | None = None  # of plans, in their order, as the search's objective wants them judged
     energies: Callable[[], Mapping[str, Sequence[float]]] | None = None  # diag H of each site's inputs
+    salience: Callable[[str], Sequence[float]] | None = None  # of a weight's input channels: sum of w^2 / [H^-1]_jj^2
+    rounding_error: Callable[[str, tuple[Run, ...]], float] | None = None  # E |(W - Q) x|^2 of a weight rounded so
     masked: "Callable[[Any], Masked] | None" = None  # the model with two formats in every weight, for gradients
     importance: Callable[[], Mapping[str, float]] | None = None  # of `blocks.7`, `blocks.7.attn`, ... to the task
     journal: Path | None = None  # of trials or steps, for a search that may be broken off and go on
