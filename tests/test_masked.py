@@ -55,7 +55,7 @@ def test_gradients_are_those_of_the_formula(job, monkeypatch, acts, loss):
     model = made.masked(made.search[1])
     generator = torch.Generator().manual_seed(0)
     masks = {
-        site: (torch.rand(len(layers[0].versions.order), generator=generator) < 0.5).float()
+        site: (torch.rand(len(layers[0].order), generator=generator) < 0.5).float()
         for site, layers in model.layers.items()
     }
     value, gradients = model.gradients(masks, 1)
@@ -66,19 +66,19 @@ def test_gradients_are_those_of_the_formula(job, monkeypatch, acts, loss):
 
     def formula(layer, x):
         """Both products, by autograd; rounding passes gradients straight through."""
-        own, n = layer.versions, x.shape[-1]
+        own, n = layer, x.shape[-1]
         x, m = x[..., own.order], layer.mask[own.order]
         low, high = (
             x if a is None else round_activations(x, (ActRun(count=n, precision=a),))
             for a in (own.low_acts, own.high_acts)
         )
-        return ((1 - m) * low) @ own.low.dequantize().T + (m * high) @ own.high.dequantize().T
+        return ((1 - m) * low) @ own.low.dense(x.dtype).T + (m * high) @ own.high.dense(x.dtype).T
 
     monkeypatch.setattr(MaskedLinear, "forward", formula)
     row = model.rows[1]
     leaves = {site: mask.clone().requires_grad_() for site, mask in masks.items()}
     model._set(leaves)
-    logits = model.original.head(model._final(row[None])[0, :-1])
+    logits = model.head(model._final(row)[:-1])
     if loss == "lm":
         want = functional.cross_entropy(logits, row[1:])
     else:
@@ -98,7 +98,7 @@ def test_every_step_takes_the_next_rows(job):
     model = made.masked(made.search[1])
     assert model.rows.shape == (6, 16)  # 3 rows of 32
     assert set(map(tuple, model.rows.tolist())).isdisjoint(map(tuple, made.tokens.tokens.view(-1, 16).tolist()))
-    masks = {site: torch.ones(len(layers[0].versions.order)) for site, layers in model.layers.items()}
+    masks = {site: torch.ones(len(layers[0].order)) for site, layers in model.layers.items()}
     values = [model.gradients(masks, step)[0] for step in range(4)]
     assert values[0] == values[3] != values[1]
     model.batch = 6
@@ -109,7 +109,7 @@ def test_the_versions_are_the_quantiser_s_if_asked(job):
     near, own = (session(job, versions=kind) for kind in ("nearest", "quant"))
     own.quant = replace_quant(own)
     layers = [made.masked(made.search[1]).layers["blocks.1.mlp.mid"][0] for made in (near, own)]
-    assert not torch.equal(layers[0].versions.low.codes, layers[1].versions.low.codes)
+    assert not torch.equal(layers[0].low.codes, layers[1].low.codes)
 
 
 def replace_quant(made):

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trimbit.kernels.acts import round_activations
-from trimbit.model.head import Judged, following, judge, logit_slices, loss_gradient
+from trimbit.model.head import Head, Judged, Logits, following, judge, logit_slices, loss_gradient
 from trimbit.model.layout import Weight
 from trimbit.model.load import materialize
-from trimbit.model.stream import BlockStream, build_skeleton, products_in
+from trimbit.model.stream import BlockStream, block_arguments, build_skeleton, products_in
 from trimbit.precision import ActInt, ActRun
 from trimbit.progress import Progress
 from trimbit.quant.qtensor import QTensor
 from trimbit.repair.tune import Original
-from trimbit.runtime import set_module
+from trimbit.runtime import Packed, set_module
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,16 +41,17 @@ class Versions:
 class MaskedLinear(nn.Module):
     """y = W x + b with W mixed of two versions by `mask`, [cols], in the original order of the channels."""
 
+    order: Tensor
+    bias: Tensor | None
+
     def __init__(self, versions: Versions, bias: Tensor | None, compute: torch.dtype) -> None:
         super().__init__()
-        self.versions = versions
-        self.bias = bias
+        self.low, self.high = Packed.of(versions.low), Packed.of(versions.high)
+        self.low_acts, self.high_acts = versions.low_acts, versions.high_acts
+        self.register_buffer("order", versions.order)
+        self.register_buffer("bias", bias)
         self.compute = compute
         self.mask: Tensor | None = None
-
-    def dense(self, version: QTensor) -> Float[Tensor, "rows cols"]:
-        """A version in the type of the products."""
-        return version.dequantize(self.compute)
 
     def forward(self, x: Float[Tensor, "*batch cols"]) -> Float[Tensor, "*batch rows"]:
         """Round, mix and multiply."""
@@ -64,26 +65,24 @@ class _MixedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask: Tensor, layer: MaskedLinear) -> Tensor:  # noqa: ANN401
-        own = layer.versions
-        x, high = x[..., own.order], mask[own.order] > 0.5
+        x, high = x[..., layer.order], mask[layer.order] > 0.5
         ctx.layer = layer
         ctx.save_for_backward(x, high)
-        w = torch.where(high, layer.dense(own.high), layer.dense(own.low))
-        return torch.where(high, _rounded(x, own.high_acts), _rounded(x, own.low_acts)) @ w.T
+        w = torch.where(high, layer.high.dense(x.dtype), layer.low.dense(x.dtype))
+        return torch.where(high, _rounded(x, layer.high_acts), _rounded(x, layer.low_acts)) @ w.T
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN401
         x, high = ctx.saved_tensors
         layer: MaskedLinear = ctx.layer
-        own = layer.versions
-        w_low = layer.dense(own.low)
+        w_low = layer.low.dense(grad.dtype)
         to_low = grad @ w_low
-        more = grad @ (layer.dense(own.high) - w_low)  # the small difference, not one of two large products
-        x_high = _rounded(x, own.high_acts)
+        more = grad @ (layer.high.dense(grad.dtype) - w_low)  # the small difference, not one of two large products
+        x_high = _rounded(x, layer.high_acts)
         of_mask = (x_high * more).flatten(0, -2).sum(0, dtype=torch.float32)
-        if own.low_acts != own.high_acts:
-            of_mask += ((x_high - _rounded(x, own.low_acts)) * to_low).flatten(0, -2).sum(0, dtype=torch.float32)
-        back = own.order.argsort()
+        if layer.low_acts != layer.high_acts:
+            of_mask += ((x_high - _rounded(x, layer.low_acts)) * to_low).flatten(0, -2).sum(0, dtype=torch.float32)
+        back = layer.order.argsort()
         return torch.where(high, to_low + more, to_low)[..., back], of_mask[back], None
 
 
@@ -92,75 +91,98 @@ def _rounded(x: Tensor, acts: ActInt | None) -> Tensor:
 
 
 class MaskedModel:
-    """Losses of a model under masks by site, and their gradients."""
+    """Losses of a model under masks by site, and their gradients; on `device`, whatever gives and takes the masks."""
 
     def __init__(
         self, stream: BlockStream, versions: Callable[[Weight], Versions], rows: Int[Tensor, "rows length"],
         held_out: Int[Tensor, "held held_length"], original: Original, *, distil: bool, batch: int, checkpointing: bool,
-        progress: Progress,
+        device: torch.device, progress: Progress,
     ) -> None:  # fmt: skip
-        self.stream = stream
-        self.layout = stream.layout
+        self.compute = stream.compute
         self.rows = rows
         self.held_out = held_out
         self.original = original
         self.distil = distil
         self.batch = batch
         self.checkpointing = checkpointing
-        self.model = build_skeleton(stream.checkpoint.config)
-        self.blocks: nn.ModuleList = self.model.get_decoder().layers
+        self.device = device
         self.layers: dict[str, list[MaskedLinear]] = {}
-        for index, block in enumerate(self.blocks):
-            prefix = f"{self.layout.family.blocks}.{index}."
-            materialize(block, stream.checkpoint, prefix, torch.float32)
-            for weight in self.layout.weights.values():
-                if weight.name.startswith(prefix):
-                    old: Any = block.get_submodule(weight.name.removeprefix(prefix))
+        self.model = build_skeleton(stream.checkpoint.config)
+        self._materialize(stream, versions, progress)
+        nn.Module.to(self.model, device).requires_grad_(requires_grad=False)
+        self.blocks: nn.ModuleList = self.model.get_decoder().layers
+        self.norm = self.model.get_submodule(stream.layout.family.final_norm)
+        self.head: Head = self.model.get_output_embeddings()
+        self.arguments: dict[torch.Size, list[dict[str, Any]]] = {}
+
+    def _materialize(self, stream: BlockStream, versions: Callable[[Weight], Versions], progress: Progress) -> None:
+        """Take the weights in, block by block, and both versions in the place of each linear one."""
+        layout, checkpoint = stream.layout, stream.checkpoint
+        for index in range(layout.blocks):
+            name = f"{layout.family.blocks}.{index}"
+            materialize(self.model.get_submodule(name), checkpoint, f"{name}.", torch.float32)
+            for weight in layout.weights.values():
+                if weight.name.startswith(f"{name}."):
+                    old: Any = self.model.get_submodule(weight.name)
                     bias = None if old.bias is None else old.bias.detach().to(stream.compute)
                     layer = MaskedLinear(versions(weight), bias, stream.compute)
-                    set_module(block, weight.name.removeprefix(prefix), layer)
+                    set_module(self.model, weight.name, layer)
                     self.layers.setdefault(weight.site, []).append(layer)
-            progress(index + 1, len(self.blocks))
-        self.model.requires_grad_(requires_grad=False)
+            progress(index + 1, layout.blocks)
+        family = layout.family
+        tables = (family.embed,) if layout.tied else (family.embed, family.head)
+        for name, dtype in ((family.final_norm, torch.float32), *((table, stream.compute) for table in tables)):
+            materialize(self.model.get_submodule(name), checkpoint, f"{name}.", dtype)
+        if layout.tied:
+            self.model.tie_weights()
 
     def gradients(self, masks: Mapping[str, Tensor], step: int) -> tuple[float, dict[str, Tensor]]:
         """The loss of a step's rows, the mean over tokens, and its gradient for every mask."""
         drawn = [at % len(self.rows) for at in range(step * self.batch, (step + 1) * self.batch)]
-        leaves = {site: mask.detach().requires_grad_() for site, mask in masks.items()}
+        leaves = {site: mask.detach().to(self.device).requires_grad_() for site, mask in masks.items()}
         self._set(leaves)
         total, count = 0.0, self.batch * (self.rows.shape[1] - 1)
         for at in drawn:
             row = self.rows[at]
-            with products_in(self.stream.compute):
-                hidden = self._final(row[None])[0]
-                taught = None
-                if self.distil:
-                    taught = logit_slices(self.original.head, self.model.config, self.original.hidden(row)[:-1])
-                total += loss_gradient(self.original.head, self.model.config, hidden[:-1], row[1:], taught, count)
-        return total, {site: leaf.grad for site, leaf in leaves.items() if leaf.grad is not None}
+            with products_in(self.compute, self.device.type):
+                hidden = self._final(row)[:-1]
+                taught = self._taught(row, slice(-1)) if self.distil else None
+                labels = row[1:].to(self.device)
+                total += loss_gradient(self.head, self.model.config, hidden, labels, taught, count)
+        return total, {site: leaf.grad.to(masks[site]) for site, leaf in leaves.items() if leaf.grad is not None}
 
     @torch.no_grad()
     def damage(self, masks: Mapping[str, Tensor], rows: int | None = None) -> Judged:
         """KL to the original, and the loss, on the first rows that are learnt from; None: on the held-out ones."""
-        self._set(masks)
+        self._set({site: mask.to(self.device) for site, mask in masks.items()})
         found = []
         for row in self.held_out if rows is None else self.rows[:rows]:
-            with products_in(self.stream.compute):
-                own = logit_slices(self.original.head, self.model.config, self._final(row[None])[0])
-                taught = logit_slices(self.original.head, self.model.config, self.original.hidden(row))
-                found.append(judge((torch.log_softmax(logits, -1) for _, logits in taught), own, following(row[None])))
+            with products_in(self.compute, self.device.type):
+                own = logit_slices(self.head, self.model.config, self._final(row))
+                taught = (torch.log_softmax(logits, -1) for _, logits in self._taught(row, slice(None)))
+                found.append(judge(taught, own, following(row[None]).to(self.device)))
         return Judged(*(sum(each) / len(found) for each in zip(*found, strict=True)))
+
+    def _taught(self, row: Int[Tensor, " length"], part: slice) -> Logits:
+        return logit_slices(self.head, self.model.config, self.original.hidden(row)[part].to(self.device))
 
     def _set(self, masks: Mapping[str, Tensor]) -> None:
         for site, layers in self.layers.items():
             for layer in layers:
                 layer.mask = masks[site]
 
-    def _final(self, tokens: Int[Tensor, "rows length"]) -> Float[Tensor, "rows length hidden"]:
+    def _final(self, row: Int[Tensor, " length"]) -> Float[Tensor, "length hidden"]:
         """What the head reads; the residual stream is fp32."""
-        hidden = self.stream.embed(tokens)
-        for index, block in enumerate(self.blocks):
-            run = partial(self.stream.forward, index, block)
+        if row.shape not in self.arguments:
+            self.arguments[row.shape] = block_arguments(self.model, 1, len(row))
+        hidden = self.model.get_input_embeddings()(row[None].to(self.device)).float()
+        for block, own in zip(self.blocks, self.arguments[row.shape], strict=True):
+            run = partial(_run, block, own)
             again = self.checkpointing and torch.is_grad_enabled()
             hidden = checkpoint(run, hidden, use_reentrant=False) if again else run(hidden)
-        return self.stream.norm(hidden)  # type: ignore[no-any-return]
+        return self.norm(hidden)[0]  # type: ignore[no-any-return]
+
+
+def _run(block: nn.Module, arguments: dict[str, Any], hidden: Tensor) -> Tensor:
+    out = block(hidden, **arguments)
+    return (out[0] if isinstance(out, tuple) else out).float()  # type: ignore[no-any-return]

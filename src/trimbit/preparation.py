@@ -364,10 +364,11 @@ class Preparation:
         distilled = [*held_out, *(rows if config.loss == "kl" else rows[: config.rows])]
         with self.reporter.stage("the original's answers") as progress:
             original = original_of(self.stream, distilled, self.originals, progress)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with self.reporter.stage("both versions of the weights") as progress:
             return MaskedModel(
                 self.stream, versions, rows, held_out, original, distil=config.loss == "kl", batch=config.batch,
-                checkpointing=config.checkpointing, progress=progress,
+                checkpointing=config.checkpointing, device=device, progress=progress,
             )  # fmt: skip
 
     @property

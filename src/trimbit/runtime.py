@@ -21,6 +21,7 @@ from trimbit.kernels.reference import dequantize
 from trimbit.model.layout import Layout, Unit
 from trimbit.plan import Plan
 from trimbit.precision import ActRun, BFloat16, Data, KVPrecision, Run, code_row_nbytes, group_count, zero_row_nbytes
+from trimbit.quant.qtensor import QTensor
 from trimbit.site_input import change_input, order_dtype
 
 HEAD_ROWS = 8192  # rows of the head that are dequantised at a time: bounds memory
@@ -64,6 +65,13 @@ class Packed(nn.Module):
         self.register_buffer("scales", torch.zeros(rows, group_count(runs), dtype=torch.float16))
         zeros = zero_row_nbytes(runs)
         self.register_buffer("zeros", torch.zeros(rows, zeros, dtype=torch.uint8) if zeros else None)
+
+    @classmethod
+    def of(cls, packed: QTensor) -> "Packed":
+        """The same as a module."""
+        made = cls(packed.shape[0], packed.runs)
+        made.codes, made.scales, made.zeros = packed.codes, packed.scales, packed.zeros
+        return made
 
     def dense(self, dtype: torch.dtype, rows: slice | Tensor = slice(None)) -> Float[Tensor, "rows cols"]:
         """Some rows of the matrix."""

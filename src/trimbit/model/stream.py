@@ -48,9 +48,9 @@ def computing(compute: torch.dtype) -> Iterator[None]:
         yield
 
 
-def products_in(compute: torch.dtype) -> torch.autocast:
+def products_in(compute: torch.dtype, device: str = "cpu") -> torch.autocast:
     """Matrix products in `compute`."""
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=compute is torch.bfloat16, cache_enabled=False)
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=compute is torch.bfloat16, cache_enabled=False)
 
 
 class _Recorder(nn.Module):
@@ -78,11 +78,12 @@ def block_arguments(model: PreTrainedModel, rows: int, length: int) -> list[dict
     """What the model passes to each of its blocks (mask, rotary embeddings, positions) for inputs of this shape."""
     decoder = model.get_decoder()
     blocks = decoder.layers
+    device = next((buffer.device for buffer in decoder.buffers(recurse=True) if not buffer.is_meta), None)  # RoPE's
     recorders = nn.ModuleList(_Recorder(block) for block in blocks)
     try:
         decoder.layers = recorders
         with torch.no_grad():
-            decoder(inputs_embeds=torch.zeros(rows, length, model.config.hidden_size), use_cache=False)
+            decoder(inputs_embeds=torch.zeros(rows, length, model.config.hidden_size, device=device), use_cache=False)
     finally:
         decoder.layers = blocks
     return [recorder.kwargs for recorder in recorders]  # type: ignore[misc]
