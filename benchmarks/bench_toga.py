@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench_main import CONTEXT, HERE, WINDOWS, WORK, Bench, write_tables
+from bench_qpruner import table
 from trimbit import data
 from trimbit.artifact import weight_nbytes
 from trimbit.evaluate import final_hidden, load_model, load_tokenizer, read_hidden, score
@@ -33,6 +34,7 @@ TEXTS = {"wikitext-2": "wikitext-2/wiki.test.raw", "c4": "text/c4_en_300.jsonl.g
 TRAIN = "wikitext-2/train_paragraphs_part.txt.gz"
 NEAREST = "quant={name: rtn, params: {scales: mse}}"
 KV4 = "kv_cache={bits: 4}"
+ALONE = ("search.share=0.0", "search.sort=false")
 ABLATION = {  # each step adds to those before it
     "RTN W4A4": ("rtn-w4a4", ()),
     "+ 12.5 % INT8": ("atom-w4a4", (NEAREST, "search.sort=false")),
@@ -42,21 +44,43 @@ ABLATION = {  # each step adds to those before it
 }
 SETTINGS = {  # channels by diag H, learnt masks, and what else there is of the same bits
     "W3.2A3.2": ("atom-w3.2a3.2", "toga-q-w3.2a3.2", {}),
-    "W1.6A16": ("salient-w1.6a16", "toga-q-w1.6a16", {"PTQ1.61's layout": ("salient-w1.6a16", ("search.low=mbinaryrow",))}),
-    "W2A16": ("salient-w2a16", "toga-q-w2a16", {"SliM": ("slim-w2a16", ()), "GPTQ, INT2": ("slim-w2a16", ("quant",))}),
-    "W3A16": ("salient-w3a16", "toga-q-w3a16", {"SliM": ("slim-w3a16", ())}),
+    "W1.6A16": (
+        "salient-w1.6a16",
+        "toga-q-w1.6a16",
+        {"PTQ1.61's layout": ("salient-w1.6a16", ("search.low=mbinaryrow",))},
+    ),
+    "W2A16": (
+        "salient-w2a16",
+        "toga-q-w2a16",
+        {"SliM": ("slim-w2a16", ()), "GPTQ, INT2": ("salient-w2a16", (*ALONE, "search.low=int2g128"))},
+    ),
+    "W3A16": (
+        "salient-w3a16",
+        "toga-q-w3a16",
+        {"SliM": ("slim-w3a16", ()), "GPTQ, INT3": ("salient-w3a16", (*ALONE, "search.low=int3g128"))},
+    ),
     "W4A4": ("atom-w4a4", "toga-q-w4a4", {"QuaRot": ("quarot-w4a4", ())}),
 }
+CACHES = {"exact": "null", "4 bits, a head": "{bits: 4}", "4 bits, group 32": "{bits: 4, group: 32}",
+          "3 bits, a head": "{bits: 3}", "8 bits, a head": "{bits: 8}"}  # fmt: skip
+UNQUANTISED = "search={name: fixed, params: {blocks: bf16, table: bf16}}"
+OPTIONS = {  # at W1.6A16: what of the masks' training differs from the recipe
+    "as in the recipe": (),
+    "Gumbel": ("search.estimator=gumbel", "search.temperature=0.4"),
+    "KL": ("search.loss=kl",),
+    "GPTQ's versions": ("search.versions=quant",),
+    "no hypernetwork": ("search.network=logits", "search.learning_rate=0.05"),
+    "from nearly all high": ("search.offset=3.0",),
+}
 PARTS = ("ablation", "settings", "kv", "options", "cost")
-SEEDS = (0,)
 
 
 def methods(setting: str) -> dict[str, tuple[str, tuple[str, ...]]]:
     """Recipe and overrides of each method of a setting."""
     salient, learnt, more = SETTINGS[setting]
     return {
-        "RTN, low format alone": (salient, (NEAREST, "search.share=0.0", "search.sort=false")),
-        "GPTQ, low format alone": (salient, ("search.share=0.0", "search.sort=false")),
+        "RTN, low format alone": (salient, (NEAREST, *ALONE)),
+        "GPTQ, low format alone": (salient, ALONE),
         "RTN, diag H": (salient, (NEAREST,)),
         "random": (salient, ("search.by=random",)),
         "diag H": (salient, ()),
@@ -64,3 +88,194 @@ def methods(setting: str) -> dict[str, tuple[str, tuple[str, ...]]]:
         "learnt": (learnt, ()),
         **more,
     }
+
+
+class Toga(Bench):
+    """Whole recipes on two texts."""
+
+    def opened(self, recipe: str, overrides: tuple[str, ...] = ()) -> Session:
+        loaded = load_recipe(recipe, (*overrides, "calibration.training=150"))
+        return open_session(self.off_grid(0), loaded, calibration=str(self.folder / TRAIN), seed=0)
+
+    def run(self, recipe: str, overrides: tuple[str, ...] = ()) -> dict:
+        """Compress, and what is left on both texts; where masks are learnt, their shares and curve, too."""
+        out = WORK / "toga"
+        shutil.rmtree(out, ignore_errors=True)
+        session = self.opened(recipe, overrides)
+        started = time.perf_counter()
+        plan = session.find_plan(None)
+        searched = time.perf_counter()
+        written = session.write(plan, out)
+        found = {
+            "nbytes": weight_nbytes(out), "search_seconds": round(searched - started, 1),
+            "method": plan.found_by.method,
+            "apply_seconds": round(time.perf_counter() - searched, 1), "notes": list(plan.found_by.notes),
+            "held_out_kl": written.found_by.measured_damage, "texts": {text: self.on(out, text) for text in TEXTS},
+        }  # fmt: skip
+        if plan.content in session.curves:
+            curve = session.curves[plan.content]
+            found |= {"shares": shares(session.layout, plan), "losses": [round(step["loss"], 4) for step in curve]}
+        return found
+
+    def on(self, path: Path, text: str) -> dict:
+        """ppl@2048 and KL on a text, keys and values as the model caches them."""
+        original = self.off_grid(0)
+        windows = data.evaluation_windows(
+            self.folder / TEXTS[text], load_tokenizer(original), context=CONTEXT, limit=WINDOWS
+        )
+        dense, cached = load_model(original, torch.bfloat16), WORK / f"dense-{original.name}-{text}.safetensors"
+        if not cached.exists():
+            save_file({str(at): final_hidden(dense, window).clone() for at, window in enumerate(windows)}, cached)
+        reference, model = load_file(cached), load_model(path, torch.bfloat16)
+        totals = torch.zeros(3, dtype=torch.float64)
+        for at, window in enumerate(windows):
+            totals += score(model, read_hidden(model, window), window, (dense, reference[str(at)]))
+        nll, kl, _ = (totals / (len(windows) * (CONTEXT - 1))).tolist()
+        return {"ppl@2048": math.exp(nll), "kl": kl}
+
+    def original(self) -> dict:
+        return {
+            "nbytes": weight_nbytes(self.off_grid(0)),
+            "texts": {text: self.on(self.off_grid(0), text) for text in TEXTS},
+        }
+
+    def cost(self) -> dict:
+        """Seconds a step of 512 tokens, with each block run twice and without, in turns."""
+        session = self.opened("toga-q-w3.2a3.2")
+        masked = session.masked(session.search[1])
+        generator = torch.Generator().manual_seed(0)
+        masks = {
+            site: (torch.rand(len(layers[0].order), generator=generator) < 0.04).float()
+            for site, layers in masked.layers.items()
+        }
+        seconds: dict[str, list[float]] = {"checkpointed": [], "kept": []}
+        for step in range(10):
+            for kind, own in seconds.items():
+                masked.checkpointing = kind == "checkpointed"
+                started = time.perf_counter()
+                masked.gradients(masks, step)
+                own.append(round(time.perf_counter() - started, 3))
+        return {"step_seconds": seconds}
+
+
+def write_page(results: dict) -> None:
+    """Draw all tables and pictures of docs/toga.md."""
+    parts = {
+        "ablation": lambda r: texts_table(r, "step", {step: f"ablation/{step}" for step in ABLATION}),
+        "settings": settings_table,
+        "caches": lambda r: texts_table(r, "cache", {kind: f"kv/{kind}" for kind in CACHES}),
+        "options": lambda r: texts_table(r, "masks", {option: f"options/{option}" for option in OPTIONS}),
+        "cost": cost_table,
+    }
+    for part, rows in parts.items():
+        write_tables(PAGE, "\n" + "\n".join(rows(results)) + "\n\n", part)
+    draw_bits(results)
+    draw_masks(results)
+
+
+def texts_table(results: dict, head: str, keys: dict[str, str]) -> list[str]:
+    """Bytes, perplexity and KL of some cells, the original first."""
+    heads = [head, "weight file, MB", *(f"{what}, {text}" for text in TEXTS for what in ("ppl@2048", "KL"))]
+    rows = []
+    for name, key in {"original": "original", **keys}.items():
+        cell = results.get(key)
+        figures = [] if cell is None else [f"{cell['nbytes'] / 1e6:.2f}", *figures_of(cell)]
+        rows.append([name, *(figures or ["not run", *[""] * (len(heads) - 2)])])
+    return table(heads, rows)
+
+
+def figures_of(cell: dict) -> list[str]:
+    found = [cell["texts"][text] for text in TEXTS]
+    return [figure for own in found for figure in (f"{own['ppl@2048']:.2f}", f"{own['kl']:.3f}")]
+
+
+def settings_table(results: dict) -> list[str]:
+    lines: list[str] = []
+    for setting in SETTINGS:
+        keys = {method: f"settings/{setting}/{method}" for method in methods(setting)}
+        lines += [f"### {setting}", "", *texts_table(results, "method", keys), ""]
+    return lines
+
+
+def cost_table(results: dict) -> list[str]:
+    cell = results.get("cost")
+    if cell is None:
+        return ["not run"]
+    each = {kind: sorted(own) for kind, own in cell["step_seconds"].items()}
+    rows = [[kind, f"{own[len(own) // 2]:.2f}", f"{own[0]:.2f} to {own[-1]:.2f}"] for kind, own in each.items()]
+    return table(["activations of a block", "seconds a step, median", "range"], rows)
+
+
+def draw_bits(results: dict) -> None:
+    """KL on both texts against the bytes of the file, a mark a method."""
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained", sharey=True)
+    names = list(dict.fromkeys(method for setting in SETTINGS for method in methods(setting)))
+    for axes, text in zip(panels, TEXTS, strict=True):
+        for at, method in enumerate(names):
+            keys = [f"settings/{setting}/{method}" for setting in SETTINGS]
+            cells = [results[key] for key in keys if key in results]
+            if cells:
+                sizes, kls = zip(*[(c["nbytes"] / 1e6, c["texts"][text]["kl"]) for c in cells], strict=True)
+                axes.plot(sizes, kls, "osD^vP*X<>"[at % 10], color=f"C{at % 10}", ms=8, label=method)
+        axes.set(xlabel="weight file, MB", title=f"{text} test, context 2048", yscale="log")
+    panels[0].set_ylabel("KL to the original, nats a token")
+    panels[1].legend(frameon=False, fontsize="small")
+    figure.savefig(PAGE.with_name("toga-bits.png"), dpi=120)
+    pyplot.close(figure)
+
+
+def draw_masks(results: dict) -> None:
+    """The share of high channels by block and site, and the loss, of each setting's learnt masks."""
+    from matplotlib import pyplot
+
+    cells = {s: results[k] for s in SETTINGS if (k := f"settings/{s}/learnt") in results}
+    if not cells:
+        return
+    figure, rows = pyplot.subplots(len(cells), 2, figsize=(11, 2.8 * len(cells)), layout="constrained", squeeze=False)
+    for (left, right), (setting, cell) in zip(rows, cells.items(), strict=True):
+        for site, own in cell["shares"].items():
+            left.plot(range(len(own)), [100 * share for share in own], marker=".", label=site)
+        left.set(title=setting, xlabel="block", ylabel="high channels, %", ylim=(0, None))
+        left.legend(frameon=False, ncols=4, fontsize="small")
+        losses = torch.tensor(cell["losses"])
+        right.plot(range(1, len(losses) + 1), losses, color="0.85", lw=0.8)
+        means = losses.unfold(0, 25, 1).mean(-1)
+        right.plot(range(25, len(losses) + 1), means, label="mean of 25 steps")
+        right.set(xlabel="step", ylabel="loss, nats a token")
+        right.legend(frameon=False)
+    figure.savefig(PAGE.with_name("toga-masks.png"), dpi=110)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS)
+    options = parser.parse_args()
+    os.environ.setdefault("TRIMBIT_CACHE", str(WORK / "cache"))
+    bench = Toga(options.source, options.data, RESULTS)
+    bench.cell("original", bench.original)
+    if "ablation" in options.only:
+        for step, (recipe, own) in ABLATION.items():
+            bench.cell(f"ablation/{step}", lambda r=recipe, o=own: bench.run(r, o))
+    if "settings" in options.only:
+        for setting in SETTINGS:
+            for method, (recipe, own) in methods(setting).items():
+                bench.cell(f"settings/{setting}/{method}", lambda r=recipe, o=own: bench.run(r, o))
+    if "kv" in options.only:
+        for kind, precision in CACHES.items():
+            own = (UNQUANTISED, f"kv_cache={precision}", "quant={name: rtn}")
+            bench.cell(f"kv/{kind}", lambda o=own: bench.run("rtn-w4a4", o))
+    if "options" in options.only:
+        for option, own in OPTIONS.items():
+            bench.cell(f"options/{option}", lambda o=own: bench.run("toga-q-w1.6a16", o))
+    if "cost" in options.only:
+        bench.cell("cost", bench.cost)
+    write_page(bench.results)
+
+
+if __name__ == "__main__":
+    main()
