@@ -6,6 +6,8 @@ import torch
 
 from trimbit.pipeline import Session
 from trimbit.plan import Budget
+from trimbit.search.hypernetwork import HIDDEN
+from trimbit.search.mixed import Masking
 
 TASK_DOCUMENTS = 2000  # where no limit says how many
 TASK_TOKENS = 200  # of a document's prompts and choices
@@ -19,7 +21,7 @@ def estimate(session: Session, budget: Budget | None) -> list[tuple[str, str]]:
     layout, recipe = session.layout, session.recipe
     limit = session.limit(budget)
     rows = recipe.calibration.rows + recipe.calibration.held_out
-    tokens = rows * recipe.calibration.length
+    tokens, text = rows * recipe.calibration.length, rows + recipe.calibration.training
     block = sum(w.rows * w.cols for w in layout.weights.values() if w.unit.startswith("blocks.0."))
     hidden = tokens * layout.sizes["hidden"] * 4
     table = layout.sizes["vocab"] * layout.sizes["hidden"]
@@ -36,6 +38,7 @@ def estimate(session: Session, budget: Budget | None) -> list[tuple[str, str]]:
         blocks = 1 if session.tuning.checkpointing else layout.blocks
         width = 16 * layout.sizes["hidden"] + 8 * layout.sizes["mid"]
         recovering = limit + 2 * table + session.tuning.micro * session.tuning.length * blocks * width * 2
+    masking = _masking_nbytes(session) if isinstance(session.search[1], Masking) else 0
     return [
         (
             "model",
@@ -43,10 +46,25 @@ def estimate(session: Session, budget: Budget | None) -> list[tuple[str, str]]:
             f"{2 * layout.parameters / 1e6:.0f} MB in bf16",
         ),
         ("weight files", f"at most {limit:,} bytes ({8 * limit / layout.parameters:.2f} bits a parameter)"),
-        ("calibration", f"{rows} rows of {recipe.calibration.length} tokens, {session.calibration}"),
-        ("memory", f"about {max(streaming, measuring, recovering) / 1e6:.0f} MB above the libraries"),
+        ("calibration", f"{text} rows of {recipe.calibration.length} tokens, {session.calibration}"),
+        ("memory", f"about {max(streaming, measuring, recovering, masking) / 1e6:.0f} MB above the libraries"),
         ("time", f"about {_seconds(session, tokens, block) / 60:.0f} minutes"),
     ]
+
+
+def _masking_nbytes(session: Session) -> int:
+    """Both versions, the tables, what a row leaves for the backward pass, the hypernetwork with AdamW's moments."""
+    layout, config = session.layout, session.search[1]
+    tables = sum(w.rows * w.cols for w in layout.weights.values() if not layout.readers(w.site))
+    codes = sum(w.rows * w.cols for w in layout.weights.values()) - tables
+    versions = codes * (config.low.bits + config.high.bits) / 8
+    width = 16 * layout.sizes["hidden"] + 8 * layout.sizes["mid"]
+    kept = layout.blocks * (4 * layout.sizes["hidden"] if config.checkpointing else 2 * width) + 2 * width
+    channels = sum(
+        layout.readers(site)[0].cols for site in {w.site for w in layout.weights.values()} if layout.readers(site)
+    )
+    nbytes: float = versions + 4 * tables + config.length * kept + 16 * 2 * HIDDEN * channels
+    return round(nbytes)
 
 
 def _seconds(session: Session, tokens: int, block: int) -> float:
@@ -70,7 +88,12 @@ def _seconds(session: Session, tokens: int, block: int) -> float:
         asked = len(goal.tasks) * (goal.documents or TASK_DOCUMENTS) * TASK_TOKENS * layout.parameters
         applied = tokens * layout.blocks * block if goal.steps else 0
         work += session.search[1].optimiser.trials * (judged + asked + applied + goal.steps * step)
+    config = session.search[1]
+    if isinstance(config, Masking):  # forward, twice if checkpointed, and back, and the head
+        trained = getattr(config, "steps", 0) * config.batch * config.length * layout.parameters
+        work += (5.0 if config.checkpointing else 4.0) * trained
     if session.calibration == "self":
+        tokens += recipe.calibration.training * recipe.calibration.length
         work += 10.0 * tokens * layout.parameters  # decoding reads all weights for few rows
     rounding = sum(w.cols for w in layout.weights.values()) * 2e-4  # seconds, one column after the other
     return work / speed + rounding * (trials + (len(recipe.space.formats) if recipe.space else 0))

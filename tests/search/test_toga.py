@@ -197,6 +197,9 @@ def test_bad_input(tmp_path, module):
         task = made(tmp_path, config, limit=limit)
         with pytest.raises(BudgetError, match=rf"{side} what binaryg32 and int4g32 reach: [\d,]+ to [\d,]+ bytes"):
             module.search(task, config)
+    pruned = replace(made(tmp_path, config, limit=50_000), space=Space(formats=(), table_formats=(), kept={"x": 1}))
+    with pytest.raises(RecipeError, match="leave `prune` out"):
+        module.require_feasible(pruned, config)
     for change, message in (
         ({"tile": 32}, "a tile of 32 channels does not divide the 48 channels of blocks.0.attn.a_in"),
         ({"low": SMALL["high"], "high": SMALL["low"]}, "must have more bits than the low one"),

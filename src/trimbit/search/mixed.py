@@ -51,7 +51,8 @@ class Sites:
     """The sites of a problem and what their high channels cost.
 
     Raises:
-        RecipeError: if the tile does not divide the channels of a site, or high does not have more bits than low.
+        RecipeError: if the tile does not divide the channels of a site, high does not have more bits than low, or
+            something is pruned before the search.
     """
 
     problem: Problem
@@ -59,6 +60,8 @@ class Sites:
 
     def __post_init__(self) -> None:
         low, high = self.mixed.low, self.mixed.high
+        if self.problem.space.kept:
+            raise RecipeError("two formats in a weight go with whole models alone: leave `prune` out of the recipe")
         if low.bits >= high.bits:
             raise RecipeError(f"the high format {high.name} must have more bits than the low one, {low.name}")
         for site, channels in self.channels.items():
