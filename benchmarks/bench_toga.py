@@ -24,8 +24,10 @@ from bench_qpruner import table
 from trimbit import data
 from trimbit.artifact import weight_nbytes
 from trimbit.evaluate import final_hidden, load_model, load_tokenizer, read_hidden, score
+from trimbit.kv_cache import pack_cache
 from trimbit.learning import shares
 from trimbit.pipeline import Session, open_session
+from trimbit.precision import KVPrecision
 from trimbit.recipe import load_recipe
 
 RESULTS = HERE / "results" / "toga.json"
@@ -85,6 +87,7 @@ def methods(setting: str) -> dict[str, tuple[str, tuple[str, ...]]]:
         "random": (salient, ("search.by=random",)),
         "diag H": (salient, ()),
         "shares by measured KL": (salient, ("search.name=shares",)),
+        "RTN, learnt": (learnt, (NEAREST,)),
         "learnt": (learnt, ()),
         **more,
     }
@@ -97,7 +100,7 @@ class Toga(Bench):
         loaded = load_recipe(recipe, (*overrides, "calibration.training=150"))
         return open_session(self.off_grid(0), loaded, calibration=str(self.folder / TRAIN), seed=0)
 
-    def run(self, recipe: str, overrides: tuple[str, ...] = ()) -> dict:
+    def run(self, recipe: str, overrides: tuple[str, ...] = (), *, also_kv4: bool = False) -> dict:
         """Compress, and what is left on both texts; where masks are learnt, their shares and curve, too."""
         out = WORK / "toga"
         shutil.rmtree(out, ignore_errors=True)
@@ -112,13 +115,15 @@ class Toga(Bench):
             "apply_seconds": round(time.perf_counter() - searched, 1), "notes": list(plan.found_by.notes),
             "held_out_kl": written.found_by.measured_damage, "texts": {text: self.on(out, text) for text in TEXTS},
         }  # fmt: skip
+        if also_kv4:
+            found["texts, KV4"] = {text: self.on(out, text, KVPrecision()) for text in TEXTS}
         if plan.content in session.curves:
             curve = session.curves[plan.content]
             found |= {"shares": shares(session.layout, plan), "losses": [round(step["loss"], 4) for step in curve]}
         return found
 
-    def on(self, path: Path, text: str) -> dict:
-        """ppl@2048 and KL on a text, keys and values as the model caches them."""
+    def on(self, path: Path, text: str, kv_cache: KVPrecision | None = None) -> dict:
+        """ppl@2048 and KL on a text, keys and values as the model caches them, or as is said here."""
         original = self.off_grid(0)
         windows = data.evaluation_windows(
             self.folder / TEXTS[text], load_tokenizer(original), context=CONTEXT, limit=WINDOWS
@@ -127,6 +132,8 @@ class Toga(Bench):
         if not cached.exists():
             save_file({str(at): final_hidden(dense, window).clone() for at, window in enumerate(windows)}, cached)
         reference, model = load_file(cached), load_model(path, torch.bfloat16)
+        if kv_cache is not None:
+            pack_cache(model, kv_cache)
         totals = torch.zeros(3, dtype=torch.float64)
         for at, window in enumerate(windows):
             totals += score(model, read_hidden(model, window), window, (dense, reference[str(at)]))
@@ -193,7 +200,12 @@ def settings_table(results: dict) -> list[str]:
     lines: list[str] = []
     for setting in SETTINGS:
         keys = {method: f"settings/{setting}/{method}" for method in methods(setting)}
-        lines += [f"### {setting}", "", *texts_table(results, "method", keys), ""]
+        cells = {key: results[key] for key in keys.values() if key in results}
+        for method in ("diag H", "learnt"):
+            if kv4 := cells.get(keys[method], {}).get("texts, KV4"):
+                keys[f"{method}, KV4"] = f"{keys[method]}, KV4"
+                cells[keys[f"{method}, KV4"]] = cells[keys[method]] | {"texts": kv4}
+        lines += [f"### {setting}", "", *texts_table(results | cells, "method", keys), ""]
     return lines
 
 
@@ -264,7 +276,8 @@ def main() -> None:
     if "settings" in options.only:
         for setting in SETTINGS:
             for method, (recipe, own) in methods(setting).items():
-                bench.cell(f"settings/{setting}/{method}", lambda r=recipe, o=own: bench.run(r, o))
+                kv4 = method in {"diag H", "learnt"}
+                bench.cell(f"settings/{setting}/{method}", lambda r=recipe, o=own, k=kv4: bench.run(r, o, also_kv4=k))
     if "kv" in options.only:
         for kind, precision in CACHES.items():
             own = (UNQUANTISED, f"kv_cache={precision}", "quant={name: rtn}")

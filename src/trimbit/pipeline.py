@@ -20,6 +20,7 @@ from trimbit.preparation import Preparation
 from trimbit.recipe import Recipe
 from trimbit.recovery import TUNING_FILE, adapter_tensors, recovered, tuning_note, tuning_record
 from trimbit.repair.tune import identity, require_peft
+from trimbit.search.mixed import Masking
 from trimbit.search.problem import Problem
 from trimbit.tasks import check_tasks, task_keys
 
@@ -57,7 +58,10 @@ class Session(Preparation):
         held_out, measure, objective = self.held_out.digest, self.recipe.measure, self.objective
         want = None if measure is None else measure.length
         module, config = self.search
-        shared = [source_digest(), self.stats_key, self.candidates.folder.name, held_out, self.training.digest, want]
+        weights: object = self.candidates.folder.name
+        if isinstance(config, Masking):
+            weights = [self.training.digest, self.plain(self.recipe.quant) if config.versions == "quant" else None]
+        shared = [source_digest(), self.stats_key, weights, held_out, want]
         steps = [module.identity(config), self.plain(self.recipe.importance), self.space.model_dump(mode="json")]
         if objective is not None and objective.steps:
             assert self.tuning is not None
