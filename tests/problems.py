@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from tiny import tiny_config
@@ -82,6 +83,15 @@ def measurements(
             for width in widths_of(LAYOUT, unit, space)
         ),
     )
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Invented figures of channels."""
+
+    energies: Callable[..., Any] = dict
+    salience: Callable[..., Any] = list
+    rounding_error: Callable[..., Any] = float
 
 
 def problem(limit: int, **fields: Any) -> Problem:

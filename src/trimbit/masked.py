@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from trimbit.candidates import CandidateWeights
 from trimbit.kernels.acts import round_activations
 from trimbit.model.head import Head, Judged, Logits, following, judge, logit_slices, loss_gradient
 from trimbit.model.layout import Weight
@@ -25,6 +26,7 @@ from trimbit.progress import Progress
 from trimbit.quant.qtensor import QTensor
 from trimbit.repair.tune import Original
 from trimbit.runtime import Packed, set_module
+from trimbit.search.mixed import Masking
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +38,21 @@ class Versions:
     low_acts: ActInt | None
     high_acts: ActInt | None
     order: Int[Tensor, " cols"]
+
+
+def both_versions(
+    candidates: CandidateWeights, config: Masking, orders: Mapping[str, Tensor], weight: Weight
+) -> Versions:
+    """A weight in both formats; the candidates' columns are in `orders`, by site."""
+    low, high = (candidates.compressed(weight, precision).packed for precision in (config.low, config.high))
+    order = orders[weight.site]
+    return Versions(low=low, high=high, low_acts=config.low_acts, high_acts=config.high_acts, order=order)
+
+
+def of_length(rows: Int[Tensor, "rows length"], length: int) -> Int[Tensor, "pieces piece"]:
+    """Rows cut into pieces of this length; what is left of each is not used."""
+    whole = rows.shape[1] // length * length
+    return rows[:, :whole].reshape(-1, length)
 
 
 class MaskedLinear(nn.Module):
@@ -91,25 +108,24 @@ def _rounded(x: Tensor, acts: ActInt | None) -> Tensor:
 
 
 class MaskedModel:
-    """Losses of a model under masks by site, and their gradients; on `device`, whatever gives and takes the masks."""
+    """Losses of a model under masks by site, and their gradients; on a GPU where there is one."""
 
     def __init__(
         self, stream: BlockStream, versions: Callable[[Weight], Versions], rows: Int[Tensor, "rows length"],
-        held_out: Int[Tensor, "held held_length"], original: Original, *, distil: bool, batch: int, checkpointing: bool,
-        device: torch.device, progress: Progress,
+        held_out: Int[Tensor, "held held_length"], original: Original, config: Masking, progress: Progress,
     ) -> None:  # fmt: skip
         self.compute = stream.compute
         self.rows = rows
         self.held_out = held_out
         self.original = original
-        self.distil = distil
-        self.batch = batch
-        self.checkpointing = checkpointing
-        self.device = device
+        self.distil = config.loss == "kl"
+        self.batch = config.batch
+        self.checkpointing = config.checkpointing
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.layers: dict[str, list[MaskedLinear]] = {}
         self.model = build_skeleton(stream.checkpoint.config)
         self._materialize(stream, versions, progress)
-        nn.Module.to(self.model, device).requires_grad_(requires_grad=False)
+        nn.Module.to(self.model, self.device).requires_grad_(requires_grad=False)
         self.blocks: nn.ModuleList = self.model.get_decoder().layers
         self.norm = self.model.get_submodule(stream.layout.family.final_norm)
         self.head: Head = self.model.get_output_embeddings()

@@ -7,7 +7,7 @@ import importlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,19 +21,18 @@ from trimbit import data
 from trimbit.apply import Method, cut_unit
 from trimbit.cache import cache_root, save_whole, source_digest
 from trimbit.candidates import CandidateWeights
+from trimbit.channels import Channels
 from trimbit.distillation import original_of
 from trimbit.errors import DataError, RecipeError
 from trimbit.information import layer_information
 from trimbit.instructions import from_instructions, from_rows
-from trimbit.linalg import damped_inverse
-from trimbit.masked import MaskedModel, Versions
+from trimbit.masked import MaskedModel, both_versions, of_length
 from trimbit.measurements import Objective, Space
 from trimbit.model.checkpoint import Checkpoint
-from trimbit.model.layout import Layout, Weight, build_layout
+from trimbit.model.layout import Layout, build_layout
 from trimbit.model.stream import BlockStream
 from trimbit.model.whole import WholeModel
 from trimbit.plan import ModelRef, digest
-from trimbit.precision import Run
 from trimbit.progress import Progress, Reporter, Silent
 from trimbit.prune import kept_widths, protected
 from trimbit.quant import rtn
@@ -45,8 +44,6 @@ from trimbit.repair.tune import Example
 from trimbit.search.mixed import Masking
 from trimbit.stats import Stats, collect, stored
 from trimbit.trials import Trials
-
-DAMPING = 0.01  # code (Aaronhuang-778/SliM-LLM): of diag H, as a share of its mean
 
 
 def module_of(stage: str, step: Step) -> ModuleType:
@@ -209,29 +206,11 @@ class Preparation:
         with self.reporter.stage("statistics") as progress:
             return collect(stream, tokens, folder, progress)
 
-    def energies(self) -> dict[str, list[float]]:
-        """Diag H of the inputs of each site of the blocks."""
-        assert self.stats is not None
-        sites = dict.fromkeys(
-            weight.site for weight in self.layout.weights.values() if self.layout.readers(weight.site)
-        )
-        return {site: self.stats.moments(site).h.diagonal().tolist() for site in sites}
-
-    def salience(self, name: str) -> list[float]:
-        """Of each input channel of a weight: the sum of w^2 / [H^-1]_jj^2 over its rows."""
-        assert self.stats is not None
-        h = self.stats.moments(self.layout.weights[name].site).h.double()
-        w = self.checkpoint.tensor(f"{name}.weight").double()
-        inverse = damped_inverse(h, DAMPING).diagonal()
-        return (w.square().sum(0) / inverse.square()).tolist()
-
-    def rounding_error(self, name: str, runs: tuple[Run, ...]) -> float:
-        """E |(W - Q) x|^2 of a weight that is rounded to nearest in these runs."""
-        assert self.stats is not None
-        h = self.stats.moments(self.layout.weights[name].site).h
-        w = self.checkpoint.tensor(f"{name}.weight").float()
-        off = w - rtn.quantize(w, None, runs, rtn.Config(scales="mse")).dequantize()
-        return float(torch.linalg.vecdot(off @ h, off).sum())
+    @property
+    def channels(self) -> Channels | None:
+        """What is known of the input channels of weights, where there are statistics."""
+        stats = self.stats
+        return None if stats is None else Channels(checkpoint=self.checkpoint, layout=self.layout, stats=stats)
 
     @cached_property
     def rankings(self) -> dict[str, tuple[int, ...]]:
@@ -340,36 +319,24 @@ class Preparation:
         return self._masked[1]
 
     def _make_masked(self, config: Masking) -> MaskedModel:
-        assert self.stats is not None
+        assert self.channels is not None
         method = self.method if config.versions == "quant" else Method(module=rtn, config=rtn.Config(scales="mse"))
         orders = {
             site: torch.tensor(own).argsort(stable=True) if config.sort else torch.arange(len(own))
-            for site, own in self.energies().items()
+            for site, own in self.channels.energies().items()
         }
         code = source_digest("quant", "kernels", "candidates.py", "apply.py")
-        decides = [code, self.stats_key, config.versions, config.sort, self.plain(self.recipe.quant)]
+        key = digest([code, self.stats_key, config.versions, config.sort, self.plain(self.recipe.quant)])
         candidates = CandidateWeights(
-            self.checkpoint, self.layout, self.stats, method, self.cache / "candidates" / digest(decides), {}, None,
-            orders=orders,
-        )  # fmt: skip
-        acts = config.low_acts, config.high_acts
-
-        def versions(weight: Weight) -> Versions:
-            low, high = (candidates.compressed(weight, precision).packed for precision in (config.low, config.high))
-            return Versions(low=low, high=high, low_acts=acts[0], high_acts=acts[1], order=orders[weight.site])
-
-        rows = self.training.tokens
-        rows = rows[:, : rows.shape[1] // config.length * config.length].reshape(-1, config.length)
-        held_out = self.held_out.tokens
-        distilled = [*held_out, *(rows if config.loss == "kl" else rows[: config.rows])]
+            self.checkpoint, self.layout, self.stats, method, self.cache / "candidates" / key, {}, None, orders=orders
+        )
+        rows, held_out = of_length(self.training.tokens, config.length), self.held_out.tokens
         with self.reporter.stage("the original's answers") as progress:
+            distilled = [*held_out, *(rows if config.loss == "kl" else rows[: config.rows])]
             original = original_of(self.stream, distilled, self.originals, progress)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with self.reporter.stage("both versions of the weights") as progress:
-            return MaskedModel(
-                self.stream, versions, rows, held_out, original, distil=config.loss == "kl", batch=config.batch,
-                checkpointing=config.checkpointing, device=device, progress=progress,
-            )  # fmt: skip
+            versions = partial(both_versions, candidates, config, orders)
+            return MaskedModel(self.stream, versions, rows, held_out, original, config, progress)
 
     @property
     def originals(self) -> Path:

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 from transformers import LlamaConfig
 
-from problems import REF
+from problems import REF, Figures
 from trimbit.errors import BudgetError, RecipeError
 from trimbit.measurements import Space
 from trimbit.model.layout import build_layout
@@ -37,10 +37,10 @@ def error(name, runs):
 
 
 def problem(limit=None, **fields):
-    given = {"salience": salience, "rounding_error": error} | fields
+    channels = Figures(**{"salience": salience, "rounding_error": error} | fields)
     made = Problem(
         layout=LAYOUT, model=REF, limit=limit or 0, space=Space(formats=(), table_formats=()), rankings={},
-        recipe_hash="0", seed=0, **given,
+        recipe_hash="0", seed=0, channels=channels,
     )  # fmt: skip
     return made if limit else problem(slim.default_limit(made, slim.Config()), **fields)
 

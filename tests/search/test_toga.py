@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from problems import LAYOUT, measurements, problem
+from problems import LAYOUT, Figures, measurements, problem
 from trimbit.errors import ArtifactError, BudgetError, NumericsError, RecipeError
 from trimbit.measurements import Space
 from trimbit.model.head import Judged
@@ -59,8 +59,8 @@ def worths(seed=1):
 def made(tmp_path, config=CONFIG, limit=None, **fields):
     masked = fields.pop("masked", None) or Invented(worths())
     found = problem(
-        limit or 10**9, space=SPACE, measurements=measurements(), energies=energies, masked=lambda _: masked,
-        journal=tmp_path / "masks.jsonl", key="k", **fields,
+        limit or 10**9, space=SPACE, measurements=measurements(), channels=Figures(energies=energies),
+        masked=lambda _: masked, journal=tmp_path / "masks.jsonl", key="k", **fields,
     )  # fmt: skip
     module = importlib.import_module(type(config).__module__)
     return found if limit else replace(found, limit=module.default_limit(found, config))

@@ -19,7 +19,7 @@ from trimbit.plan import Plan
 from trimbit.precision import BF16, ActInt, ActRun, Data, Int, Precision, Run, row_nbytes
 from trimbit.search.problem import Problem
 
-Channels = Mapping[str, Sequence[int]]  # site -> its high channels
+High = Mapping[str, Sequence[int]]  # site -> its high channels
 
 
 class Mixed(Data):
@@ -85,9 +85,9 @@ class Sites:
     @cached_property
     def energies(self) -> Mapping[str, Sequence[float]]:
         """Diag H of each site's inputs; for sizes alone, falling numbers, so that orders are stored."""
-        if self.problem.energies is None:
+        if self.problem.channels is None:
             return {site: [-float(at) for at in range(count)] for site, count in self.channels.items()}
-        return self.problem.energies()
+        return self.problem.channels.energies()
 
     def bits(self, tiles: Mapping[str, int]) -> float:
         """Mean nominal bits of a code."""
@@ -124,7 +124,7 @@ class Sites:
         ranked = sorted(range(len(energies)), key=lambda channel: (-energies[channel], channel))
         return tuple(ranked[: tiles * self.mixed.tile])
 
-    def plan(self, high: Channels, method: str) -> Plan:
+    def plan(self, high: High, method: str) -> Plan:
         """The plan whose `high` channels are high."""
         problem, mixed = self.problem, self.mixed
         formats = {
@@ -176,7 +176,7 @@ class Sites:
         tiles = self.fitting
         return self.problem.limit - self.sized(tiles) + sum(self.site_nbytes(*each) for each in tiles.items())
 
-    def filled(self, chosen: Callable[[int], Channels], what: str) -> Plan:
+    def filled(self, chosen: Callable[[int], High], what: str) -> Plan:
         """The plan of the channels that are `chosen` for so many bytes; fewer, where its header is too long."""
         limit = self.limit
         while True:
@@ -188,7 +188,7 @@ class Sites:
                 return plan
             limit -= over
 
-    def high(self, plan: Plan) -> Channels:
+    def high(self, plan: Plan) -> High:
         """The high channels of a plan."""
         found = {}
         for site, count in self.channels.items():
@@ -227,7 +227,7 @@ class Sites:
         return self.spread(low)
 
 
-def as_masks(high: Channels, sites: Sites) -> dict[str, Tensor]:
+def as_masks(high: High, sites: Sites) -> dict[str, Tensor]:
     """Ones where a site's channel is high."""
     masks = {site: torch.zeros(count) for site, count in sites.channels.items()}
     for site, channels in high.items():

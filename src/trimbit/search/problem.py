@@ -33,6 +33,21 @@ class Method(Protocol):
     def search(self, problem: "Problem", config: Data) -> Plan: ...  # noqa: D102
 
 
+@runtime_checkable
+class Channels(Protocol):
+    """Figures of the input channels of weights, and of weights rounded along them."""
+
+    def energies(self) -> Mapping[str, Sequence[float]]:
+        """Diag H of each site's inputs."""
+
+    def salience(self, name: str) -> Sequence[float]:
+        """Of each input channel of a weight: the sum of w^2 / [H^-1]_jj^2 over its rows."""
+
+    def rounding_error(self, name: str, runs: tuple[Run, ...]) -> float:
+        """E |(W - Q) x|^2 of a weight that is rounded to nearest in these runs."""
+
+
+@runtime_checkable
 class Masked(Protocol):
     """The frozen model whose every weight holds a low and a high version, of which masks choose for each channel."""
 
@@ -59,9 +74,7 @@ class Problem:
     evaluate: Evaluate | None = None  # quick: KL of a plan put together from what was quantised alone
     trial: Evaluate | None = None  # real: KL of the plan as it is applied
     outcomes: Outcomes | None = None  # of plans, in their order, as the search's objective wants them judged
-    energies: Callable[[], Mapping[str, Sequence[float]]] | None = None  # diag H of each site's inputs
-    salience: Callable[[str], Sequence[float]] | None = None  # of a weight's input channels: sum of w^2 / [H^-1]_jj^2
-    rounding_error: Callable[[str, tuple[Run, ...]], float] | None = None  # E |(W - Q) x|^2 of a weight rounded so
+    channels: "Channels | None" = None  # what is known of the weights' input channels
     masked: "Callable[[Any], Masked] | None" = None  # the model with two formats in every weight, for gradients
     importance: Callable[[], Mapping[str, float]] | None = None  # of `blocks.7`, `blocks.7.attn`, ... to the task
     journal: Path | None = None  # of trials or steps, for a search that may be broken off and go on

@@ -82,9 +82,8 @@ def _uniform(problem: Problem, config: Config) -> Plan:
 
 def _best(problem: Problem, name: str, bits: int) -> tuple[tuple[Run, ...], int]:
     """The runs of a weight, and how many of its groups have a bit more."""
-    assert problem.salience is not None, "the search reads diag H^-1"
-    assert problem.rounding_error is not None, "the search rounds"
-    salience = problem.salience(name)
+    assert problem.channels is not None, "the search reads saliences"
+    salience = problem.channels.salience(name)
     whole = len(salience) // GROUP
     if whole < 2:
         raise RecipeError(f"weight {name} has {len(salience)} input channels, fewer than two groups of {GROUP}")
@@ -97,7 +96,7 @@ def _best(problem: Problem, name: str, bits: int) -> tuple[tuple[Run, ...], int]
         for low, high in zip(ranked[:moved], ranked[whole - moved :], strict=True):
             own[low], own[high] = less, more
         runs = _joined(own, len(salience))
-        found.append((problem.rounding_error(name, runs), moved, runs))
+        found.append((problem.channels.rounding_error(name, runs), moved, runs))
     _, moved, runs = min(found, key=lambda one: one[:2])
     return runs, moved
 
