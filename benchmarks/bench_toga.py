@@ -44,7 +44,7 @@ ABLATION = {  # each step adds to those before it
     "+ GPTQ": ("atom-w4a4", ()),
     "+ KV4": ("atom-w4a4", (KV4,)),
 }
-SETTINGS = {  # channels by diag H, learnt masks, and what else there is of the same bits
+SETTINGS = {  # channels by diag H, learnt masks, and what else there is at about the same bits
     "W3.2A3.2": ("atom-w3.2a3.2", "toga-q-w3.2a3.2", {}),
     "W1.6A16": (
         "salient-w1.6a16",
@@ -81,8 +81,8 @@ def methods(setting: str) -> dict[str, tuple[str, tuple[str, ...]]]:
     """Recipe and overrides of each method of a setting."""
     salient, learnt, more = SETTINGS[setting]
     return {
+        "low format alone": (salient, ALONE),
         "RTN, low format alone": (salient, (NEAREST, *ALONE)),
-        "GPTQ, low format alone": (salient, ALONE),
         "RTN, diag H": (salient, (NEAREST,)),
         "random": (salient, ("search.by=random",)),
         "diag H": (salient, ()),
@@ -115,6 +115,10 @@ class Toga(Bench):
             "apply_seconds": round(time.perf_counter() - searched, 1), "notes": list(plan.found_by.notes),
             "held_out_kl": written.found_by.measured_damage, "texts": {text: self.on(out, text) for text in TEXTS},
         }  # fmt: skip
+        layout = session.layout
+        blocks = [weight for weight in layout.weights.values() if layout.readers(weight.site)]
+        held = sum(s.nbytes for unit, own in layout.units_tensors(plan).items() if "." in unit for s in own.values())
+        found["block_bits"] = round(8 * held / sum(weight.rows * weight.cols for weight in blocks), 4)
         if also_kv4:
             found["texts, KV4"] = {text: self.on(out, text, KVPrecision()) for text in TEXTS}
         if plan.content in session.curves:
@@ -219,22 +223,27 @@ def cost_table(results: dict) -> list[str]:
 
 
 def draw_bits(results: dict) -> None:
-    """KL on both texts against the bytes of the file, a mark a method."""
+    """KL and perplexity on both texts against the true bits of a weight of the blocks, a mark a method."""
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained", sharey=True)
+    figure, rows = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained", sharex=True, sharey="row")
     names = list(dict.fromkeys(method for setting in SETTINGS for method in methods(setting)))
-    for axes, text in zip(panels, TEXTS, strict=True):
-        for at, method in enumerate(names):
-            keys = [f"settings/{setting}/{method}" for setting in SETTINGS]
-            cells = [results[key] for key in keys if key in results]
-            if cells:
-                sizes, kls = zip(*[(c["nbytes"] / 1e6, c["texts"][text]["kl"]) for c in cells], strict=True)
-                axes.plot(sizes, kls, "osD^vP*X<>"[at % 10], color=f"C{at % 10}", ms=8, label=method)
-        axes.set(xlabel="weight file, MB", title=f"{text} test, context 2048", yscale="log")
-    panels[0].set_ylabel("KL to the original, nats a token")
-    panels[1].legend(frameon=False, fontsize="small")
-    figure.savefig(PAGE.with_name("toga-bits.png"), dpi=120)
+    for panels, (what, label) in zip(
+        rows, (("kl", "KL to the original, nats a token"), ("ppl@2048",) * 2), strict=True
+    ):
+        for axes, text in zip(panels, TEXTS, strict=True):
+            for at, method in enumerate(names):
+                keys = [f"settings/{setting}/{method}" for setting in SETTINGS]
+                cells = [results[key] for key in keys if key in results]
+                if cells:
+                    points = [(c["block_bits"], c["texts"][text][what]) for c in cells]
+                    axes.plot(*zip(*points, strict=True), "osD^vP*X<>"[at % 10], color=f"C{at % 10}", label=method)
+            axes.set(title=text, yscale="log")
+        panels[0].set_ylabel(label)
+    for axes in rows[1]:
+        axes.set_xlabel("bits of a weight of the blocks, scales and index lists included")
+    rows[0][1].legend(frameon=False, fontsize="small")
+    figure.savefig(PAGE.with_name("toga-bits.png"), dpi=110)
     pyplot.close(figure)
 
 
