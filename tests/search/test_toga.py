@@ -190,6 +190,22 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(tmp_path):
     assert again.content == toga.search(made(tmp_path / "whole"), CONFIG).content
 
 
+@pytest.mark.parametrize(("offset", "prior"), [(None, 0.0), (None, 2.0), (3.0, 1.0)])
+def test_training_starts_at_the_budget_or_where_it_is_told(tmp_path, offset, prior):
+    config = CONFIG.model_copy(update={"offset": offset, "prior": prior})
+    task = made(tmp_path, config)
+    sites = Sites(task, config)
+    share = sites.codes(sites.fitting) / sites.all_codes
+    start = toga._start(config, sites, share)
+    codes = sum(sites.rows[site] * float(torch.sigmoid(own).sum()) for site, own in start.items())
+    if offset is None:
+        assert codes == pytest.approx(share * sites.all_codes, rel=1e-3)
+    for site, own in start.items():
+        assert float(own.mean()) == pytest.approx(3.0 if offset else float(own.mean()), abs=1e-4)
+        assert float(own.std()) == pytest.approx(prior, abs=1e-4)
+        assert not prior or own.argsort().tolist() == torch.tensor(energies()[site]).argsort().tolist()
+
+
 @pytest.mark.parametrize("module", [toga, salient, shares])
 def test_bad_input(tmp_path, module):
     config = module.Config(**SMALL)

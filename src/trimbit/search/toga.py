@@ -45,6 +45,7 @@ class Config(Masking):
     estimator: Estimator = "reinmax"
     temperature: float = Field(default=1.0, gt=0)  # code (microsoft/ReinMax): 1 or more; Gumbel, code (DISP-LLM): 0.4
     offset: float | None = None  # added to logits; code (DISP-LLM): 3, nearly all high; ours, None: by the budget
+    prior: float = Field(default=0.0, ge=0)  # ours: times the standard score of log diag H in its site, added to logits
     budget_weight: float = Field(default=6.0, ge=0)  # code (DISP-LLM)
     learning_rate: float = Field(default=1e-3, gt=0)  # code (DISP-LLM)
     weight_decay: float = Field(default=0.05, ge=0)  # code (DISP-LLM)
@@ -103,8 +104,7 @@ def learn(problem: Problem, config: Config, sites: Sites) -> dict[str, Float[Ten
     assert problem.masked is not None
     masked = problem.masked(config)
     tiles = sites.fitting
-    target, part = sites.bits(tiles), sites.codes(tiles) / sites.all_codes
-    offset = config.offset if config.offset is not None else math.log(max(part, 1e-3) / max(1 - part, 1e-3))
+    target, start = sites.bits(tiles), _start(config, sites, sites.codes(tiles) / sites.all_codes)
     network: nn.Module = (
         Hypernetwork(sites.channels, problem.seed) if config.network == "hypernetwork" else Logits(sites.channels)
     )
@@ -114,7 +114,7 @@ def learn(problem: Problem, config: Config, sites: Sites) -> dict[str, Float[Ten
     with problem.reporter.stage("masks") as progress:
         for step in range(len(log), config.steps):
             generator = torch.Generator().manual_seed(problem.seed * 1_000_003 + step)
-            logits = {site: own + offset for site, own in network().items()}
+            logits = {site: own + start[site] for site, own in network().items()}
             masks = {site: sample(own, config.estimator, config.temperature, generator) for site, own in logits.items()}
             loss, gradients = masked.gradients({site: mask.detach() for site, mask in masks.items()}, step)
             bits = _bits(masks, sites)
@@ -133,7 +133,21 @@ def learn(problem: Problem, config: Config, sites: Sites) -> dict[str, Float[Ten
                 _save(_state(problem), problem.key, parameters, optimizer, log)
             progress(step + 1, config.steps)
     with torch.no_grad():
-        return {site: own + offset for site, own in network().items()}
+        return {site: own + start[site] for site, own in network().items()}
+
+
+def _start(config: Config, sites: Sites, share: float) -> dict[str, Float[Tensor, " channels"]]:
+    """What is added to the network's logits: the prior, and an offset, by which this share of the codes is high."""
+    energies = {site: torch.tensor(own).clamp(min=1e-12).log() for site, own in sites.energies.items()}
+    prior = {site: config.prior * (own - own.mean()) / own.std().clamp(min=1e-6) for site, own in energies.items()}
+    if config.offset is not None:
+        return {site: own + config.offset for site, own in prior.items()}
+    low, high = -20.0, 20.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        codes = sum(sites.rows[site] * float(torch.sigmoid(own + middle).sum()) for site, own in prior.items())
+        low, high = (middle, high) if codes < share * sites.all_codes else (low, middle)
+    return {site: own + low for site, own in prior.items()}
 
 
 def _bits(masks: Mapping[str, Tensor], sites: Sites) -> Tensor:
