@@ -120,6 +120,7 @@ class MaskedModel:
                     layer = MaskedLinear(versions(weight), bias, stream.compute)
                     set_module(block, weight.name.removeprefix(prefix), layer)
                     self.layers.setdefault(weight.site, []).append(layer)
+            stream.go_online(block, prefix)
             progress(index + 1, len(self.blocks))
         self.model.requires_grad_(requires_grad=False)
 
