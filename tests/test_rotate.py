@@ -323,6 +323,9 @@ def test_results_of_other_bases_are_not_taken_up(job):
     for keys in ([one.stats_key for one in made], [one.candidates.folder for one in made]):
         assert len(set(keys)) == 3
         assert keys[2] == keys[3]
+    unfitted = [session(job, search=Step(name="fixed"), rotation=r) for r in (None, Rotation())]
+    assert [one.stats for one in unfitted] == [None, None]
+    assert unfitted[0].candidates.folder != unfitted[1].candidates.folder
     problems = [one.problem(one.limit(None)) for one in made]
     plans = [one.search[0].search(problem, one.search[1]) for one, problem in zip(made, problems, strict=True)]
     assert len({plan.content for plan in plans}) == 3
