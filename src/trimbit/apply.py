@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trimbit.artifact import Writer
-from trimbit.errors import NumericsError, RecipeError
+from trimbit.errors import NumericsError, PlanError, RecipeError
 from trimbit.model import axes
 from trimbit.model.head import following, judge, logit_slices
 from trimbit.model.layout import Layout, Unit, Weight
@@ -127,11 +127,13 @@ def apply_plan(
         KL(original || compressed) on the `held_out` tokens, in nats a token; None without any.
 
     Raises:
-        PlanError: if the plan does not fit the model.
+        PlanError: if the plan does not fit the model, or is in another basis than `stream`.
         NumericsError: if H of a site cannot be factored, naming the weight.
     """
     layout = stream.layout
     layout.check(plan)
+    if plan.rotation != stream.rotation:
+        raise PlanError(f"the plan's rotation is {plan.rotation}, but the model is run with {stream.rotation}")
     family = layout.family
     needs = method.needs_moments
     table = stream.checkpoint.tensor(f"{family.embed}.weight").float()

@@ -151,6 +151,7 @@ class MaskedModel:
             materialize(self.model.get_submodule(name), checkpoint, f"{name}.", dtype)
         if layout.tied:
             self.model.tie_weights()
+        stream.go_online(self.model)
 
     def gradients(self, masks: Mapping[str, Tensor], step: int) -> tuple[float, dict[str, Tensor]]:
         """The loss of a step's rows, the mean over tokens, and its gradient for every mask."""

@@ -45,8 +45,8 @@ class Session(Preparation):
             evaluate=self.judging.evaluate if ready and self.recipe.measure else None,
             trial=self.judging.trial if ready and self.recipe.measure and self.recipe.measure.trials else None,
             outcomes=self.judging.outcomes if ready and self.objective else None,
-            refit_biases=self.repair is not None, rank=self.rank, kv_cache=self.recipe.kv_cache,
-            channels=self.channels if ready else None,
+            refit_biases=self.repair is not None, rank=self.rank, rotation=self.recipe.rotation,
+            kv_cache=self.recipe.kv_cache, channels=self.channels if ready else None,
             masked=self.masked if ready else None,
             importance=(lambda: self.importance) if self.layers is not None else None,
             reporter=self.reporter, key=key, journal=self.cache / "plans" / f"{key}.jsonl" if key else None,
@@ -74,9 +74,11 @@ class Session(Preparation):
 
         Raises:
             BudgetError: if it is not feasible, naming the smallest that is; or if there is none.
-            PlanError: if the recipe asks for a cache that the model cannot have.
+            LayoutError: if the recipe asks for a rotation that the model's norms do not allow.
+            PlanError: if the recipe asks for a cache or a rotation that the model cannot have.
         """
         module, config = self.search
+        self.require_rotatable()
         self.layout.check_kv_cache(self.recipe.kv_cache)
         if hasattr(module, "trials") or hasattr(module, "curve"):
             require_plot()
@@ -181,6 +183,8 @@ class Session(Preparation):
             raise PlanError(f"the plan has low-rank pairs, but the recipe has no `lowrank`: {advice}")
         if self.tuning is not None and not plan.adapters:
             raise PlanError(f"the recipe trains low-rank pairs, but the plan has none: {advice}")
+        if plan.rotation != self.recipe.rotation:
+            raise PlanError(f"the plan's rotation is {plan.rotation}, the recipe's {self.recipe.rotation}: {advice}")
         if plan.biases and (self.repair is None or self.stats is None):
             raise PlanError(f"the plan refits {len(plan.biases)} weights, but the recipe fits nothing: {advice}")
 

@@ -23,6 +23,13 @@ class ModelRef(Data):
     weights_hash: str
 
 
+class Rotation(Data):
+    """The basis of a model's channels: Hadamard matrices, as `rotate.py` says; nothing of it is stored."""
+
+    kind: Literal["hadamard"] = "hadamard"
+    seed: int = Field(default=0, ge=0)  # of the signs of the residual stream's
+
+
 class Provenance(Data):
     """How a plan was found."""
 
@@ -47,16 +54,18 @@ class Sized(Protocol):
 class Plan(Data):
     """What to do to one model; every search method returns one.
 
-    `cuts` maps a dim to its kept original indices (an empty tuple drops the sub-block), in the order in which they are
-    stored. `orders` maps a site to a permutation of its kept input channels: as its i-th channel it stores the kept one
-    of number orders[site][i]. `weights` maps a weight to runs along its stored input channels, and `acts` a site to how
-    its inputs are rounded, in runs of the same lengths; a site without is not rounded. `biases` names weights that gain
-    a bias, `adapters` those that have a low-rank pair in bf16 beside them, with its rank. `kv_cache` is how keys and
-    values are stored while the model generates; None: as they are.
+    `rotation` is the basis of all channels below; None: the model's own. `cuts` maps a dim to its kept original indices
+    (an empty tuple drops the sub-block), in the order in which they are stored. `orders` maps a site to a permutation
+    of its kept input channels: as its i-th channel it stores the kept one of number orders[site][i]. `weights` maps a
+    weight to runs along its stored input channels, and `acts` a site to how its inputs are rounded, in runs of the same
+    lengths; a site without is not rounded. `biases` names weights that gain a bias, `adapters` those that have a
+    low-rank pair in bf16 beside them, with its rank. `kv_cache` is how keys and values are stored while the model
+    generates; None: as they are.
     """
 
     schema_version: Literal[1] = 1
     model: ModelRef
+    rotation: Rotation | None = None
     cuts: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     orders: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     weights: dict[str, tuple[Run, ...]]

@@ -41,6 +41,7 @@ from trimbit.recipe import Recipe, Step, step_config
 from trimbit.recovery import Recovery
 from trimbit.repair.tune import Config as Tuning
 from trimbit.repair.tune import Example
+from trimbit.rotate import RotatedStream, require_rotatable
 from trimbit.search.mixed import Masking
 from trimbit.stats import Stats, collect, stored
 from trimbit.trials import Trials
@@ -87,6 +88,12 @@ class Preparation:
             raise RecipeError("tune.loss instruct needs tune.data, a .jsonl file with `instruction` and `output`")
         if self.objective is not None and self.objective.steps and self.tuning is None:
             raise RecipeError("search.objective.steps trains low-rank pairs: the recipe needs a `tune`")
+        if recipe.rotation is not None and recipe.criterion is not None:
+            raise RecipeError(
+                "`rotation` mixes the channels that a `criterion` would rank and cut: leave out one of them"
+            )
+        if recipe.rotation is not None and recipe.tune is not None:
+            raise RecipeError("`tune` does not train pairs beside rotated inputs: leave out it or `rotation`")
         for field_name in self.search[0].NEEDS:
             if getattr(recipe, field_name) is None:
                 raise RecipeError(f"search {recipe.search.name} needs a `{field_name}` in the recipe")
@@ -113,9 +120,27 @@ class Preparation:
         return ModelRef(id=c.model_id, config_hash=c.config_hash(), weights_hash=c.weights_hash())
 
     @cached_property
-    def stream(self) -> BlockStream:
-        """The dense model, block by block."""
+    def original(self) -> BlockStream:
+        """The dense model as it is, block by block."""
         return BlockStream(self.checkpoint, self.layout, self.compute)
+
+    @cached_property
+    def stream(self) -> BlockStream:
+        """The dense model in the basis of the plans, block by block."""
+        rotation = self.recipe.rotation
+        if rotation is None:
+            return self.original
+        return RotatedStream(self.checkpoint, self.layout, rotation, self.compute)
+
+    def require_rotatable(self) -> None:
+        """Refuse a rotation that the model cannot have.
+
+        Raises:
+            LayoutError: if its norms stand in the way.
+            PlanError: if a size has no Hadamard matrix.
+        """
+        if self.recipe.rotation is not None:
+            require_rotatable(self.layout)
 
     @cached_property
     def tokens(self) -> data.TokenSet:
@@ -168,7 +193,7 @@ class Preparation:
         if path.exists():
             return data.TokenSet(name="self", tokens=load_file(path)["tokens"], seed=self.seed)
         with self.reporter.stage("text sampled from the model") as progress:
-            model = WholeModel(self.stream).model
+            model = WholeModel(self.original).model
             found = data.sample_self(model, tokenizer, rows=rows, length=length, seed=self.seed, progress=progress)
         save_whole(path, lambda beside: save_file({"tokens": found.tokens}, beside))
         return found
@@ -183,8 +208,16 @@ class Preparation:
                 self.model.config_hash,
                 self.tokens.digest,
                 self.recipe.compute,
+                *self._basis,
             ]
         )
+
+    @property
+    def _basis(self) -> list[Any]:
+        """The rotation and its code, for a content key."""
+        rotation = self.recipe.rotation
+        code = ("rotate.py", "kernels/hadamard.py")
+        return [] if rotation is None else [rotation.model_dump(mode="json"), source_digest(*code)]
 
     @property
     def _needs_moments(self) -> bool:
@@ -210,7 +243,7 @@ class Preparation:
     def channels(self) -> Channels | None:
         """What is known of the input channels of weights, where there are statistics."""
         stats = self.stats
-        return None if stats is None else Channels(checkpoint=self.checkpoint, layout=self.layout, stats=stats)
+        return None if stats is None else Channels(checkpoint=self.stream.checkpoint, layout=self.layout, stats=stats)
 
     @cached_property
     def rankings(self) -> dict[str, tuple[int, ...]]:
@@ -299,9 +332,9 @@ class Preparation:
         source = self.stats_key if self.stats is not None else self.model.weights_hash
         steps = [self.plain(step) for step in (recipe.quant, recipe.repair, recipe.lowrank)]
         code = source_digest("quant", "kernels", "repair", "candidates.py", "apply.py")
-        key = digest([code, source, *steps, self.seed if self.rank else 0])
+        key = digest([code, source, *steps, self.seed if self.rank else 0, *self._basis])
         return CandidateWeights(
-            self.checkpoint,
+            self.stream.checkpoint,
             self.layout,
             self.stats,
             self.method,
@@ -328,12 +361,13 @@ class Preparation:
         code = source_digest("quant", "kernels", "candidates.py", "apply.py")
         key = digest([code, self.stats_key, config.versions, config.sort, self.plain(self.recipe.quant)])
         candidates = CandidateWeights(
-            self.checkpoint, self.layout, self.stats, method, self.cache / "candidates" / key, {}, None, orders=orders
-        )
+            self.stream.checkpoint, self.layout, self.stats, method, self.cache / "candidates" / key, {}, None,
+            orders=orders,
+        )  # fmt: skip
         rows, held_out = of_length(self.training.tokens, config.length), self.held_out.tokens
         with self.reporter.stage("the original's answers") as progress:
             distilled = [*held_out, *(rows if config.loss == "kl" else rows[: config.rows])]
-            original = original_of(self.stream, distilled, self.originals, progress)
+            original = original_of(self.original, distilled, self.originals, progress)
         with self.reporter.stage("both versions of the weights") as progress:
             versions = partial(both_versions, candidates, config, orders)
             return MaskedModel(self.stream, versions, rows, held_out, original, config, progress)
@@ -365,7 +399,7 @@ class Preparation:
         """Training of what plans leave of this model."""
         assert self.tuning is not None
         return Recovery(
-            stream=self.stream, config=self.tuning, examples=self.examples, held_out=self.held_out.tokens,
+            stream=self.original, config=self.tuning, examples=self.examples, held_out=self.held_out.tokens,
             seed=self.seed, originals=self.originals, states=self.cache / "tuned",
             reporter=self.reporter,
         )  # fmt: skip

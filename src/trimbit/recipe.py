@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 
 from trimbit.errors import RecipeError
 from trimbit.measurements import Prune, Space
-from trimbit.plan import digest, first_problem
+from trimbit.plan import Rotation, digest, first_problem
 from trimbit.precision import Data, KVPrecision
 
 
@@ -56,6 +56,7 @@ class Recipe(Data):
     repair: Step | None = Step(name="refit")
     lowrank: Step | None = None  # a pair beside each weight of the blocks, where training starts
     tune: Step | None = None  # trains these pairs, the packed weights frozen
+    rotation: Rotation | None = None  # the basis that channels are quantised in
     kv_cache: KVPrecision | None = None  # how a plan's model stores keys and values while it generates
     compute: Literal["bfloat16", "float32"] = "bfloat16"  # of matrix products
 

@@ -19,16 +19,17 @@ from transformers import PreTrainedModel
 from trimbit.errors import ArtifactError
 from trimbit.kernels.reference import dequantize
 from trimbit.model.layout import Layout, Unit
-from trimbit.plan import Plan
+from trimbit.plan import Plan, Rotation
 from trimbit.precision import ActRun, BFloat16, Data, KVPrecision, Run, code_row_nbytes, group_count, zero_row_nbytes
 from trimbit.quant.qtensor import QTensor
+from trimbit.rotate import go_online
 from trimbit.site_input import change_input, order_dtype
 
 HEAD_ROWS = 8192  # rows of the head that are dequantised at a time: bounds memory
 
 
 class Structure(Data):
-    """What the runtime needs of a plan: kept widths, runs, added biases, the cache, without the index lists.
+    """What the runtime needs of a plan, without the index lists.
 
     Of the orders it names the sites whose order is stored as a tensor; the others are folded into the weights.
     """
@@ -39,6 +40,7 @@ class Structure(Data):
     adapters: dict[str, int] = Field(default_factory=dict)
     gathers: tuple[str, ...] = ()
     acts: dict[str, tuple[ActRun, ...]] = Field(default_factory=dict)
+    rotation: Rotation | None = None
     kv_cache: KVPrecision | None = None
 
     @classmethod
@@ -46,7 +48,7 @@ class Structure(Data):
         """The structure of a plan."""
         return cls(
             widths=plan.widths, weights=plan.weights, biases=plan.biases, adapters=plan.adapters,
-            gathers=layout.gathers(plan), acts=plan.acts, kv_cache=plan.kv_cache,
+            gathers=layout.gathers(plan), acts=plan.acts, rotation=plan.rotation, kv_cache=plan.kv_cache,
         )  # fmt: skip
 
 
@@ -288,7 +290,10 @@ def restructure(model: PreTrainedModel, layout: Layout, structure: Structure) ->
             set_width(model, layout, unit, width)
         for name in unit.weights:
             _install(model, layout, structure, name, width)
-        for site in dict.fromkeys(layout.weights[name].site for name in unit.weights if unit.block is not None):
+    if structure.rotation is not None:
+        go_online(model, layout, structure.rotation)
+    for site in dict.fromkeys(layout.weights[name].site for name in structure.weights):
+        if layout.readers(site):
             _change_input(model, layout, structure, site)
     if layout.tied:
         set_module(model, layout.family.head, TiedHead(model.get_submodule(layout.family.embed)))

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,6 +116,14 @@ class Checkpoint:
             raise damaged(entry.file, error, f"cannot read tensor {name!r}") from error
         check_finite(tensor, f"tensor {name!r}", entry.file)
         return tensor
+
+    def changed(self, change: Callable[[str, Tensor], Tensor]) -> "Checkpoint":
+        """The same files, with `change(name, tensor)` in place of each tensor as it is read; shapes must stay."""
+
+        def entry(name: str, own: Entry) -> Entry:
+            return own._replace(read=lambda: change(name, own.read()))
+
+        return replace(self, _entries={name: entry(name, own) for name, own in self._entries.items()})
 
     def tokenizer(self) -> Any:  # noqa: ANN401 - AutoTokenizer has no common typed base
         """The model's fast tokenizer.

@@ -37,6 +37,7 @@ class Family:
     embed: str = "model.embed_tokens"
     final_norm: str = "model.norm"
     head: str = "lm_head"
+    gain: Literal["weight", "1 + weight"] = "weight"  # what a norm multiplies by
 
 
 def _attention(
@@ -83,8 +84,10 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(attn=_attention(), mlp=_feed_forward()),
     "qwen2": Family(attn=_attention(), mlp=_feed_forward()),
     "qwen3": Family(attn=_attention(qk_norm=True), mlp=_feed_forward()),
-    "gemma2": Family(attn=_attention(norms=_SANDWICH_ATTN), mlp=_feed_forward(norms=_SANDWICH_MLP)),
-    "gemma3_text": Family(attn=_attention(norms=_SANDWICH_ATTN, qk_norm=True), mlp=_feed_forward(norms=_SANDWICH_MLP)),
+    "gemma2": Family(attn=_attention(norms=_SANDWICH_ATTN), mlp=_feed_forward(norms=_SANDWICH_MLP), gain="1 + weight"),
+    "gemma3_text": Family(
+        attn=_attention(norms=_SANDWICH_ATTN, qk_norm=True), mlp=_feed_forward(norms=_SANDWICH_MLP), gain="1 + weight"
+    ),
     "phi3": Family(attn=_attention(fused=True), mlp=_feed_forward(fused=True)),
 }
 

@@ -120,13 +120,16 @@ class Layout:
     def folded_rows(self, site: str, plan: Plan) -> dict[str, Int[Tensor, " rows"]] | None:
         """Where the rows of the cut weights that write a site go, by weight, if its order folds into them; else None.
 
-        It does in a feed-forward sub-block, and where the channels of V stay in their heads.
+        It does in a feed-forward sub-block, unless its channels are rotated while the model runs, and where the
+        channels of V stay in their heads.
         """
         order = torch.tensor(plan.orders[site])
         first = self.readers(site)[0]
         unit = self.units[first.unit]
         sizes = self.cut_sizes(unit, self.width(unit, plan))
         writers = {name: self.weights[name].row_axis for name in unit.weights if self.weights[name].site != site}
+        if first.col_axis == "mid" and plan.rotation is not None:
+            return None
         if first.col_axis == "mid":
             kept = order.tolist()
             return {name: axes.kept_indices(axis, sizes, "mid", kept) for name, axis in writers.items()}
@@ -238,6 +241,11 @@ class Layout:
             unit = self.unit_of_dim(dim)
             if len(set(keep)) != len(keep) or any(not 0 <= i < unit.size for i in keep):
                 raise PlanError(f"{dim}: kept indices must be distinct and below {unit.size}")
+            if plan.rotation is not None and dim.endswith(".mid") and keep not in {(), tuple(range(unit.size))}:
+                raise PlanError(
+                    f"{dim}: {len(keep)} of {unit.size} channels are kept, but a rotated plan keeps all or none: its "
+                    "rotation mixes them. Cut the dim in a plan without one"
+                )
         alive = {w: u for u in self.units.values() if not self.dropped(u, plan) for w in u.weights}
         for name in sorted(alive.keys() ^ plan.weights.keys()):
             why = "has no runs" if name in alive else "does not exist in this model, or its sub-block is dropped"

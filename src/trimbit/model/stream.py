@@ -19,6 +19,7 @@ from trimbit.model.checkpoint import Checkpoint
 from trimbit.model.head import Head
 from trimbit.model.layout import Layout
 from trimbit.model.load import materialize
+from trimbit.plan import Rotation
 
 CHUNK_TOKENS = 2048  # tokens run at a time: bounds activations
 Chunks = list[Float[Tensor, "_ length hidden"]]  # the last may have fewer rows
@@ -92,6 +93,8 @@ def block_arguments(model: PreTrainedModel, rows: int, length: int) -> list[dict
 class BlockStream:
     """The dense model of a checkpoint, one block at a time."""
 
+    rotation: Rotation | None = None  # of its channels
+
     def __init__(self, checkpoint: Checkpoint, layout: Layout, compute: torch.dtype = torch.bfloat16) -> None:
         self.checkpoint = checkpoint
         self.layout = layout
@@ -136,7 +139,14 @@ class BlockStream:
         with torch.device("meta"):
             fresh = block(self.skeleton.config, index)
         materialize(fresh, self.checkpoint, prefix + ".", torch.float32)
+        self.go_online(fresh, prefix + ".")
         return fresh.eval()
+
+    def go_online(self, root: nn.Module, prefix: str = "") -> None:
+        """Give a module with this model's weights what is computed between them, where that is not its own forward.
+
+        `prefix` is cut off the names of the model.
+        """
 
     def run(
         self, index: int, block: nn.Module, hidden: Float[Tensor, "rows length hidden"]

@@ -34,6 +34,7 @@ class WholeModel:
             materialize(self.model.get_submodule(name), stream.checkpoint, f"{name}.", self.compute)
         if self.layout.tied:
             self.model.tie_weights()
+        stream.go_online(self.model)
         for unit in self.layout.units.values():
             if unit.out_weight is not None:
                 linear = self.model.get_submodule(unit.out_weight)

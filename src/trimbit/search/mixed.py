@@ -165,7 +165,7 @@ class Sites:
     def site_nbytes(self, site: str, tiles: int) -> int:
         """Bytes of the weights of a site with so many high tiles, and of its order where that is stored."""
         layout, runs = self.problem.layout, self._runs(site, tiles * self.mixed.tile)
-        folds = layout.readers(site)[0].col_axis == "mid"
+        folds = layout.readers(site)[0].col_axis == "mid" and self.problem.rotation is None
         ordered = self.mixed.sort or len(runs) > 1
         order = layout.order_tensor(site, self.channels[site])[1].nbytes if ordered and not folds else 0
         return order + self.rows[site] * row_nbytes(runs)

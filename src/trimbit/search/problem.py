@@ -12,7 +12,7 @@ from trimbit.measure import format_of, menu_of, sites_of, widths_of
 from trimbit.measurements import Measurements, Outcome, Space
 from trimbit.model.head import Judged
 from trimbit.model.layout import Layout, Unit
-from trimbit.plan import ModelRef, Plan, Provenance
+from trimbit.plan import ModelRef, Plan, Provenance, Rotation
 from trimbit.precision import Data, KVPrecision, Precision, Run
 from trimbit.progress import Reporter, Silent
 
@@ -82,6 +82,7 @@ class Problem:
     reporter: Reporter = field(default_factory=Silent)
     refit_biases: bool = True  # a cut unit's out weight gains a bias
     rank: int = 0  # of the low-rank pair beside each weight of the blocks
+    rotation: Rotation | None = None  # of every plan
     kv_cache: KVPrecision | None = None  # of every plan
 
     def plan(
@@ -112,8 +113,8 @@ class Problem:
             predicted_damage=predicted, measured_damage=None, nbytes=0, notes=notes,
         )  # fmt: skip
         plan = Plan(
-            model=self.model, cuts=cuts, weights=weights, biases=tuple(biases), adapters=adapters,
-            kv_cache=self.kv_cache, found_by=found,
+            model=self.model, rotation=self.rotation, cuts=cuts, weights=weights, biases=tuple(biases),
+            adapters=adapters, kv_cache=self.kv_cache, found_by=found,
         )  # fmt: skip
         return plan.model_copy(update={"found_by": found.model_copy(update={"nbytes": layout.file_nbytes(plan)})})
 

@@ -1,0 +1,449 @@
+"""A rotated model computes the same, is as large as its plan says, and rounds what the rotation has evened out."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from jobs import RECIPES
+from plans import make_plan, runs
+from tiny import MODEL_TYPES, VOCAB, randomize, save_tiny, tiny_config, tiny_model
+from trimbit.apply import Method, apply_plan
+from trimbit.artifact import Writer, weight_nbytes
+from trimbit.errors import LayoutError, PlanError, RecipeError
+from trimbit.kernels.acts import round_activations
+from trimbit.kernels.hadamard import factors, matrix
+from trimbit.model.families import FAMILIES
+from trimbit.model.layout import build_layout
+from trimbit.model.load import open_checkpoint
+from trimbit.model.stream import BlockStream, build_skeleton
+from trimbit.model.whole import WholeModel
+from trimbit.pipeline import compress, open_session
+from trimbit.plan import Plan, Rotation, load_plan
+from trimbit.precision import BF16, ActInt, ActRun
+from trimbit.quant import gptq, rtn
+from trimbit.recipe import Recipe, Step, load_recipe
+from trimbit.repair import refit
+from trimbit.rotate import RotatedStream, fold, require_rotatable, turn, turn_back
+from trimbit.runtime import Structure, restructure
+from trimbit.search.mixed import Sites
+from trimbit.stats import collect
+
+ROTATION = Rotation(seed=3)
+SIGNS = [1, -1, 1, 1, -1, -1, 1, -1, -1, -1, -1, -1, -1, 1, 1, -1]  # of seed 0
+ROTATABLE = [name for name in MODEL_TYPES if not name.startswith("gemma")]
+RTN, GPTQ = Method(module=rtn, config=rtn.Config()), Method(module=gptq, config=gptq.Config())
+ACT = ActInt(bits=4, group=32, clip=0.9)
+TABLES = {"embed_tokens", "lm_head"}
+
+
+def sample(rows, seed):
+    return torch.randint(3, VOCAB, (rows, 32), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model, seed=1):
+    with torch.no_grad():
+        return model(sample(3, seed), use_cache=False).logits
+
+
+def rotated(plan, rotation=ROTATION):
+    return plan.model_copy(update={"rotation": rotation})
+
+
+def streams(folder, rotation):
+    checkpoint = open_checkpoint(folder)
+    layout = build_layout(checkpoint.config)
+    if rotation is None:
+        return BlockStream(checkpoint, layout, torch.float32)
+    return RotatedStream(checkpoint, layout, rotation, torch.float32)
+
+
+def write(folder, out, plan, method=RTN, **fields):
+    stream = streams(folder, fields.get("rotation", plan.rotation))
+    stats = (
+        collect(stream, sample(70, 0), out.parent / f"{out.name}-stats", lambda *_: None) if method is GPTQ else None
+    )
+    with Writer(out, stream.layout, plan) as writer:
+        kl = apply_plan(
+            stream, plan, sample(70, 0), method, refit.Config(), stats, writer, lambda *_: None, sample(4, 2)
+        )
+    return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), kl
+
+
+def dense_h(n):
+    product = torch.ones(1, 1, dtype=torch.float64)
+    for order in factors(n):
+        product = torch.kron(product, matrix(order, torch.device("cpu")).double())
+    return product / n**0.5
+
+
+def dense_q(n, rotation=ROTATION):
+    return turn(torch.eye(n), rotation).double()
+
+
+def layers(layout, kind):
+    """For each weight of this kind: its block's number and its name."""
+    return [weight for weight in layout.weights.values() if weight.site.endswith(kind)]
+
+
+def test_the_signs_never_change_and_the_seed_decides_them():
+    q = dense_q(16, Rotation())
+    torch.testing.assert_close(q, torch.diag(torch.tensor(SIGNS).double()) @ dense_h(16), rtol=0, atol=1e-6)
+    torch.testing.assert_close(q @ q.T, torch.eye(16).double(), rtol=0, atol=1e-6)
+    assert not torch.equal(q, dense_q(16, Rotation(seed=1)))
+    x = torch.randn(5, 576, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(turn_back(turn(x, ROTATION), ROTATION), x, rtol=0, atol=1e-5)
+    assert turn(x.bfloat16(), ROTATION).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("model_type", ROTATABLE)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_rotated_model_computes_the_same(model_type, tied, tmp_path):
+    """As the runtime has it, as one whole, and block by block; its weights are others."""
+    model = tiny_model(model_type, tied=tied)
+    table = model.get_input_embeddings().weight.data
+    table.copy_(table.bfloat16())  # as a stream holds it
+    save_tiny(model, tmp_path / "original")
+    stream = streams(tmp_path / "original", ROTATION)
+    layout, want = stream.layout, logits(model)
+
+    runtime = build_skeleton(stream.checkpoint.config)
+    restructure(runtime, layout, Structure.of(rotated(make_plan(layout)), layout))
+    state = {name: stream.checkpoint.tensor(name) for name, _ in runtime.named_parameters()}
+    runtime.load_state_dict(state, strict=False, assign=True)
+    torch.testing.assert_close(logits(runtime), want, rtol=0, atol=1e-4)
+
+    torch.testing.assert_close(logits(WholeModel(stream).model), want, rtol=0, atol=1e-4)
+
+    hidden = stream.embed(sample(3, 1))
+    for index in range(layout.blocks):
+        hidden = stream.run(index, stream.load(index), hidden)
+    torch.testing.assert_close(stream.head()(stream.final_norm(hidden)), want, rtol=0, atol=1e-4)
+
+    gains = [tensor for name, tensor in state.items() if name.endswith("layernorm.weight")]
+    assert len(gains) == 6
+    assert all(bool((gain == 1).all()) for gain in gains)
+    plain = open_checkpoint(tmp_path / "original")
+    for name in layout.weights:
+        same = torch.equal(stream.checkpoint.tensor(f"{name}.weight"), plain.tensor(f"{name}.weight"))
+        assert same is (layout.weights[name].unit in {"embed", "head"}), name
+
+
+def test_biases_of_every_weight_are_rotated(tmp_path):
+    config = tiny_config("llama")
+    config.attention_bias = config.mlp_bias = True
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
+    save_tiny(model, tmp_path / "original")
+    stream = streams(tmp_path / "original", ROTATION)
+    torch.testing.assert_close(logits(WholeModel(stream).model), logits(model), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "phi3"])
+def test_what_is_written_computes_the_same_at_the_same_bytes(model_type, tmp_path):
+    """In bf16, whose rounding is all that it loses; with a dropped sub-block, cut KV groups and a refit, too."""
+    save_tiny(tiny_model(model_type).bfloat16(), tmp_path / "original")
+    layout = build_layout(open_checkpoint(tmp_path / "original").config)
+    cuts = {"blocks.0.mlp.mid": (), "blocks.1.attn.kv": (2, 0), "blocks.2.attn.kv": ()}
+    biases = ("model.layers.1.self_attn.o_proj",)
+    for at, plan in enumerate([make_plan(layout), make_plan(layout, cuts=cuts, biases=biases)]):
+        want, exact = write(tmp_path / "original", tmp_path / f"plain-{at}", plan)
+        small, kl = write(tmp_path / "original", tmp_path / f"small-{at}", rotated(plan))
+        torch.testing.assert_close(logits(small), logits(want), rtol=0, atol=0.05)
+        assert kl == pytest.approx(exact, rel=2e-3, abs=1e-4)
+        assert weight_nbytes(tmp_path / f"small-{at}") == layout.file_nbytes(rotated(plan)) == layout.file_nbytes(plan)
+        tensors = load_file(tmp_path / f"small-{at}/model.safetensors")
+        assert tensors.keys() == load_file(tmp_path / f"plain-{at}/model.safetensors").keys()
+        assert load_plan(tmp_path / f"small-{at}/plan.json").rotation == ROTATION
+        structure = json.loads((tmp_path / f"small-{at}/config.json").read_text())["structure"]
+        assert Structure.model_validate_json(json.dumps(structure)).rotation == ROTATION
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3"])
+def test_orders_are_of_the_rotated_channels(model_type, tmp_path):
+    """They change nothing; one of the last projection's inputs has to be stored now."""
+    save_tiny(tiny_model(model_type), tmp_path / "original")
+    layout = build_layout(open_checkpoint(tmp_path / "original").config)
+    plain = rotated(make_plan(layout))
+    generator = torch.Generator().manual_seed(0)
+    inside = torch.cat([torch.randperm(8, generator=generator).repeat(2, 1) for _ in range(3)])
+    orders = {
+        weight.site: tuple(torch.randperm(weight.cols, generator=generator).tolist())
+        for weight in layout.weights.values()
+        if layout.readers(weight.site)
+    } | {"blocks.1.attn.o_in": tuple((inside + torch.arange(6)[:, None] * 8).flatten().tolist())}
+    ordered = plain.model_copy(update={"orders": orders})
+    assert set(layout.gathers(ordered)) == orders.keys() - {"blocks.1.attn.o_in"}
+    want, _ = write(tmp_path / "original", tmp_path / "plain", plain)
+    small, _ = write(tmp_path / "original", tmp_path / "ordered", ordered)
+    torch.testing.assert_close(logits(small), logits(want), rtol=0, atol=1e-5)
+    assert weight_nbytes(tmp_path / "ordered") == layout.file_nbytes(ordered) > layout.file_nbytes(plain)
+
+
+@pytest.mark.parametrize("method", [RTN, GPTQ], ids=["rtn", "gptq"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_inputs_are_rounded_after_the_rotation(model_type, method, tmp_path):
+    """Against a dense model with an unrotated stream, the stored weights, and turns by hooks with whole matrices."""
+    save_tiny(tiny_model(model_type).bfloat16(), tmp_path / "original")
+    layout = build_layout(open_checkpoint(tmp_path / "original").config)
+    plan = rotated(make_plan(layout, lambda w, n: runs((n, "bf16" if w.role in TABLES else "int5g32"))))
+    sites = {w.site: w.cols for w in layout.weights.values() if layout.readers(w.site)}
+    orders = {"blocks.1.mlp.mid": tuple(torch.randperm(80, generator=torch.Generator().manual_seed(0)).tolist())}
+    acts = {site: (ActRun(count=count, precision=ACT),) for site, count in sites.items()}
+    plan = plan.model_copy(update={"orders": orders, "acts": acts})
+    small, _ = write(tmp_path / "original", tmp_path / "small", plan, method)
+
+    want = AutoModelForCausalLM.from_pretrained(tmp_path / "original", dtype=torch.float32)
+    q, h = dense_q(48).float(), dense_h(80).float()
+    for name, weight in layout.weights.items():
+        if not layout.readers(weight.site):
+            continue
+        module = want.get_submodule(name)
+        module.weight.data = small.get_submodule(name).dense(torch.float32)
+        order = list(orders.get(weight.site, range(weight.cols)))
+        into = {"hidden": q, "mid": h}.get(weight.col_axis, torch.eye(weight.cols))
+        if weight.col_axis == "hidden":
+            module.register_forward_pre_hook(lambda _m, x, a=acts[weight.site]: (round_activations(x[0] @ q, a),))
+        else:
+            module.register_forward_pre_hook(
+                lambda _m, x, t=into, o=order, a=acts[weight.site]: (round_activations((x[0] @ t)[..., o], a),)
+            )
+            module.register_forward_hook(lambda _m, _x, y: y @ q.T)
+        if weight.bias:
+            module.bias.data = small.get_submodule(name).bias.data
+    for name, module in want.named_modules():
+        if name.endswith("layernorm"):
+            nn.init.ones_(module.weight)
+    torch.testing.assert_close(logits(small), logits(want), rtol=0, atol=2e-4)
+    for module in want.modules():
+        module._forward_pre_hooks.clear()
+    assert (logits(small) - logits(want)).abs().max() > 0.05
+
+
+@pytest.mark.parametrize(("method", "bits"), [(RTN, 8), (GPTQ, 4)], ids=["rtn of 8 bits", "gptq of 4 bits"])
+def test_outliers_of_the_stream_no_longer_matter(method, bits, tmp_path):
+    """In each group of channels of the stream one is 30 times the others, and what reads it is as much smaller."""
+    config, outliers = tiny_config("llama"), [5, 70, 150, 255, 280]
+    config.hidden_size, config.intermediate_size = 288, 96
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    randomize(model, 0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "embed" in name or "o_proj" in name or "down_proj" in name:
+                (weight.T if "embed" in name else weight)[outliers] *= 30
+            elif weight.dim() == 2:
+                weight[:, outliers] /= 30
+    save_tiny(model, tmp_path / "original")
+    layout = build_layout(open_checkpoint(tmp_path / "original").config)
+    plan = make_plan(layout, lambda w, n: runs((n, "bf16" if w.role in TABLES else f"int{bits}g64")))
+    sites = {w.site: w.cols for w in layout.weights.values() if layout.readers(w.site)}
+    act = ActInt(bits=4, group=64, clip=0.9)
+    plan = plan.model_copy(update={"acts": {s: (ActRun(count=n, precision=act),) for s, n in sites.items()}})
+    dense = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "original", dtype=torch.float32))
+    found = {}
+    for name, own in (("plain", plan), ("rotated", rotated(plan))):
+        small, kl = write(tmp_path / "original", tmp_path / name, own, method)
+        found[name] = ((logits(small) - dense).square().mean().item(), kl)
+    assert found["rotated"][0] < 0.5 * found["plain"][0]
+    assert found["rotated"][1] < 0.5 * found["plain"][1]
+
+
+def test_statistics_are_those_of_the_plain_model_turned(tmp_path):
+    save_tiny(tiny_model("llama"), tmp_path / "original")
+    plain, turned = (
+        collect(streams(tmp_path / "original", rotation), sample(70, 0), tmp_path / str(rotation), lambda *_: None)
+        for rotation in (None, ROTATION)
+    )
+    checkpoint = open_checkpoint(tmp_path / "original")
+    q, h = dense_q(48), dense_h(80)
+    heads = torch.block_diag(*[dense_h(8)] * 6)
+    for block in range(3):
+        for site, norm, basis in (
+            ("attn.a_in", "input_layernorm", q),
+            ("attn.o_in", None, heads),
+            ("mlp.m_in", "post_attention_layernorm", q),
+            ("mlp.mid", None, h),
+        ):
+            own = plain.moments(f"blocks.{block}.{site}")
+            gain = torch.ones(len(basis))
+            if norm is not None:
+                gain = checkpoint.tensor(f"model.layers.{block}.{norm}.weight").float()
+            basis = (basis / gain.double()[:, None]).float()
+            found = turned.moments(f"blocks.{block}.{site}")
+            want = basis.T @ own.h @ basis
+            assert (found.h - want).norm() < 0.01 * want.norm(), site
+            assert (own.h - want).norm() > 0.3 * want.norm(), site
+            torch.testing.assert_close(found.mean, basis.T @ own.mean, rtol=0, atol=0.01)
+    torch.testing.assert_close(turned.moments("head_in").h, plain.moments("head_in").h, rtol=0, atol=0.01)
+
+
+def recipe(**fields):
+    common = {"description": "", "source": "", "compute": "float32", "quant": Step(name="rtn"), "repair": None}
+    calibration = {"rows": 6, "length": 32, "held_out": 2, "training": 3}
+    return Recipe(**{"rotation": Rotation(seed=1), "calibration": calibration} | common | fields)
+
+
+def session(job, **fields):
+    return open_session(job.model, recipe(**fields), calibration=str(job.text), seed=3)
+
+
+def test_the_recipe(job, tmp_path):
+    """As it comes along, but for the size of the calibration text and of groups."""
+    small = ("calibration.rows=12", "calibration.length=32", "search.tile=16")
+    small += tuple(f"search.{name}.group=32" for name in ("low_acts", "high_acts"))
+    small += ("search.low=int4g32", "search.high=int8g32")
+    plans = {}
+    for name in ("quarot-w4a4", "gptq-w4a4"):
+        made = open_session(job.model, load_recipe(name, small), calibration=str(job.text))
+        plans[name] = compress(made, None, tmp_path / name)
+        assert weight_nbytes(tmp_path / name) == plans[name].found_by.nbytes == made.layout.file_nbytes(plans[name])
+        assert plans[name].orders == {}
+        assert plans[name].found_by.measured_damage > 0
+    rotated, plain = plans.values()
+    assert rotated.rotation == Rotation()
+    assert plain.rotation is None
+    assert (rotated.acts, rotated.weights) == (plain.acts, plain.weights)
+    assert rotated.found_by.nbytes == plain.found_by.nbytes
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "quarot-w4a4")
+    assert model.generate(sample(2, 0), max_new_tokens=4, do_sample=False).shape == (2, 36)
+    fields = [load_recipe(name).model_dump(exclude={"description", "source", "rotation"}) for name in plans]
+    assert fields[0] == fields[1]
+    assert (RECIPES / "quarot-w4a4.yaml").exists()
+
+
+def test_results_of_other_bases_are_not_taken_up(job):
+    search = Step(name="salient", params={"low": "int4g32", "high": "int8g32", "tile": 16})
+    made = [session(job, search=search, rotation=r) for r in (None, Rotation(), Rotation(seed=1), Rotation(seed=1))]
+    for keys in ([one.stats_key for one in made], [one.candidates.folder for one in made]):
+        assert len(set(keys)) == 3
+        assert keys[2] == keys[3]
+    unfitted = [session(job, search=Step(name="fixed"), rotation=r) for r in (None, Rotation())]
+    assert [one.stats for one in unfitted] == [None, None]
+    assert unfitted[0].candidates.folder != unfitted[1].candidates.folder
+    problems = [one.problem(one.limit(None)) for one in made]
+    plans = [one.search[0].search(problem, one.search[1]) for one, problem in zip(made, problems, strict=True)]
+    assert len({plan.content for plan in plans}) == 3
+    assert len({one.trials.place(plan) for one, plan in zip(made, plans, strict=True)}) == 3
+
+
+@pytest.mark.parametrize("end", [0, 1])
+def test_masks_choose_among_rotated_channels(job, tmp_path, end):
+    """At both ends they are the plain plan."""
+    acts = {"low_acts": {"bits": 4, "group": 32, "clip": 0.9}, "high_acts": {"bits": 8, "group": 32}}
+    params = {"low": "int3g32", "high": "int8g32", "tile": 16, "steps": 6, "length": 16, "share": 0.25} | acts
+    made = session(job, search=Step(name="toga", params=params), quant=Step(name="rtn", params={"scales": "mse"}))
+    sites = Sites(made.problem(10**9), made.search[1])
+    written = made.write(sites.plan({s: range(end * n) for s, n in sites.channels.items()}, ""), tmp_path / "end")
+    assert any(site.endswith("mid") for site in written.orders)
+    found = made.masked(made.search[1]).damage({s: torch.full((n,), float(end)) for s, n in sites.channels.items()})
+    assert found.kl == pytest.approx(written.found_by.measured_damage, rel=2e-2)
+    assert weight_nbytes(tmp_path / "end") == made.layout.file_nbytes(written) == written.found_by.nbytes
+    tiles = dict.fromkeys(sites.channels, 1)
+    assert sum(sites.site_nbytes(*each) for each in tiles.items()) == _site_nbytes(made.layout, sites, tiles)
+
+
+def _site_nbytes(layout, sites, tiles):
+    plan = sites.plan({site: sites.largest(site, count) for site, count in tiles.items()}, "")
+    kept = [name for unit in layout.units.values() if unit.block is not None for name, _ in unit.kept]
+    blocks = [layout.units_tensors(plan)[unit.name] for unit in layout.units.values() if unit.block is not None]
+    return sum(spec.nbytes for unit in blocks for name, spec in unit.items() if name not in kept)
+
+
+def test_candidates_are_rotated(job):
+    made = session(job, search=Step(name="uniform"), measure=None)
+    for weight in made.layout.weights.values():
+        want = made.stream.checkpoint.tensor(f"{weight.name}.weight")
+        assert torch.equal(made.candidates.compressed(weight, BF16).dense(torch.bfloat16), want.bfloat16())
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_gain_of_every_row_is_what_its_norms_multiply_by(model_type):
+    model = tiny_model(model_type)
+    norm = model.model.norm
+    nn.init.zeros_(norm.weight)
+    given = norm(torch.randn(2, 48, generator=torch.Generator().manual_seed(0)))
+    assert bool((given == 0).all()) is (FAMILIES[model_type].gain == "weight")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "error", "message"),
+    [
+        ("gemma2", {}, LayoutError, "gemma2 cannot be rotated: post_attention_layernorm scales"),
+        ("gemma3_text", {}, LayoutError, "gemma3_text cannot be rotated: post_attention_layernorm scales"),
+        ("llama", {"intermediate_size": 92}, PlanError, r"intermediate_size is 92, but no Hadamard matrix of order 92"),
+        ("llama", {"hidden_size": 54}, PlanError, r"hidden_size is 54, but no Hadamard matrix of order 54"),
+        ("qwen3", {"head_dim": 6}, PlanError, r"head_dim is 6, but no Hadamard matrix of order 6"),
+    ],
+)
+def test_a_model_that_cannot_be_rotated_is_refused(model_type, changes, error, message):
+    config = tiny_config(model_type)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with pytest.raises(error, match=message):
+        require_rotatable(build_layout(config))
+
+
+def test_a_rotation_that_the_model_cannot_have_is_refused_before_anything_long(tmp_path):
+    save_tiny(tiny_model("gemma2"), tmp_path / "original")
+    made = open_session(tmp_path / "original", load_recipe("quarot-w4a4"))
+    with pytest.raises(LayoutError, match="gemma2 cannot be rotated"):
+        made.limit(None)
+    with pytest.raises(LayoutError, match="gemma2 cannot be rotated"):
+        _ = made.stream
+
+
+def test_plans_and_recipes_that_do_not_go_with_a_rotation_are_refused(job, tmp_path):
+    layout = build_layout(tiny_config("llama"))
+    for keep in ((0, 1), tuple(range(79, -1, -1))):
+        plan = make_plan(layout, cuts={"blocks.1.mlp.mid": keep})
+        layout.check(plan)
+        with pytest.raises(
+            PlanError, match=rf"blocks\.1\.mlp\.mid: {len(keep)} of 80 channels are kept, but a rotated"
+        ):
+            layout.check(rotated(plan))
+    layout.check(rotated(make_plan(layout, cuts={"blocks.1.mlp.mid": (), "blocks.0.mlp.mid": tuple(range(80))})))
+    with pytest.raises(
+        PlanError, match=r"the plan's rotation is kind='hadamard' seed=3, but the model is run with None"
+    ):
+        write(job.model, tmp_path / "out", rotated(make_plan(layout)), rotation=None)
+    fixed = Step(name="fixed", params={"blocks": "int4g32"})
+    plan = session(job, search=fixed).problem(10**9).uniform(BF16, "by hand")
+    with pytest.raises(
+        PlanError, match=r"the plan's rotation is kind='hadamard' seed=1, the recipe's None: apply it with"
+    ):
+        session(job, search=fixed, rotation=None).write(plan, tmp_path / "out")
+    with pytest.raises(RecipeError, match="`rotation` mixes the channels that a `criterion` would rank and cut"):
+        session(job, search=fixed, criterion=Step(name="activation"))
+    with pytest.raises(RecipeError, match="`tune` does not train pairs beside rotated inputs"):
+        session(job, search=fixed, lowrank=Step(name="lowrank"), tune=Step(name="tune"))
+
+
+def test_json_round_trip(tmp_path):
+    layout = build_layout(tiny_config("llama"))
+    plan = rotated(make_plan(layout))
+    plan.save(tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json") == plan
+    assert len({one.content for one in (plan, make_plan(layout), rotated(plan, Rotation()))}) == 3
+    structure = Structure.of(plan, layout)
+    assert Structure.model_validate_json(structure.model_dump_json()) == structure
+    for wrong, message in (({"kind": "random"}, r"rotation\.kind: "), ({"sed": 1}, r"rotation\.sed: unknown key")):
+        (tmp_path / "plan.json").write_text(json.dumps(json.loads(plan.model_dump_json()) | {"rotation": wrong}))
+        with pytest.raises(PlanError, match=message):
+            load_plan(tmp_path / "plan.json")
+    assert Plan.model_validate_json(make_plan(layout).model_dump_json(exclude={"rotation"})).rotation is None
+
+
+def test_only_the_tensors_change(job):
+    checkpoint = open_checkpoint(job.model)
+    folded = fold(checkpoint, build_layout(checkpoint.config), ROTATION)
+    assert folded.names == checkpoint.names
+    assert folded.weights_hash() == checkpoint.weights_hash()
+    assert {folded.tensor(name).shape == checkpoint.shape(name) == folded.shape(name) for name in folded.names} == {
+        True
+    }
