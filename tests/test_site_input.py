@@ -18,7 +18,10 @@ from trimbit.model.load import open_checkpoint
 from trimbit.model.stream import BlockStream
 from trimbit.precision import ActInt, ActRun
 from trimbit.quant import gptq, rtn
-from trimbit.repair import refit
+from trimbit.recovery import _taken_out
+from trimbit.repair import lowrank, refit, tune
+from trimbit.repair.tune import _attach
+from trimbit.runtime import AdaptedLinear, PackedLinear
 from trimbit.stats import collect
 
 CUTS = {"blocks.1.attn.kv": (2, 0), "blocks.2.mlp.mid": tuple(range(0, 80, 2))}
@@ -156,6 +159,24 @@ def test_gptq_makes_up_for_what_its_inputs_are(tmp_path):
         for name, method in (("rtn", RTN), ("gptq", GPTQ))
     ]
     assert found[1] < 0.8 * found[0]
+
+
+def test_pairs_are_trained_on_the_inputs_that_they_are_written_for(tmp_path):
+    """PEFT's layer stands around ours: what changes the input has to stand before both."""
+    save_tiny(tiny_model("llama"), tmp_path / "original")
+    layout = build_layout(open_checkpoint(tmp_path / "original").config)
+    plain = make_plan(layout, lambda _, n: runs((n, "int4g32")))
+    orders = Shuffled(layout, plain).orders(heads=False)
+    acts = {site: (ActRun(count=len(order), precision=ActInt(bits=4, group=32)),) for site, order in orders.items()}
+    ranks = {name: 4 for name, weight in layout.weights.items() if layout.readers(weight.site)}
+    plan = plain.model_copy(update={"orders": orders, "acts": acts, "adapters": ranks})
+    method = Method(module=rtn, config=rtn.Config(), pairs=lowrank.Config(start="loftq", rank=4))
+    small = write(tmp_path / "original", tmp_path / "small", plan, method)
+    before = logits(small)
+    pairs = _taken_out(small)
+    assert (logits(small) - before).abs().max() > 0.05
+    _attach(small, pairs, (PackedLinear, AdaptedLinear), tune.Config(alpha=4))
+    torch.testing.assert_close(logits(small), before, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(

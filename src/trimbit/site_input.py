@@ -16,18 +16,19 @@ from trimbit.precision import ActRun
 
 @dataclass(frozen=True)
 class _Change:
-    """Hooks of a module."""
+    """Hooks of a module, or of what stands around it."""
 
+    owner: nn.Module  # has the order
     acts: tuple[ActRun, ...]
 
-    def after(self, module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return self._changed(module, output)
+    def after(self, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return self._changed(output)
 
-    def before(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (self._changed(module, inputs[0]), *inputs[1:])
+    def before(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (self._changed(inputs[0]), *inputs[1:])
 
-    def _changed(self, module: nn.Module, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-        order = dict(module.named_buffers(recurse=False)).get("order")
+    def _changed(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        order = dict(self.owner.named_buffers(recurse=False)).get("order")
         if order is not None:
             x = x.index_select(-1, order.int())
         return round_activations(x, self.acts) if self.acts else x
@@ -41,11 +42,19 @@ def change_input(
         return
     if order is not None:
         module.register_buffer("order", order)
-    change = _Change(acts)
+    change = _Change(module, acts)
     if gives:
         module.register_forward_hook(change.after)
     else:
         module.register_forward_pre_hook(change.before)
+
+
+def move_changes(module: nn.Module, around: nn.Module) -> None:
+    """Let what stands around a module change its input, for all that it holds."""
+    hooks = [*module._forward_pre_hooks.values()]
+    module._forward_pre_hooks.clear()
+    for hook in hooks:
+        around.register_forward_pre_hook(hook)
 
 
 def order_dtype(dtype: str) -> torch.dtype:

@@ -27,6 +27,7 @@ from trimbit.model.head import Head, logit_slices, loss_gradient
 from trimbit.precision import Data
 from trimbit.progress import Progress
 from trimbit.repair.lowrank import LowRank
+from trimbit.site_input import move_changes
 
 PAPER = "LoRA, arXiv:2106.09685; LLM-Pruner's recovery, arXiv:2305.11627"
 
@@ -170,6 +171,7 @@ def _attach(
     found = {}
     for name, pair in pairs.items():
         layer: Any = model.get_submodule(name)
+        move_changes(layer.base_layer, layer)  # the pair reads what the weight reads
         a, b = layer.lora_A["default"], layer.lora_B["default"]
         a.weight = nn.Parameter(pair.a.clone())
         b.weight = nn.Parameter(pair.b / layer.scaling["default"])
