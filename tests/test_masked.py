@@ -55,7 +55,7 @@ def test_gradients_are_those_of_the_formula(job, monkeypatch, acts, loss):
     model = made.masked(made.search[1])
     generator = torch.Generator().manual_seed(0)
     masks = {
-        site: (torch.rand(len(layers[0].order), generator=generator) < 0.5).float()
+        site: (torch.rand(len(layers[0].inputs.order), generator=generator) < 0.5).float()
         for site, layers in model.layers.items()
     }
     value, gradients = model.gradients(masks, 1)
@@ -66,13 +66,11 @@ def test_gradients_are_those_of_the_formula(job, monkeypatch, acts, loss):
 
     def formula(layer, x):
         """Both products, by autograd; rounding passes gradients straight through."""
-        own, n = layer, x.shape[-1]
-        x, m = x[..., own.order], layer.mask[own.order]
-        low, high = (
-            x if a is None else round_activations(x, (ActRun(count=n, precision=a),))
-            for a in (own.low_acts, own.high_acts)
-        )
-        return ((1 - m) * low) @ own.low.dense(x.dtype).T + (m * high) @ own.high.dense(x.dtype).T
+        order = layer.inputs.order
+        x, m = x[..., order], layer.mask[order]
+        runs = [(ActRun(count=len(order), precision=acts),) for acts in layer.inputs.acts]
+        low, high = (round_activations(x, own) for own in runs)
+        return ((1 - m) * low) @ layer.low.dense(x.dtype).T + (m * high) @ layer.high.dense(x.dtype).T
 
     monkeypatch.setattr(MaskedLinear, "forward", formula)
     row = model.rows[1]
@@ -98,7 +96,7 @@ def test_every_step_takes_the_next_rows(job):
     model = made.masked(made.search[1])
     assert model.rows.shape == (6, 16)  # 3 rows of 32
     assert set(map(tuple, model.rows.tolist())).isdisjoint(map(tuple, made.tokens.tokens.view(-1, 16).tolist()))
-    masks = {site: torch.ones(len(layers[0].order)) for site, layers in model.layers.items()}
+    masks = {site: torch.ones(len(layers[0].inputs.order)) for site, layers in model.layers.items()}
     values = [model.gradients(masks, step)[0] for step in range(4)]
     assert values[0] == values[3] != values[1]
     model.batch = 6

@@ -55,52 +55,73 @@ def of_length(rows: Int[Tensor, "rows length"], length: int) -> Int[Tensor, "pie
     return rows[:, :whole].reshape(-1, length)
 
 
+class Inputs(nn.Module):
+    """A site's inputs in the order of the versions' columns, as each version rounds them.
+
+    The weights of the site read one tensor, one after the other: it is rounded for the first of them.
+    """
+
+    order: Tensor
+
+    def __init__(self, versions: Versions, compute: torch.dtype) -> None:
+        super().__init__()
+        self.acts = versions.low_acts, versions.high_acts
+        self.compute = compute
+        self.register_buffer("order", versions.order)
+        self.last: tuple[Tensor | None, tuple[Tensor, Tensor]] = None, (torch.empty(0), torch.empty(0))
+
+    def forward(self, x: Float[Tensor, "*batch cols"]) -> tuple[Tensor, Tensor]:
+        """For the low version, and for the high one."""
+        if self.last[0] is not x:
+            ordered = x.detach().to(self.compute)[..., self.order]
+            low, high = (_rounded(ordered, acts) for acts in self.acts)
+            self.last = x, (low, high)
+        return self.last[1]
+
+
 class MaskedLinear(nn.Module):
     """y = W x + b with W mixed of two versions by `mask`, [cols], in the original order of the channels."""
 
-    order: Tensor
     bias: Tensor | None
 
-    def __init__(self, versions: Versions, bias: Tensor | None, compute: torch.dtype) -> None:
+    def __init__(self, versions: Versions, inputs: Inputs, bias: Tensor | None) -> None:
         super().__init__()
+        self.inputs = inputs
         self.low, self.high = Packed.of(versions.low), Packed.of(versions.high)
-        self.low_acts, self.high_acts = versions.low_acts, versions.high_acts
-        self.register_buffer("order", versions.order)
         self.register_buffer("bias", bias)
-        self.compute = compute
         self.mask: Tensor | None = None
 
     def forward(self, x: Float[Tensor, "*batch cols"]) -> Float[Tensor, "*batch rows"]:
         """Round, mix and multiply."""
         assert self.mask is not None, "the masks were not set"
-        y: Tensor = _MixedProduct.apply(x.to(self.compute), self.mask, self)  # type: ignore[no-untyped-call]
+        y: Tensor = _MixedProduct.apply(x, *self.inputs(x), self.mask, self)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias
 
 
 class _MixedProduct(torch.autograd.Function):
-    """The product, and its gradients straight through the rounding of the inputs."""
+    """The product of the rounded inputs; gradients pass to the input straight through the rounding."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor, layer: MaskedLinear) -> Tensor:  # noqa: ANN401
-        x, high = x[..., layer.order], mask[layer.order] > 0.5
-        ctx.layer = layer
-        ctx.save_for_backward(x, high)
-        w = torch.where(high, layer.high.dense(x.dtype), layer.low.dense(x.dtype))
-        return torch.where(high, _rounded(x, layer.high_acts), _rounded(x, layer.low_acts)) @ w.T
+    def forward(ctx: Any, x: Tensor, low: Tensor, high: Tensor, mask: Tensor, layer: MaskedLinear) -> Tensor:  # noqa: ANN401
+        chosen = mask[layer.inputs.order] > 0.5
+        ctx.layer, ctx.dtype = layer, x.dtype
+        ctx.save_for_backward(low, high, chosen)
+        w = torch.where(chosen, layer.high.dense(low.dtype), layer.low.dense(low.dtype))
+        return torch.where(chosen, high, low) @ w.T
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN401
-        x, high = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Tensor, None]:  # noqa: ANN401
+        low, high, chosen = ctx.saved_tensors
         layer: MaskedLinear = ctx.layer
         w_low = layer.low.dense(grad.dtype)
         to_low = grad @ w_low
         more = grad @ (layer.high.dense(grad.dtype) - w_low)  # the small difference, not one of two large products
-        x_high = _rounded(x, layer.high_acts)
-        of_mask = (x_high * more).flatten(0, -2).sum(0, dtype=torch.float32)
-        if layer.low_acts != layer.high_acts:
-            of_mask += ((x_high - _rounded(x, layer.low_acts)) * to_low).flatten(0, -2).sum(0, dtype=torch.float32)
-        back = layer.order.argsort()
-        return torch.where(high, to_low + more, to_low)[..., back], of_mask[back], None
+        of_mask = (high * more).flatten(0, -2).sum(0, dtype=torch.float32)
+        if low is not high:
+            of_mask += ((high - low) * to_low).flatten(0, -2).sum(0, dtype=torch.float32)
+        back = layer.inputs.order.argsort()
+        of_x = torch.where(chosen, to_low + more, to_low)[..., back].to(ctx.dtype)
+        return of_x, None, None, of_mask[back], None
 
 
 def _rounded(x: Tensor, acts: ActInt | None) -> Tensor:
@@ -141,9 +162,10 @@ class MaskedModel:
                 if weight.name.startswith(f"{name}."):
                     old: Any = self.model.get_submodule(weight.name)
                     bias = None if old.bias is None else old.bias.detach().to(stream.compute)
-                    layer = MaskedLinear(versions(weight), bias, stream.compute)
-                    set_module(self.model, weight.name, layer)
-                    self.layers.setdefault(weight.site, []).append(layer)
+                    own, known = versions(weight), self.layers.setdefault(weight.site, [])
+                    inputs = known[0].inputs if known else Inputs(own, stream.compute)
+                    known.append(MaskedLinear(own, inputs, bias))
+                    set_module(self.model, weight.name, known[-1])
             progress(index + 1, layout.blocks)
         family = layout.family
         tables = (family.embed,) if layout.tied else (family.embed, family.head)
