@@ -104,7 +104,7 @@ class _MixedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, low: Tensor, high: Tensor, mask: Tensor, layer: MaskedLinear) -> Tensor:  # noqa: ANN401
         chosen = mask[layer.inputs.order] > 0.5
-        ctx.layer, ctx.dtype = layer, x.dtype
+        ctx.layer, ctx.dtype, ctx.alike = layer, x.dtype, low is high
         ctx.save_for_backward(low, high, chosen)
         w = torch.where(chosen, layer.high.dense(low.dtype), layer.low.dense(low.dtype))
         return torch.where(chosen, high, low) @ w.T
@@ -117,7 +117,7 @@ class _MixedProduct(torch.autograd.Function):
         to_low = grad @ w_low
         more = grad @ (layer.high.dense(grad.dtype) - w_low)  # the small difference, not one of two large products
         of_mask = (high * more).flatten(0, -2).sum(0, dtype=torch.float32)
-        if low is not high:
+        if not ctx.alike:
             of_mask += ((high - low) * to_low).flatten(0, -2).sum(0, dtype=torch.float32)
         back = layer.inputs.order.argsort()
         of_x = torch.where(chosen, to_low + more, to_low)[..., back].to(ctx.dtype)
