@@ -90,8 +90,10 @@ def _seconds(session: Session, tokens: int, block: int) -> float:
         work += session.search[1].optimiser.trials * (judged + asked + applied + goal.steps * step)
     config = session.search[1]
     if isinstance(config, Masking):  # forward, twice if checkpointed, and back, and the head
-        trained = getattr(config, "steps", 0) * config.batch * config.length * layout.parameters
-        work += (5.0 if config.checkpointing else 4.0) * trained
+        tokens_seen = config.batch * config.length * layout.parameters
+        work += (5.0 if config.checkpointing else 4.0) * getattr(config, "steps", 0) * tokens_seen
+        tried = 4 * layout.blocks * len(getattr(config, "factors", ()))
+        work += tried * config.rows * config.length * layout.parameters
     if session.calibration == "self":
         tokens += recipe.calibration.training * recipe.calibration.length
         work += 10.0 * tokens * layout.parameters  # decoding reads all weights for few rows

@@ -20,8 +20,8 @@ def table(curve: Sequence[Mapping[str, float]]) -> str:
 
 
 def shares(layout: Layout, plan: Plan) -> dict[str, list[float | None]]:
-    """Of each site of the family, by block: the share of its channels in the format of most bits; None: it is gone."""
-    high = max(run.precision.bits for name, runs in plan.weights.items() for run in runs if _in_block(layout, name))
+    """Of each site of the family, by block: the share of its channels in a format of more bits; None: it is gone."""
+    low = min(run.precision.bits for name, runs in plan.weights.items() for run in runs if _in_block(layout, name))
     found: dict[str, list[float | None]] = {}
     for weight in layout.weights.values():
         block, site = layout.units[weight.unit].block, weight.site.rsplit(".", 1)[-1]
@@ -30,7 +30,7 @@ def shares(layout: Layout, plan: Plan) -> dict[str, list[float | None]]:
         own = found.setdefault(site, [None] * layout.blocks)
         runs = plan.weights.get(weight.name, ())
         if runs:
-            own[block] = sum(run.count for run in runs if run.precision.bits == high) / sum(run.count for run in runs)
+            own[block] = sum(run.count for run in runs if run.precision.bits > low) / sum(run.count for run in runs)
     return found
 
 

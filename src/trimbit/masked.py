@@ -58,7 +58,8 @@ def of_length(rows: Int[Tensor, "rows length"], length: int) -> Int[Tensor, "pie
 class Inputs(nn.Module):
     """A site's inputs in the order of the versions' columns, as each version rounds them.
 
-    The weights of the site read one tensor, one after the other: it is rounded for the first of them.
+    The weights of the site read one tensor, one after the other: it is rounded for the first of them, and kept until
+    the last.
     """
 
     order: Tensor
@@ -68,15 +69,20 @@ class Inputs(nn.Module):
         self.acts = versions.low_acts, versions.high_acts
         self.compute = compute
         self.register_buffer("order", versions.order)
-        self.last: tuple[Tensor | None, tuple[Tensor, Tensor]] = None, (torch.empty(0), torch.empty(0))
+        self.readers = self.left = 0
+        self.last: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
 
     def forward(self, x: Float[Tensor, "*batch cols"]) -> tuple[Tensor, Tensor]:
         """For the low version, and for the high one."""
-        if self.last[0] is not x:
+        if self.last is None or self.last[0] is not x:
             ordered = x.detach().to(self.compute)[..., self.order]
             low, high = (_rounded(ordered, acts) for acts in self.acts)
-            self.last = x, (low, high)
-        return self.last[1]
+            self.last, self.left = (x, (low, high)), self.readers
+        found = self.last[1]
+        self.left -= 1
+        if not self.left:
+            self.last = None
+        return found
 
 
 class MaskedLinear(nn.Module):
@@ -87,6 +93,7 @@ class MaskedLinear(nn.Module):
     def __init__(self, versions: Versions, inputs: Inputs, bias: Tensor | None) -> None:
         super().__init__()
         self.inputs = inputs
+        inputs.readers += 1
         self.low, self.high = Packed.of(versions.low), Packed.of(versions.high)
         self.register_buffer("bias", bias)
         self.mask: Tensor | None = None

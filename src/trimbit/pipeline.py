@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import trimbit
 from trimbit import learning
 from trimbit.artifact import RECIPE_FILE, Writer, model_card, require_absent
@@ -59,7 +61,9 @@ class Session(Preparation):
         module, config = self.search
         weights: object = self.candidates.folder.name
         if isinstance(config, Masking):
-            weights = [self.training.digest, self.plain(self.recipe.quant) if config.versions == "quant" else None]
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            method = self.plain(self.recipe.quant) if config.versions == "quant" else None
+            weights = [self.training.digest, method, self.plain(self.recipe.lowrank), device]
         shared = [source_digest(), self.stats_key, weights, held_out, want]
         steps = [module.identity(config), self.plain(self.recipe.importance), self.space.model_dump(mode="json")]
         if objective is not None and objective.steps:
@@ -104,6 +108,7 @@ class Session(Preparation):
             return self._find_plan(self.limit(budget))
         finally:
             self.judging.release()
+            self._masked = None
 
     def _find_plan(self, limit: int) -> Plan:
         module, config = self.search

@@ -97,10 +97,22 @@ class Preparation:
         for field_name in self.search[0].NEEDS:
             if getattr(recipe, field_name) is None:
                 raise RecipeError(f"search {recipe.search.name} needs a `{field_name}` in the recipe")
+        if isinstance(self.search[1], Masking):
+            self._check_masking(self.search[1])
         if recipe.prune is not None and recipe.criterion is None:
             raise RecipeError("`prune` needs a `criterion` in the recipe, to say what goes first")
         if self.calibration != "self" and not Path(self.calibration).is_file():
             raise DataError(f"no calibration text {self.calibration!r}: give `self` or a file")
+
+    def _check_masking(self, config: Masking) -> None:
+        want = self.recipe.calibration
+        if config.length > want.length:
+            raise RecipeError(
+                f"search.length is {config.length} tokens, but a row has {want.length}: raise calibration.length"
+            )
+        rows = (want.training or want.rows) * (want.length // config.length)
+        if config.rows > rows:
+            raise RecipeError(f"search.rows: {config.rows} of {rows} rows asked; raise calibration.training")
 
     def _module(self, stage: str, step: Step, offers: str) -> tuple[ModuleType, Any]:
         module = module_of(stage, step)
@@ -359,7 +371,8 @@ class Preparation:
             for site, own in self.channels.energies().items()
         }
         code = source_digest("quant", "kernels", "candidates.py", "apply.py")
-        key = digest([code, self.stats_key, config.versions, config.sort, self.plain(self.recipe.quant)])
+        quant = self.plain(self.recipe.quant) if config.versions == "quant" else None
+        key = digest([code, self.stats_key, config.versions, config.sort, quant])
         candidates = CandidateWeights(
             self.stream.checkpoint, self.layout, self.stats, method, self.cache / "candidates" / key, {}, None,
             orders=orders,

@@ -1,10 +1,12 @@
 """Bits by groups on invented saliences and errors."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from transformers import LlamaConfig
 
+from problems import LAYOUT as SMALL
 from problems import REF, Figures
 from trimbit.errors import BudgetError, RecipeError
 from trimbit.measurements import Space
@@ -36,10 +38,10 @@ def error(name, runs):
     return total
 
 
-def problem(limit=None, **fields):
+def problem(limit=None, layout=LAYOUT, **fields):
     channels = Figures(**{"salience": salience, "rounding_error": error} | fields)
     made = Problem(
-        layout=LAYOUT, model=REF, limit=limit or 0, space=Space(formats=(), table_formats=()), rankings={},
+        layout=layout, model=REF, limit=limit or 0, space=Space(formats=(), table_formats=()), rankings={},
         recipe_hash="0", seed=0, channels=channels,
     )  # fmt: skip
     return made if limit else problem(slim.default_limit(made, slim.Config()), **fields)
@@ -80,6 +82,10 @@ def test_other_bits(bits):
         slim.search(problem(limit=1000), config)
 
 
-def test_too_few_channels_are_refused():
-    with pytest.raises(RecipeError, match="fewer than two groups of 128"):
-        slim.search(problem(salience=lambda name: salience(name)[:200]), slim.Config())
+def test_what_does_not_fit_is_refused():
+    small = problem(limit=10**8, layout=SMALL)
+    with pytest.raises(RecipeError, match="has 48 input channels, fewer than two groups of 128"):
+        slim.search(small, slim.Config())
+    pruned = replace(problem(), space=Space(formats=(), table_formats=(), kept={"blocks.0.mlp.mid": 320}))
+    with pytest.raises(RecipeError, match="leave `prune` out"):
+        slim.require_feasible(pruned, slim.Config())

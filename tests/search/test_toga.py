@@ -42,7 +42,7 @@ class Invented:
     def gradients(self, masks, step):
         self.steps.append(step)
         loss = sum(float((self.worth[site] * (1 - mask)).sum()) for site, mask in masks.items())
-        return (float("nan") if step == self.fails_at else loss), {site: -self.worth[site] for site in masks}
+        return loss, {site: -self.worth[site] for site in masks}
 
     def damage(self, masks, rows=None):
         return Judged(kl=self.gradients(masks, -1)[0], nll=1.0)
@@ -97,41 +97,54 @@ def test_the_budget_is_filled_by_whole_tiles_and_never_exceeded(tmp_path_factory
     sites = Sites(task, config)
     generator = torch.Generator().manual_seed(seed)
     logits = {site: torch.randn(count, generator=generator) - 2 for site, count in sites.channels.items()}
-    high = toga.fill(logits, sites, sites.limit)
-    plan = sites.plan(high, "")
+    plan = sites.filled(*toga.worth(logits, sites), "")
     LAYOUT.check(plan)
-    assert all(len(own) % 16 == 0 for own in high.values())
+    high = high_of(plan, sites)
     for site, own in high.items():
-        assert set(logits[site].topk(len(own)).indices.tolist()) == set(own)
-    cheapest = 16 * min(sites.rows.values()) * 4 // 8
-    if share < 1:
-        assert task.limit - cheapest - 800 * 12 < plan.found_by.nbytes
-    assert plan.found_by.nbytes <= task.limit + 64  # the header; `search` asks again
+        assert len(own) % 16 == 0
+        assert set(logits[site].topk(len(own)).indices.tolist()) == own
+    dearest = max(sites.site_nbytes(site, 2) - sites.site_nbytes(site, 1) for site in sites.channels)
+    assert task.limit - dearest < plan.found_by.nbytes <= task.limit
 
 
 def test_filling_is_the_best_there_is(tmp_path):
     """Against all ways to give three sites tiles, the others none."""
     config = CONFIG.model_copy(update={"share": 0.05})
     task = made(tmp_path, config)
-    sites = Sites(task, config)
+    sites = Sites(replace(task, limit=10**8), config)
     names = list(sites.channels)[:3]
     generator = torch.Generator().manual_seed(0)
     logits = {site: torch.full((count,), -50.0) for site, count in sites.channels.items()}
     logits |= {site: torch.rand(sites.channels[site], generator=generator) + 1 for site in names}
-    none = dict.fromkeys(sites.channels, 0)
-    base = sum(sites.site_nbytes(site, 0) for site in none)
-    limit = base + 3000
+    base = sum(sites.site_nbytes(site, 0) for site in sites.channels)
+    sites.__dict__["limit"] = base + 3000
 
-    def worth(tiles):
+    def sums(tiles):
         return sum(float(logits[site].sort(descending=True).values[: 16 * n].sum()) for site, n in tiles.items())
 
     best = 0.0
     for counts in product(*(range(sites.channels[site] // 16 + 1) for site in names)):
         tiles = dict(zip(names, counts, strict=True))
-        if base + sum(sites.site_nbytes(s, n) - sites.site_nbytes(s, 0) for s, n in tiles.items()) <= limit:
-            best = max(best, worth(tiles))
-    found = toga.fill(logits, sites, limit)
-    assert worth({site: len(found[site]) // 16 for site in names}) == pytest.approx(best, rel=1e-6)
+        if sum(sites.site_nbytes(s, n) - sites.site_nbytes(s, 0) for s, n in tiles.items()) <= 3000:
+            best = max(best, sums(tiles))
+    found = high_of(sites.filled(*toga.worth(logits, sites), ""), sites)
+    assert sums({site: len(found[site]) // 16 for site in names}) == pytest.approx(best, rel=1e-6)
+
+
+@pytest.mark.parametrize("least", [True, False])
+def test_a_solver_that_finds_nothing_is_an_error_but_where_there_is_no_choice(tmp_path, monkeypatch, least):
+    config = CONFIG.model_copy(update={"share": 0.0 if least else 0.25})
+    task = made(tmp_path, config)
+    sites = Sites(task, config)
+    monkeypatch.setattr("trimbit.search.knapsack.knapsack", lambda *_: None)
+    if least:
+        sites.__dict__["limit"] = 100  # as if the header left no room
+    losses = toga.worth({site: torch.zeros(count) for site, count in sites.channels.items()}, sites)
+    if least:
+        assert "leaves no choice" in sites.filled(*losses, "").found_by.notes[0]
+    else:
+        with pytest.raises(NumericsError, match="was not solved"):
+            sites.filled(*losses, "")
 
 
 def test_all_of_one_format_is_a_plain_plan(tmp_path):
@@ -180,14 +193,43 @@ def test_the_state_of_another_search_is_refused(tmp_path):
         toga.search(task, CONFIG.model_copy(update={"network": "hypernetwork"}))
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(tmp_path):
-    masked = Invented(worths(), fails_at=17)
-    with pytest.raises(NumericsError, match="step 18 of the masks is nan; the state after step 14 is kept"):
-        toga.search(made(tmp_path, masked=masked), CONFIG)
-    assert len(toga.curve(made(tmp_path), CONFIG)) == 14
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("estimator", ["reinmax", "gumbel"])
+def test_what_is_not_finite_stops_and_the_last_state_stays(tmp_path, what, estimator):
+    class Failing(Invented):
+        """At one step the loss, or the gradients of a site, are not finite; the loss of the others is."""
+
+        def gradients(self, masks, step):
+            loss, found = super().gradients(masks, step)
+            if step != self.fails_at:
+                return loss, found
+            if what == "loss":
+                return float("nan"), found
+            return loss, found | {"blocks.1.mlp.mid": torch.full((80,), float("nan"))}
+
+    config = CONFIG.model_copy(update={"estimator": estimator})
+    masked = Failing(worths(), fails_at=17)
+    with pytest.raises(NumericsError, match=f"a {what} of step 18 of the masks is not finite; the state after step 14"):
+        toga.search(made(tmp_path, config, masked=masked), config)
+    assert len(toga.curve(made(tmp_path, config), config)) == 14
     masked.fails_at = None
-    again = toga.search(made(tmp_path, masked=masked), CONFIG)
-    assert again.content == toga.search(made(tmp_path / "whole"), CONFIG).content
+    again = toga.search(made(tmp_path, config, masked=masked), config)
+    assert again.content == toga.search(made(tmp_path / "whole", config), config).content
+
+
+def test_parameters_that_overflow_are_seen(tmp_path):
+    config = CONFIG.model_copy(update={"network": "hypernetwork", "weight_decay": 1e30})
+    with pytest.raises(
+        NumericsError, match=r"a parameter of step \d of the masks is not finite; the state after step 0 "
+    ):
+        toga.search(made(tmp_path, config), config)
+
+
+@pytest.mark.parametrize(("estimator", "temperature"), [("reinmax", 0.5), ("gumbel", 2.0)])
+def test_a_temperature_on_the_wrong_side_is_refused(estimator, temperature):
+    with pytest.raises(ValueError, match=f"but {estimator} wants at"):
+        toga.Config(estimator=estimator, temperature=temperature)
+    assert (toga.Config().heat, toga.Config(estimator="gumbel").heat) == (1.0, 0.4)
 
 
 @pytest.mark.parametrize(("offset", "prior"), [(None, 0.0), (None, 2.0), (3.0, 1.0)])
@@ -201,7 +243,8 @@ def test_training_starts_at_the_budget_or_where_it_is_told(tmp_path, offset, pri
     if offset is None:
         assert codes == pytest.approx(share * sites.all_codes, rel=1e-3)
     for site, own in start.items():
-        assert float(own.mean()) == pytest.approx(3.0 if offset else float(own.mean()), abs=1e-4)
+        if offset is not None:
+            assert float(own.mean()) == pytest.approx(offset, abs=1e-4)
         assert float(own.std()) == pytest.approx(prior, abs=1e-4)
         assert not prior or own.argsort().tolist() == torch.tensor(energies()[site]).argsort().tolist()
 

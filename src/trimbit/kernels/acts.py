@@ -1,5 +1,7 @@
 """Rounding of activations in plain PyTorch: the definition of correct for faster kernels."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -16,17 +18,31 @@ def round_activations(
     Scales are fp32, the result has x's type. Gradients pass as if nothing had been rounded (straight through).
     """
     parts = x.split([run.count for run in runs], dim=-1)
-    rounded = torch.cat([_rounded(part, run.precision) for part, run in zip(parts, runs, strict=True)], dim=-1)
-    return x + (rounded - x).detach() if x.requires_grad else rounded
+    return torch.cat([_rounded(part, run.precision) for part, run in zip(parts, runs, strict=True)], dim=-1)
 
 
 def _rounded(x: Tensor, precision: ActInt | None) -> Tensor:
     if precision is None:
         return x
+    found: Tensor = _StraightThrough.apply(x, precision)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor, precision: ActInt) -> Tensor:  # noqa: ANN401
+        return _nearest(x, precision)
+
+    @staticmethod
+    def backward(_ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        return grad, None
+
+
+def _nearest(x: Tensor, precision: ActInt) -> Tensor:
     count = x.shape[-1]
     group = precision.group or count
     top = 2 ** (precision.bits - 1) - 1
-    groups = functional.pad(x.detach().float(), (0, -count % group)).unflatten(-1, (-1, group))
+    groups = functional.pad(x.float(), (0, -count % group)).unflatten(-1, (-1, group))
     scale = groups.abs().amax(-1, keepdim=True) * (precision.clip / top)
     codes = (groups / torch.where(scale == 0, 1.0, scale)).round_().clamp_(-top - 1, top)
     rounded: Tensor = codes.mul_(scale).flatten(-2)[..., :count].to(x.dtype)

@@ -395,15 +395,11 @@ def _add_sub_block(
     )  # fmt: skip
 
 
-def header_bound(layout: Layout, rank: int = 0, sites: tuple[str, ...] = ()) -> int:
-    """An upper bound on the header of any plan: every weight with all its tensors, offsets of full length.
-
-    `sites` are those whose order may be stored.
-    """
+def header_bound(layout: Layout, rank: int = 0) -> int:
+    """An upper bound on the header of any plan without orders: every weight with all its tensors, offsets in full."""
     parts = ("codes", "scales", "zeros", "bias", *(("adapter.a", "adapter.b") if rank else ()))
     names = [f"{w}.{part}" for w in layout.weights for part in parts]
     names += [name for unit in layout.units.values() for name, _ in unit.kept] + list(layout.fixed)
-    names += [layout.order_tensor(site, 1)[0] for site in sites]
     digits = len(str(2 * layout.parameters + 10**6))
     entry = (
         len('"":{"dtype":"BF16","shape":[,],"data_offsets":[,]},') + 2 * len(str(layout.parameters)) // 2 + 2 * digits

@@ -4,7 +4,7 @@ What searches share that choose the high channels. A site stores its low channel
 by rising diag H of the site's inputs (arXiv:2310.19102 reorders like this), so that a group holds channels alike.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -13,10 +13,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from trimbit.errors import BudgetError, RecipeError
+from trimbit.errors import BudgetError, NumericsError, RecipeError
 from trimbit.measure import sites_of
 from trimbit.plan import Plan
 from trimbit.precision import BF16, ActInt, ActRun, Data, Int, Precision, Run, row_nbytes
+from trimbit.search import knapsack
 from trimbit.search.problem import Problem
 
 High = Mapping[str, Sequence[int]]  # site -> its high channels
@@ -124,7 +125,7 @@ class Sites:
         ranked = sorted(range(len(energies)), key=lambda channel: (-energies[channel], channel))
         return tuple(ranked[: tiles * self.mixed.tile])
 
-    def plan(self, high: High, method: str) -> Plan:
+    def plan(self, high: High, method: str, notes: tuple[str, ...] = ()) -> Plan:
         """The plan whose `high` channels are high."""
         problem, mixed = self.problem, self.mixed
         formats = {
@@ -144,7 +145,7 @@ class Sites:
             if any(rounding[run.precision] for run in runs):
                 acts[site] = tuple(ActRun(count=run.count, precision=rounding[run.precision]) for run in runs)
         plan = base.model_copy(update={"weights": weights, "orders": orders, "acts": acts})
-        found = base.found_by.model_copy(update={"nbytes": problem.layout.file_nbytes(plan)})
+        found = base.found_by.model_copy(update={"nbytes": problem.layout.file_nbytes(plan), "notes": notes})
         return plan.model_copy(update={"found_by": found})
 
     def _runs(self, site: str, high: int) -> tuple[Run, ...]:
@@ -176,17 +177,32 @@ class Sites:
         tiles = self.fitting
         return self.problem.limit - self.sized(tiles) + sum(self.site_nbytes(*each) for each in tiles.items())
 
-    def filled(self, chosen: Callable[[int], High], what: str) -> Plan:
-        """The plan of the channels that are `chosen` for so many bytes; fewer, where its header is too long."""
-        limit = self.limit
+    def filled(self, losses: Mapping[str, Mapping[int, float]], ranked: High, what: str) -> Plan:
+        """The plan of least summed loss within the budget, a multiple-choice knapsack.
+
+        `losses` are by site and number of high tiles, of which the first channels in `ranked` are. So near the smallest
+        budget that the header leaves no room, every site has the same share, and the plan's notes say so.
+
+        Raises:
+            NumericsError: if the solver finds nothing.
+        """
+        options = {site: sorted(own) for site, own in losses.items()}
+        groups = [[(self.site_nbytes(site, n), losses[site][n]) for n in own] for site, own in options.items()]
+        limit, notes = self.limit, tuple[str, ...]()
         while True:
-            high = chosen(limit)
-            tiles = {site: len(channels) // self.mixed.tile for site, channels in high.items()}
-            plan = self.plan(high, f"{self.bits(tiles):.3f} bits a code, {what}")
+            picked = knapsack.knapsack(groups, limit, knapsack.Config())
+            if picked is not None:
+                tiles = {site: own[at] for (site, own), at in zip(options.items(), picked, strict=True)}
+            elif sum(min(nbytes for nbytes, _ in group) for group in groups) > limit:
+                tiles, notes = self.fitting, ("the same share of every site: the budget leaves no choice",)
+            else:
+                raise NumericsError("the knapsack over tiles of channels was not solved; give another budget")
+            high = {site: ranked[site][: count * self.mixed.tile] for site, count in tiles.items()}
+            plan = self.plan(high, f"{self.bits(tiles):.3f} bits a code, {what}", notes)
             over = plan.found_by.nbytes - self.problem.limit
             if over <= 0:
                 return plan
-            limit -= over
+            limit -= over  # the header is that much longer
 
     def high(self, plan: Plan) -> High:
         """The high channels of a plan."""

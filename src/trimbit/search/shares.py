@@ -11,7 +11,6 @@ from pydantic import Field
 
 from trimbit.journal import Journal
 from trimbit.plan import Plan
-from trimbit.search import knapsack
 from trimbit.search.mixed import Masking, Sites, as_masks
 from trimbit.search.problem import Problem
 
@@ -57,16 +56,8 @@ def search(problem: Problem, config: Config) -> Plan:
     """
     require_feasible(problem, config)
     sites = Sites(problem, config)
-    damage = measure(problem, config, sites)
-    groups = [[(sites.site_nbytes(site, n), own[n]) for n in sorted(own)] for site, own in damage.items()]
-
-    def chosen(limit: int) -> dict[str, tuple[int, ...]]:
-        picked = knapsack.knapsack(groups, limit, knapsack.Config())
-        counts = [sorted(own)[at] for own, at in zip(damage.values(), picked, strict=True)] if picked else None
-        tiles = dict(zip(damage, counts, strict=True)) if counts else sites.fitting
-        return {site: sites.largest(site, count) for site, count in tiles.items()}
-
-    return sites.filled(chosen, f"shares by measured KL in {config.high.name}")
+    ranked = {site: sites.largest(site, count // config.tile) for site, count in sites.channels.items()}
+    return sites.filled(measure(problem, config, sites), ranked, f"shares by measured KL in {config.high.name}")
 
 
 def measure(problem: Problem, config: Config, sites: Sites) -> dict[str, dict[int, float]]:

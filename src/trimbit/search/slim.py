@@ -39,11 +39,17 @@ def default_limit(problem: Problem, config: Config) -> int:
 
 
 def require_feasible(problem: Problem, config: Config) -> None:
-    """Refuse a budget below the mean number of bits.
+    """Refuse a budget below the mean number of bits, and a model that it does not fit.
 
     Raises:
         BudgetError: naming the smallest feasible budget.
+        RecipeError: if something is pruned before, or a weight has fewer than two groups.
     """
+    if problem.space.kept:
+        raise RecipeError("bits of groups go with whole models alone: leave `prune` out of the recipe")
+    for name, weight in problem.layout.weights.items():
+        if problem.layout.readers(weight.site) and weight.cols < 2 * GROUP:
+            raise RecipeError(f"weight {name} has {weight.cols} input channels, fewer than two groups of {GROUP}")
     problem.require_feasible(_uniform(problem, config))
 
 
@@ -85,8 +91,6 @@ def _best(problem: Problem, name: str, bits: int) -> tuple[tuple[Run, ...], int]
     assert problem.channels is not None, "the search reads saliences"
     salience = problem.channels.salience(name)
     whole = len(salience) // GROUP
-    if whole < 2:
-        raise RecipeError(f"weight {name} has {len(salience)} input channels, fewer than two groups of {GROUP}")
     sums = [sum(salience[at * GROUP : (at + 1) * GROUP]) for at in range(whole)]
     ranked = sorted(range(whole), key=sums.__getitem__)
     less, base, more = _formats(bits)

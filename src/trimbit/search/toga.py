@@ -10,14 +10,13 @@ are, or ours.
 """
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -25,7 +24,6 @@ from torch import Tensor, nn
 from trimbit.cache import save_whole
 from trimbit.errors import ArtifactError, NumericsError
 from trimbit.plan import Plan
-from trimbit.search import knapsack
 from trimbit.search.estimators import Estimator, sample
 from trimbit.search.hypernetwork import Hypernetwork, Logits
 from trimbit.search.mixed import Masking, Sites, as_masks
@@ -43,13 +41,27 @@ class Config(Masking):
     steps: int = Field(default=2000, ge=1)  # paper
     network: Literal["hypernetwork", "logits"] = "hypernetwork"  # paper; logits: a parameter for each channel
     estimator: Estimator = "reinmax"
-    temperature: float = Field(default=1.0, gt=0)  # code (microsoft/ReinMax): 1 or more; Gumbel, code (DISP-LLM): 0.4
+    temperature: float | None = Field(default=None, gt=0)  # None: code, ReinMax 1 (microsoft), Gumbel 0.4 (DISP-LLM)
     offset: float | None = None  # added to logits; code (DISP-LLM): 3, nearly all high; ours, None: by the budget
     prior: float = Field(default=0.0, ge=0)  # ours: times the standard score of log diag H in its site, added to logits
     budget_weight: float = Field(default=6.0, ge=0)  # code (DISP-LLM)
-    learning_rate: float = Field(default=1e-3, gt=0)  # code (DISP-LLM)
+    learning_rate: float = Field(default=1e-3, gt=0, lt=1e3)  # code (DISP-LLM)
     weight_decay: float = Field(default=0.05, ge=0)  # code (DISP-LLM)
     save_every: int = Field(default=50, ge=1)  # steps between two stored states
+
+    @model_validator(mode="after")
+    def _check_temperature(self) -> "Config":
+        if self.temperature is not None and (
+            self.temperature < 1 if self.estimator == "reinmax" else self.temperature > 1
+        ):
+            side = "at least" if self.estimator == "reinmax" else "at most"
+            raise ValueError(f"a temperature of {self.temperature:g}, but {self.estimator} wants {side} 1")
+        return self
+
+    @property
+    def heat(self) -> float:
+        """The temperature."""
+        return self.temperature if self.temperature is not None else {"reinmax": 1.0, "gumbel": 0.4}[self.estimator]
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -84,14 +96,15 @@ def search(problem: Problem, config: Config) -> Plan:
     require_feasible(problem, config)
     sites = Sites(problem, config)
     logits = learn(problem, config, sites)
-    plan = sites.filled(lambda limit: fill(logits, sites, limit), f"learnt channels in {config.high.name}")
+    plan = sites.filled(*worth(logits, sites), f"learnt channels in {config.high.name}")
     assert problem.masked is not None
     found = problem.masked(config).damage(as_masks(sites.high(plan), sites))
     notes = (
         f"masks: {config.steps} steps of {config.batch} x {config.length} tokens; "
-        f"held out, before the quantiser: KL {found.kl:.4f}, loss {found.nll:.4f} nats",
+        f"held out, as the search sees them: KL {found.kl:.4f}, loss {found.nll:.4f} nats",
     )
-    return plan.model_copy(update={"found_by": plan.found_by.model_copy(update={"notes": notes})})
+    told = plan.found_by.model_copy(update={"notes": (*notes, *plan.found_by.notes)})
+    return plan.model_copy(update={"found_by": told})
 
 
 def curve(problem: Problem, config: Config) -> list[dict[str, float]]:
@@ -111,29 +124,36 @@ def learn(problem: Problem, config: Config, sites: Sites) -> dict[str, Float[Ten
     parameters = dict(network.named_parameters())
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
     log = _resume(_state(problem), problem.key, parameters, optimizer)
+    kept = len(log)
     with problem.reporter.stage("masks") as progress:
         for step in range(len(log), config.steps):
             generator = torch.Generator().manual_seed(problem.seed * 1_000_003 + step)
             logits = {site: own + start[site] for site, own in network().items()}
-            masks = {site: sample(own, config.estimator, config.temperature, generator) for site, own in logits.items()}
+            masks = {site: sample(own, config.estimator, config.heat, generator) for site, own in logits.items()}
             loss, gradients = masked.gradients({site: mask.detach() for site, mask in masks.items()}, step)
             bits = _bits(masks, sites)
-            if not math.isfinite(loss):
-                kept = len(log) // config.save_every * config.save_every
-                raise NumericsError(
-                    f"the loss of step {step + 1} of the masks is {loss}; the state after step {kept} is kept. "
-                    "Lower search.learning_rate"
-                )
+            _require_finite(step, kept, loss=[torch.tensor(loss)], gradient=gradients.values())
             penalty = config.budget_weight * (bits / target).log().abs()
             torch.autograd.backward([*masks.values(), penalty], [*(gradients[site] for site in masks), None])
             optimizer.step()
             optimizer.zero_grad()
-            log.append({"loss": loss, "bits": float(bits.detach()), "temperature": config.temperature})
+            _require_finite(step, kept, parameter=parameters.values())
+            log.append({"loss": loss, "bits": float(bits.detach()), "temperature": config.heat})
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                 _save(_state(problem), problem.key, parameters, optimizer, log)
+                kept = step + 1
             progress(step + 1, config.steps)
     with torch.no_grad():
         return {site: own + start[site] for site, own in network().items()}
+
+
+def _require_finite(step: int, kept: int, **found: Iterable[Tensor]) -> None:
+    for what, tensors in found.items():
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+            raise NumericsError(
+                f"a {what} of step {step + 1} of the masks is not finite; the state after step {kept} is kept. "
+                "With a lower search.learning_rate they are learnt anew"
+            )
 
 
 def _start(config: Config, sites: Sites, share: float) -> dict[str, Float[Tensor, " channels"]]:
@@ -157,22 +177,20 @@ def _bits(masks: Mapping[str, Tensor], sites: Sites) -> Tensor:
     return low + (high - low) * codes / sites.all_codes
 
 
-def fill(logits: Mapping[str, Float[Tensor, " channels"]], sites: Sites, limit: int) -> dict[str, tuple[int, ...]]:
-    """The high channels of each site: whole tiles whose logits add up to the most within `limit` bytes.
+def worth(
+    logits: Mapping[str, Float[Tensor, " channels"]], sites: Sites
+) -> tuple[dict[str, dict[int, float]], dict[str, tuple[int, ...]]]:
+    """For each site by its number of high tiles what it loses: minus the sum of their logits; and channels by rank.
 
-    A logit counts from where every channel is worth its cost, so that the budget is filled. Where the header of what
-    would fit is too long, every site has the same share.
+    A logit counts from where every channel is worth its cost, so that the budget is filled.
     """
-    tile, rows = sites.mixed.tile, sites.rows
     ranked = {site: own.double().sort(descending=True, stable=True) for site, own in logits.items()}
-    price = max(float(-own.values[-1]) / rows[site] for site, own in ranked.items())
-    groups: list[list[tuple[int, float]]] = []
+    price = max(0.0, *(float(-own.values[-1]) / sites.rows[site] for site, own in ranked.items()))
+    losses = {}
     for site, own in ranked.items():
-        worth = (own.values + max(price, 0.0) * rows[site]).view(-1, tile).sum(-1).cumsum(0).tolist()
-        groups.append([(sites.site_nbytes(site, count), -value) for count, value in enumerate([0.0, *worth])])
-    picked = knapsack.knapsack(groups, limit, knapsack.Config())
-    counts = sites.fitting if picked is None else dict(zip(ranked, picked, strict=True))
-    return {site: tuple(own.indices[: counts[site] * tile].tolist()) for site, own in ranked.items()}
+        tiles = (own.values + price * sites.rows[site]).view(-1, sites.mixed.tile).sum(-1).cumsum(0).tolist()
+        losses[site] = {count: -value for count, value in enumerate([0.0, *tiles])}
+    return losses, {site: tuple(own.indices.tolist()) for site, own in ranked.items()}
 
 
 # --- stored states ---------------------------------------------------------------------------------------------------
