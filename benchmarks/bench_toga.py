@@ -181,7 +181,8 @@ def write_page(results: dict) -> None:
     }
     for part, rows in parts.items():
         write_tables(PAGE, "\n" + "\n".join(rows(results)) + "\n\n", part)
-    draw_bits(results)
+    if any(key.startswith("settings/") for key in results):
+        draw_bits(results)
     draw_masks(results)
 
 
@@ -211,6 +212,10 @@ def settings_table(results: dict) -> list[str]:
                 keys[f"{method}, KV4"] = f"{keys[method]}, KV4"
                 cells[keys[f"{method}, KV4"]] = cells[keys[method]] | {"texts": kv4}
         lines += [f"### {setting}", "", *texts_table(results | cells, "method", keys), ""]
+    if any(key.startswith("settings/") for key in results):
+        lines += ["![KL and perplexity against bits](toga-bits.png)", ""]
+    if any(key.endswith("/learnt") for key in results):
+        lines += ["![Learnt masks](toga-masks.png)"]
     return lines
 
 
