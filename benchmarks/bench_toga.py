@@ -68,6 +68,7 @@ CACHES = {"exact": "null", "4 bits, a head": "{bits: 4}", "4 bits, group 32": "{
 UNQUANTISED = "search={name: fixed, params: {blocks: bf16, table: bf16}}"
 OPTIONS = {  # at W1.6A16: what of the masks' training differs from the recipe
     "as in the recipe": (),
+    "no prior": ("search.prior=0.0",),
     "Gumbel": ("search.estimator=gumbel", "search.temperature=0.4"),
     "KL": ("search.loss=kl",),
     "GPTQ's versions": ("search.versions=quant",),
