@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -195,6 +196,16 @@ def measured_process(command: list[str], cache: Path | None) -> tuple[float, int
     started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", report, *command], env=environment, check=True, stdout=subprocess.PIPE)
     return time.perf_counter() - started, int(done.stdout)
+
+
+def command_line(doc: str | None, parts: Sequence[str]) -> argparse.Namespace:
+    """The model, the data, and which parts are run."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", choices=parts, default=parts)
+    os.environ.setdefault("TRIMBIT_CACHE", str(WORK / "cache"))
+    return parser.parse_args()
 
 
 def tables(results: dict) -> str:

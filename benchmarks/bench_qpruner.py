@@ -7,10 +7,8 @@ docs/qpruner.md is drawn from it at the end. Model, calibration, perplexity and 
 distils the original on instructions, 100 steps of 16 rows of at most 256 tokens; tasks are the first 500 documents.
 """
 
-import argparse
 import json
 import math
-import os
 import shutil
 import sys
 import tempfile
@@ -26,7 +24,7 @@ import torch
 from safetensors import safe_open
 from scipy.stats import spearmanr
 
-from bench_main import CONTEXT, HERE, WINDOWS, WORK, Bench, measured_process, write_tables
+from bench_main import CONTEXT, HERE, WINDOWS, WORK, Bench, command_line, measured_process, write_tables
 from trimbit import data
 from trimbit.artifact import weight_nbytes
 from trimbit.evaluate import final_hidden, load_model, load_tokenizer, score
@@ -446,12 +444,7 @@ def main() -> None:
     if sys.argv[1:2] == ["--peak"]:
         peak(sys.argv[2], Path(sys.argv[3]), *sys.argv[4:])
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS)
-    options = parser.parse_args()
-    os.environ.setdefault("TRIMBIT_CACHE", str(WORK / "cache"))
+    options = command_line(__doc__, PARTS)
     bench = Plans(options.source, options.data, RESULTS)
     if "start" in options.only:
         for bits, start, rank in starts():

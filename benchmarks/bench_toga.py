@@ -9,9 +9,7 @@ for masks. Perplexity and KL are at context 2048, on the first 16 windows of Wik
 in 600 steps of 512 tokens.
 """
 
-import argparse
 import math
-import os
 import shutil
 import time
 from pathlib import Path
@@ -19,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from bench_main import CONTEXT, HERE, WINDOWS, WORK, Bench, write_tables
+from bench_main import CONTEXT, HERE, WINDOWS, WORK, Bench, command_line, write_tables
 from bench_qpruner import table
 from trimbit import data
 from trimbit.artifact import weight_nbytes
@@ -125,7 +123,10 @@ class Toga(Bench):
             found["texts, KV4"] = {text: self.on(out, text, KVPrecision()) for text in TEXTS}
         if plan.content in session.curves:
             curve = session.curves[plan.content]
-            found |= {"shares": shares(session.layout, plan), "losses": [round(step["loss"], 4) for step in curve]}
+            found |= {
+                "shares": shares(session.layout, plan, session.search[1].high),
+                "losses": [round(step["loss"], 4) for step in curve],
+            }
         return found
 
     def on(self, path: Path, text: str, kv_cache: KVPrecision | None = None) -> dict:
@@ -278,12 +279,7 @@ def draw_masks(results: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS)
-    options = parser.parse_args()
-    os.environ.setdefault("TRIMBIT_CACHE", str(WORK / "cache"))
+    options = command_line(__doc__, PARTS)
     bench = Toga(options.source, options.data, RESULTS)
     bench.cell("original", bench.original)
     if "ablation" in options.only:

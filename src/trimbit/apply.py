@@ -33,7 +33,7 @@ from trimbit.quant.qtensor import QTensor
 from trimbit.repair import lowrank, refit
 from trimbit.repair.lowrank import LowRank
 from trimbit.runtime import input_known, only_half, set_width
-from trimbit.site_input import change_input, order_dtype
+from trimbit.site_input import change_input, order_dtype, stored_order
 from trimbit.stats import Accumulator, Moments, Stats, Tap
 
 
@@ -323,9 +323,11 @@ class _Job:
                     stored[f"{name}.bias"] = linear.bias.detach().to(torch.bfloat16)
         for name, _ in unit.kept:
             stored[name] = block.get_parameter(name.removeprefix(prefix)).detach().to(torch.bfloat16)
-        for site in sites.keys() & self.plan.orders.keys():
-            name = f"{self.layout.input_of(site)[0]}.order"
-            stored |= {full: buffer for full, buffer in block.named_buffers(prefix.removesuffix(".")) if full == name}
+        for site in sites:
+            name = self.layout.input_of(site)[0]
+            order = stored_order(block.get_submodule(name.removeprefix(prefix)))
+            if order is not None:
+                stored[f"{name}.order"] = order
         return stored
 
     def _compress(self, names: Sequence[str], ws: Sequence[Tensor], moments: Moments | None) -> list[Compressed]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from trimbit.model.layout import Layout
 from trimbit.plan import Plan
+from trimbit.precision import Precision
 
 SMOOTH = 25  # steps whose mean is drawn beside the loss of each
 
@@ -19,9 +20,8 @@ def table(curve: Sequence[Mapping[str, float]]) -> str:
     return out.getvalue()
 
 
-def shares(layout: Layout, plan: Plan) -> dict[str, list[float | None]]:
-    """Of each site of the family, by block: the share of its channels in a format of more bits; None: it is gone."""
-    low = min(run.precision.bits for name, runs in plan.weights.items() for run in runs if _in_block(layout, name))
+def shares(layout: Layout, plan: Plan, high: Precision) -> dict[str, list[float | None]]:
+    """Of each site of the family, by block: the share of its channels in the format `high`; None: it is gone."""
     found: dict[str, list[float | None]] = {}
     for weight in layout.weights.values():
         block, site = layout.units[weight.unit].block, weight.site.rsplit(".", 1)[-1]
@@ -30,21 +30,17 @@ def shares(layout: Layout, plan: Plan) -> dict[str, list[float | None]]:
         own = found.setdefault(site, [None] * layout.blocks)
         runs = plan.weights.get(weight.name, ())
         if runs:
-            own[block] = sum(run.count for run in runs if run.precision.bits > low) / sum(run.count for run in runs)
+            own[block] = sum(run.count for run in runs if run.precision == high) / sum(run.count for run in runs)
     return found
 
 
-def _in_block(layout: Layout, name: str) -> bool:
-    return layout.units[layout.weights[name].unit].block is not None
-
-
-def picture(layout: Layout, plan: Plan, curve: Sequence[Mapping[str, float]]) -> bytes:
+def picture(layout: Layout, plan: Plan, high: Precision, curve: Sequence[Mapping[str, float]]) -> bytes:
     """A PNG: the share of high channels by block and site; the loss and the bits of each step's sample."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12.8, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for site, own in shares(layout, plan).items():
+    for site, own in shares(layout, plan, high).items():
         left.plot(range(len(own)), [float("nan") if x is None else 100 * x for x in own], marker=".", label=site)
     left.set(xlabel="block", ylabel="channels in the high format, %", ylim=(0, None))
     left.legend(frameon=False, ncols=4, fontsize="small")

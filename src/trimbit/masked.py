@@ -20,7 +20,7 @@ from trimbit.kernels.acts import round_activations
 from trimbit.model.head import Head, Judged, Logits, following, judge, logit_slices, loss_gradient
 from trimbit.model.layout import Weight
 from trimbit.model.load import materialize
-from trimbit.model.stream import BlockStream, block_arguments, build_skeleton, products_in
+from trimbit.model.stream import BlockStream, block_arguments, build_skeleton, products_in, run_block
 from trimbit.precision import ActInt, ActRun
 from trimbit.progress import Progress
 from trimbit.quant.qtensor import QTensor
@@ -223,12 +223,7 @@ class MaskedModel:
             self.arguments[row.shape] = block_arguments(self.model, 1, len(row))
         hidden = self.model.get_input_embeddings()(row[None].to(self.device)).float()
         for block, own in zip(self.blocks, self.arguments[row.shape], strict=True):
-            run = partial(_run, block, own)
+            run = partial(run_block, block, own)
             again = self.checkpointing and torch.is_grad_enabled()
             hidden = checkpoint(run, hidden, use_reentrant=False) if again else run(hidden)
         return self.norm(hidden)[0]  # type: ignore[no-any-return]
-
-
-def _run(block: nn.Module, arguments: dict[str, Any], hidden: Tensor) -> Tensor:
-    out = block(hidden, **arguments)
-    return (out[0] if isinstance(out, tuple) else out).float()  # type: ignore[no-any-return]

@@ -213,8 +213,9 @@ class Session(Preparation):
             writer.write("trials.png", picture(tried, limit))
         c = self.checkpoint
         if plan.content in self.curves:
-            writer.write("masks.csv", learning.table(self.curves[plan.content]))
-            writer.write("masks.png", learning.picture(self.layout, plan, self.curves[plan.content]))
+            curve, high = self.curves[plan.content], self.search[1].high
+            writer.write("masks.csv", learning.table(curve))
+            writer.write("masks.png", learning.picture(self.layout, plan, high, curve))
         writer.write(
             "README.md", model_card(trimbit.__version__, c.model_id, c.license, self.layout, plan, self.calibration)
         )

@@ -28,7 +28,7 @@ class _Change:
         return (self._changed(inputs[0]), *inputs[1:])
 
     def _changed(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-        order = dict(self.owner.named_buffers(recurse=False)).get("order")
+        order = stored_order(self.owner)
         if order is not None:
             x = x.index_select(-1, order.int())
         return round_activations(x, self.acts) if self.acts else x
@@ -55,6 +55,11 @@ def move_changes(module: nn.Module, around: nn.Module) -> None:
     module._forward_pre_hooks.clear()
     for hook in hooks:
         around.register_forward_pre_hook(hook)
+
+
+def stored_order(module: nn.Module) -> Tensor | None:
+    """The order that a module gathers its input, or what it gives, in; None if it does not."""
+    return module._buffers.get("order")
 
 
 def order_dtype(dtype: str) -> torch.dtype:

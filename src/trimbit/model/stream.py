@@ -90,6 +90,14 @@ def block_arguments(model: PreTrainedModel, rows: int, length: int) -> list[dict
     return [recorder.kwargs for recorder in recorders]  # type: ignore[misc]
 
 
+def run_block(
+    block: nn.Module, arguments: dict[str, Any], hidden: Float[Tensor, "rows length hidden"]
+) -> Float[Tensor, "rows length hidden"]:
+    """A block's output in fp32; `arguments` are its own of `block_arguments`."""
+    out = block(hidden, **arguments)
+    return (out[0] if isinstance(out, tuple) else out).float()  # type: ignore[no-any-return]
+
+
 class BlockStream:
     """The dense model of a checkpoint, one block at a time."""
 
@@ -162,8 +170,7 @@ class BlockStream:
         shape = (hidden.shape[0], hidden.shape[1])
         if shape not in self._arguments:
             self._arguments[shape] = block_arguments(self.skeleton, *shape)
-        out = block(hidden, **self._arguments[shape][index])
-        return (out[0] if isinstance(out, tuple) else out).float()  # type: ignore[no-any-return]
+        return run_block(block, self._arguments[shape][index], hidden)
 
     def site_modules(self, index: int, block: nn.Module) -> dict[str, nn.Module]:
         """For each site of a block that still exists, a module that reads it."""

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from trimbit.model.head import Head, Judged, following, judge, logit_slices
 from trimbit.model.load import materialize
-from trimbit.model.stream import BlockStream, Chunks, block_arguments, build_skeleton, computing
+from trimbit.model.stream import BlockStream, Chunks, block_arguments, build_skeleton, computing, run_block
 
 
 class WholeModel:
@@ -92,8 +92,7 @@ class Judge:
             for index in range(start, len(self.whole.blocks)):
                 if keep:
                     self.before.append(hidden)
-                out = self.whole.blocks[index](hidden, **self.arguments[index])
-                hidden = (out[0] if isinstance(out, tuple) else out).float()
+                hidden = run_block(self.whole.blocks[index], self.arguments[index], hidden)
         return hidden
 
     def _final(self, hidden: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ dropout from the seed and the step's number, so that a run that was broken off g
 import importlib.util
 import json
 import math
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,17 +16,16 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import Field
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trimbit.errors import ArtifactError, NumericsError, RecipeError
+from trimbit.errors import NumericsError, RecipeError
 from trimbit.model.head import Head, logit_slices, loss_gradient
 from trimbit.precision import Data
 from trimbit.progress import Progress
 from trimbit.repair.lowrank import LowRank
 from trimbit.site_input import move_changes
+from trimbit.training_state import load_state, save_state
 
 PAPER = "LoRA, arXiv:2106.09685; LLM-Pruner's recovery, arXiv:2305.11627"
 
@@ -106,7 +104,8 @@ def tune(
     lora = _attach(model, pairs, kinds, config)
     parameters = {f"{name}.{part}": p for name, own in lora.items() for part, p in zip("ab", own, strict=True)}
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
-    losses = _resume(state, parameters, optimizer)
+    told = load_state(state, parameters, optimizer, "recovery")
+    losses: list[float] = json.loads(told["losses"]) if told else []
     model.train()
     if config.checkpointing:
         # by its newer name, where there is one: the older one goes with transformers 6
@@ -129,7 +128,7 @@ def tune(
         optimizer.zero_grad()
         losses.append(loss)
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-            _save(state, parameters, optimizer, losses)
+            save_state(state, parameters, optimizer, {"losses": json.dumps(losses)})
         progress(step + 1, config.steps)
     model.eval()
     found = {}
@@ -230,30 +229,3 @@ def _padded(rows: Sequence[Example]) -> tuple[Tensor, Tensor]:
     for at, row in enumerate(rows):
         tokens[at, : len(row.tokens)], target[at, : len(row.tokens)] = row.tokens, row.target
     return tokens, target
-
-
-def _save(state: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
-    """Parameters, the optimiser's moments and the losses so far; the file appears whole."""
-    tensors = {name: p.detach() for name, p in parameters.items()}
-    for name, p in parameters.items():
-        tensors |= {f"{name}.{key}": optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq", "step")}
-    state.parent.mkdir(parents=True, exist_ok=True)
-    beside = state.with_suffix(f".{os.getpid()}.tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, {"losses": json.dumps(losses)})
-    beside.replace(state)
-
-
-def _resume(state: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> list[float]:
-    """Take up a stored state; returns its losses."""
-    if not state.exists():
-        return []
-    with safe_open(state, framework="pt") as file:
-        want = {*parameters, *(f"{name}.{key}" for name in parameters for key in ("exp_avg", "exp_avg_sq", "step"))}
-        if set(file.keys()) != want:
-            raise ArtifactError(f"{state}: the stored state of another recovery; remove it and run again")
-        for name, p in parameters.items():
-            with torch.no_grad():
-                p.copy_(file.get_tensor(name))
-            keys = ("exp_avg", "exp_avg_sq", "step")
-            optimizer.state[p] = {key: file.get_tensor(f"{name}.{key}") for key in keys}
-        return list(json.loads(file.metadata()["losses"]))

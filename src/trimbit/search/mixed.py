@@ -37,7 +37,7 @@ class Mixed(Data):
 
 
 class Masking(Mixed):
-    """Which model the masks are tried in, and on what."""
+    """Which model the masks are tried in, and on what; its embedding and head are dense, whatever `table` is."""
 
     versions: Literal["nearest", "quant"] = "nearest"  # rounded to nearest while masks are tried, or by the quantiser
     loss: Literal["lm", "kl"] = "lm"  # paper: of the next token; ours: KL(original || model)
@@ -241,6 +241,22 @@ class Sites:
             middle = (low + high) / 2
             low, high = (middle, high) if self.sized(self.spread(middle)) <= self.problem.limit else (low, middle)
         return self.spread(low)
+
+
+def default_limit(problem: Problem, config: Mixed) -> int:
+    """Bytes with the configured share of every site's channels high."""
+    sites = Sites(problem, config)
+    return sites.sized(sites.spread(config.share))
+
+
+def require_feasible(problem: Problem, config: Mixed) -> None:
+    """Refuse a budget outside what the formats reach.
+
+    Raises:
+        BudgetError: naming the range.
+        RecipeError: if the formats or the tile do not fit the model.
+    """
+    Sites(problem, config).require_feasible()
 
 
 def as_masks(high: High, sites: Sites) -> dict[str, Tensor]:

@@ -7,33 +7,20 @@ import random
 from typing import Literal
 
 from trimbit.plan import Plan
-from trimbit.search.mixed import Mixed, Sites
+from trimbit.search.mixed import Mixed, Sites, default_limit, require_feasible
 from trimbit.search.problem import Problem
 
 PAPER = "Atom, arXiv:2310.19102"
 NEEDS: tuple[str, ...] = ()
 READS = "moments"
 
+__all__ = ["NEEDS", "PAPER", "READS", "Config", "default_limit", "require_feasible", "search"]
+
 
 class Config(Mixed):
     """The formats, and what is high."""
 
     by: Literal["energy", "random"] = "energy"
-
-
-def default_limit(problem: Problem, config: Config) -> int:
-    """Bytes with the configured share of channels high."""
-    sites = Sites(problem, config)
-    return sites.sized(sites.spread(config.share))
-
-
-def require_feasible(problem: Problem, config: Config) -> None:
-    """Refuse a budget outside what the formats reach.
-
-    Raises:
-        BudgetError: naming the range.
-    """
-    Sites(problem, config).require_feasible()
 
 
 def search(problem: Problem, config: Config) -> Plan:

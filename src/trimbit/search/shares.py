@@ -11,12 +11,14 @@ from pydantic import Field
 
 from trimbit.journal import Journal
 from trimbit.plan import Plan
-from trimbit.search.mixed import Masking, Sites, as_masks
+from trimbit.search.mixed import Masking, Sites, as_masks, default_limit, require_feasible
 from trimbit.search.problem import Problem
 
 PAPER = "this project; HiGHS through scipy.optimize.milp"
 NEEDS: tuple[str, ...] = ()
 READS = "moments"
+
+__all__ = ["NEEDS", "PAPER", "READS", "Config", "default_limit", "identity", "measure", "require_feasible", "search"]
 
 
 class Config(Masking):
@@ -30,21 +32,6 @@ class Config(Masking):
 def identity(config: Config) -> dict[str, Any]:
     """What of the configuration decides the measurements."""
     return config.model_dump(mode="json", exclude={"checkpointing"})
-
-
-def default_limit(problem: Problem, config: Config) -> int:
-    """Bytes with the configured share of every site's channels high."""
-    sites = Sites(problem, config)
-    return sites.sized(sites.spread(config.share))
-
-
-def require_feasible(problem: Problem, config: Config) -> None:
-    """Refuse a budget outside what the formats reach.
-
-    Raises:
-        BudgetError: naming the range.
-    """
-    Sites(problem, config).require_feasible()
 
 
 def search(problem: Problem, config: Config) -> Plan:

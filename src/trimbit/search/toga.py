@@ -17,22 +17,32 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from pydantic import Field, model_validator
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from trimbit.cache import save_whole
-from trimbit.errors import ArtifactError, NumericsError
+from trimbit.errors import NumericsError
 from trimbit.plan import Plan
 from trimbit.search.estimators import Estimator, sample
 from trimbit.search.hypernetwork import Hypernetwork, Logits
-from trimbit.search.mixed import Masking, Sites, as_masks
+from trimbit.search.mixed import Masking, Sites, as_masks, default_limit, require_feasible
 from trimbit.search.problem import Problem
+from trimbit.training_state import load_state, read_told, save_state
 
 PAPER = "TOGA-q, arXiv:2606.07819; masks as in DISP-LLM, arXiv:2410.11988"
 NEEDS: tuple[str, ...] = ()
 READS = "moments"
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+__all__ = [
+    "NEEDS",
+    "PAPER",
+    "READS",
+    "Config",
+    "curve",
+    "default_limit",
+    "identity",
+    "learn",
+    "require_feasible",
+    "search",
+]
 
 
 class Config(Masking):
@@ -69,22 +79,6 @@ def identity(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude={"save_every", "checkpointing"})
 
 
-def default_limit(problem: Problem, config: Config) -> int:
-    """Bytes with the configured share of every site's channels high."""
-    sites = Sites(problem, config)
-    return sites.sized(sites.spread(config.share))
-
-
-def require_feasible(problem: Problem, config: Config) -> None:
-    """Refuse a budget outside what the formats reach.
-
-    Raises:
-        BudgetError: naming the range.
-        RecipeError: if the tile does not divide a site.
-    """
-    Sites(problem, config).require_feasible()
-
-
 def search(problem: Problem, config: Config) -> Plan:
     """Learn the masks, and fill the budget by them.
 
@@ -109,7 +103,7 @@ def search(problem: Problem, config: Config) -> Plan:
 
 def curve(problem: Problem, config: Config) -> list[dict[str, float]]:
     """Of every step that was made: loss in nats a token, nominal bits of the sample, temperature."""
-    return list(json.loads(_metadata(_state(problem))["curve"]))
+    return list(json.loads(read_told(_state(problem))["curve"]))
 
 
 def learn(problem: Problem, config: Config, sites: Sites) -> dict[str, Float[Tensor, " channels"]]:
@@ -123,7 +117,8 @@ def learn(problem: Problem, config: Config, sites: Sites) -> dict[str, Float[Ten
     )
     parameters = dict(network.named_parameters())
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    log = _resume(_state(problem), problem.key, parameters, optimizer)
+    told = load_state(_state(problem), parameters, optimizer, "search", problem.key)
+    log: list[dict[str, float]] = json.loads(told["curve"]) if told else []
     kept = len(log)
     with problem.reporter.stage("masks") as progress:
         for step in range(len(log), config.steps):
@@ -140,7 +135,8 @@ def learn(problem: Problem, config: Config, sites: Sites) -> dict[str, Float[Ten
             _require_finite(step, kept, parameter=parameters.values())
             log.append({"loss": loss, "bits": float(bits.detach()), "temperature": config.heat})
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-                _save(_state(problem), problem.key, parameters, optimizer, log)
+                told = {"belongs": problem.key, "curve": json.dumps(log)}
+                save_state(_state(problem), parameters, optimizer, told)
                 kept = step + 1
             progress(step + 1, config.steps)
     with torch.no_grad():
@@ -193,43 +189,6 @@ def worth(
     return losses, {site: tuple(own.indices.tolist()) for site, own in ranked.items()}
 
 
-# --- stored states ---------------------------------------------------------------------------------------------------
-
-
 def _state(problem: Problem) -> Path:
     assert problem.journal is not None, "the search keeps its state"
     return problem.journal.with_suffix(".safetensors")
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, framework="pt") as file:
-        return dict(file.metadata())
-
-
-def _save(
-    path: Path, key: str, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer,
-    log: list[dict[str, float]],
-) -> None:  # fmt: skip
-    """Parameters, the optimiser's moments and the curve so far; the file appears whole."""
-    tensors = {name: p.detach() for name, p in parameters.items()}
-    tensors |= {f"{name}.{part}": optimizer.state[p][part] for name, p in parameters.items() for part in MOMENTS}
-    metadata = {"belongs": key, "curve": json.dumps(log)}
-    save_whole(path, lambda beside: save_file(tensors, beside, metadata))
-
-
-def _resume(
-    path: Path, key: str, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> list[dict[str, float]]:
-    """Take up a stored state; returns its curve."""
-    if not path.exists():
-        return []
-    metadata = _metadata(path)
-    with safe_open(path, framework="pt") as file:
-        want = {*parameters, *(f"{name}.{part}" for name in parameters for part in MOMENTS)}
-        if metadata.get("belongs") != key or set(file.keys()) != want:
-            raise ArtifactError(f"{path} is the stored state of another search; remove it and run again")
-        for name, p in parameters.items():
-            with torch.no_grad():
-                p.copy_(file.get_tensor(name))
-            optimizer.state[p] = {part: file.get_tensor(f"{name}.{part}") for part in MOMENTS}
-    return list(json.loads(metadata["curve"]))

@@ -1,0 +1,56 @@
+"""The state of a training that may be broken off: its parameters, AdamW's moments, and what is told beside them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trimbit.cache import save_whole
+from trimbit.errors import ArtifactError
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+def save_state(
+    path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, told: Mapping[str, str]
+) -> None:
+    """Write the state; the file appears whole."""
+    tensors = {name: p.detach() for name, p in parameters.items()}
+    tensors |= {f"{name}.{part}": optimizer.state[p][part] for name, p in parameters.items() for part in MOMENTS}
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_whole(path, lambda beside: save_file(whole, beside, dict(told)))
+
+
+def load_state(
+    path: Path,
+    parameters: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    what: str,
+    belongs: str | None = None,
+) -> dict[str, str] | None:
+    """Take a state up; returns what is told beside it, or None where there is no state.
+
+    Raises:
+        ArtifactError: if it has other parameters, or is told to belong to something else; `what` names the training.
+    """
+    if not path.exists():
+        return None
+    told = read_told(path)
+    with safe_open(path, framework="pt") as file:
+        want = {*parameters, *(f"{name}.{part}" for name in parameters for part in MOMENTS)}
+        if told.get("belongs") != belongs or set(file.keys()) != want:
+            raise ArtifactError(f"{path}: the stored state of another {what}; remove it and run again")
+        for name, p in parameters.items():
+            with torch.no_grad():
+                p.copy_(file.get_tensor(name))
+            optimizer.state[p] = {part: file.get_tensor(f"{name}.{part}") for part in MOMENTS}
+    return told
+
+
+def read_told(path: Path) -> dict[str, str]:
+    """What is told beside a state."""
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata())
