@@ -19,9 +19,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 
-from trimbit.errors import CheckpointError, LayoutError
+from trimbit.errors import CheckpointError
 
-KNOWN_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SIDECARS = re.compile(
     r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt|bpe)|merges\.txt"
@@ -41,16 +40,6 @@ def first_line(error: BaseException) -> str:
     """The type and the first line of an error of another library."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
-
-
-def unknown_family(where: Path, model_type: str) -> LayoutError:
-    """Names the nearest family."""
-    nearest = difflib.get_close_matches(model_type.lower(), KNOWN_FAMILIES, n=1, cutoff=0.0)[0]
-    msg = (
-        f"{where}: model type {model_type!r} is not known to transformers; the nearest that trimbit"
-        f" knows is {nearest!r}; correct it, or choose one of {', '.join(KNOWN_FAMILIES)}"
-    )
-    return LayoutError(msg)
 
 
 class Entry(NamedTuple):

@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig
 
-from trimbit.model.checkpoint import PICKLES, Checkpoint, Entry, bad, damaged, first_line, unknown_family
+from trimbit.model.checkpoint import PICKLES, Checkpoint, Entry, bad, damaged, first_line
+from trimbit.model.families import unknown_family
 
 _FLOATS = ("BF16", "F16", "F32")
 _RECOMPUTED = ".rotary_emb.inv_freq"  # a buffer that old checkpoints hold and the config implies
@@ -69,7 +70,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         if "auto_map" in raw:
             problem = f"model type {model_type!r} needs remote code, which is never run"
             raise bad(file, problem, "choose a model whose code is part of transformers")
-        raise unknown_family(file, model_type)
+        raise unknown_family(model_type, file)
     return raw
 
 

@@ -9,6 +9,7 @@ with its norm over the whole q projection, cannot be a row.
 
 import difflib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from trimbit.errors import LayoutError
@@ -100,8 +101,14 @@ def family_of(model_type: str) -> Family:
     """
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    near = difflib.get_close_matches(model_type, FAMILIES, n=1, cutoff=0.0)[0]
-    raise LayoutError(
-        f"model type {model_type!r} is not in the family table; the nearest known family is {near!r} "
-        f"(known: {', '.join(FAMILIES)}). docs/architecture.md says how a row is added"
+    raise unknown_family(model_type)
+
+
+def unknown_family(model_type: str, file: Path | None = None) -> LayoutError:
+    """Names the nearest family, and the file that says so."""
+    near = difflib.get_close_matches(model_type.lower(), FAMILIES, n=1, cutoff=0.0)[0]
+    return LayoutError(
+        f"{'' if file is None else f'{file}: '}model type {model_type!r} is not in the family table; "
+        f"the nearest known family is {near!r} (known: {', '.join(FAMILIES)}). "
+        "docs/architecture.md says how a row is added"
     )

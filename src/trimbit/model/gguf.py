@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers import modeling_gguf_pytorch_utils as hf_gguf
 
-from trimbit.model.checkpoint import Checkpoint, Entry, bad, damaged, first_line, unknown_family
+from trimbit.model.checkpoint import Checkpoint, Entry, bad, damaged, first_line
+from trimbit.model.families import unknown_family
 
 
 class _Blocks(NamedTuple):
@@ -29,7 +30,7 @@ def open_gguf(path: Path, file: Path) -> Checkpoint:
     fields, blocks = _read_gguf_header(file)
     arch = str(fields.get("general.architecture"))
     if arch not in hf_gguf.GGUF_SUPPORTED_ARCHITECTURES:
-        raise unknown_family(file, arch)
+        raise unknown_family(arch, file)
     try:
         config = AutoConfig.from_pretrained(
             str(file.parent), gguf_file=file.name, local_files_only=True, trust_remote_code=False
