@@ -33,15 +33,7 @@ PAGE = HERE.parent / "docs" / "toga.md"
 TEXTS = {"wikitext-2": "wikitext-2/wiki.test.raw", "c4": "text/c4_en_300.jsonl.gz"}
 TRAIN = "wikitext-2/train_paragraphs_part.txt.gz"
 NEAREST = "quant={name: rtn, params: {scales: mse}}"
-KV4 = "kv_cache={bits: 4}"
 ALONE = ("search.share=0.0", "search.sort=false")
-ABLATION = {  # each step adds to those before it
-    "RTN W4A4": ("rtn-w4a4", ()),
-    "+ 12.5 % INT8": ("atom-w4a4", (NEAREST, "search.sort=false")),
-    "+ reorder": ("atom-w4a4", (NEAREST,)),
-    "+ GPTQ": ("atom-w4a4", ()),
-    "+ KV4": ("atom-w4a4", (KV4,)),
-}
 SETTINGS = {  # channels by diag H, learnt masks, and what else there is at about the same bits
     "W3.2A3.2": ("atom-w3.2a3.2", "toga-q-w3.2a3.2", {}),
     "W1.6A16": (
@@ -59,7 +51,18 @@ SETTINGS = {  # channels by diag H, learnt masks, and what else there is at abou
         "toga-q-w3a16",
         {"SliM": ("slim-w3a16", ()), "GPTQ, INT3": ("salient-w3a16", (*ALONE, "search.low=int3g128"))},
     ),
-    "W4A4": ("atom-w4a4", "toga-q-w4a4", {"QuaRot": ("quarot-w4a4", ())}),
+    "W4A4": (
+        "atom-w4a4",
+        "toga-q-w4a4",
+        {"RTN, diag H, not sorted": ("atom-w4a4", (NEAREST, "search.sort=false")), "QuaRot": ("quarot-w4a4", ())},
+    ),
+}
+ABLATION = {  # at W4A4, each step adds to those before it
+    "RTN W4A4": "RTN, low format alone",
+    "+ 12.5 % INT8": "RTN, diag H, not sorted",
+    "+ reorder": "RTN, diag H",
+    "+ GPTQ": "diag H",
+    "+ KV4": "diag H, KV4",
 }
 CACHES = {"exact": "null", "4 bits, a head": "{bits: 4}", "4 bits, group 32": "{bits: 4, group: 32}",
           "3 bits, a head": "{bits: 3}", "8 bits, a head": "{bits: 8}"}  # fmt: skip
@@ -73,7 +76,8 @@ OPTIONS = {  # at W1.6A16: what of the masks' training differs from the recipe
     "no hypernetwork": ("search.network=logits", "search.learning_rate=0.05"),
     "from nearly all high": ("search.offset=3.0",),
 }
-PARTS = ("ablation", "settings", "kv", "options", "cost")
+WITH_KV4 = ("diag H", "learnt")  # the methods that are tried with keys and values in 4 bits, too
+PARTS = ("settings", "kv", "options", "cost")
 
 
 def methods(setting: str) -> dict[str, tuple[str, tuple[str, ...]]]:
@@ -175,7 +179,9 @@ class Toga(Bench):
 def write_page(results: dict) -> None:
     """Draw all tables and pictures of docs/toga.md."""
     parts = {
-        "ablation": lambda r: texts_table(r, "step", {step: f"ablation/{step}" for step in ABLATION}),
+        "ablation": lambda r: texts_table(
+            with_kv4(r), "step", {step: f"settings/W4A4/{method}" for step, method in ABLATION.items()}
+        ),
         "settings": settings_table,
         "caches": lambda r: texts_table(r, "cache", {kind: f"kv/{kind}" for kind in CACHES}),
         "options": lambda r: texts_table(r, "masks", {option: f"options/{option}" for option in OPTIONS}),
@@ -204,16 +210,18 @@ def figures_of(cell: dict) -> list[str]:
     return [figure for own in found for figure in (f"{own['ppl@2048']:.2f}", f"{own['kl']:.3f}")]
 
 
+def with_kv4(results: dict) -> dict:
+    """The results, with the figures that a cell has under KV4 as a cell of their own."""
+    kv4 = {f"{key}, KV4": cell | {"texts": own} for key, cell in results.items() if (own := cell.get("texts, KV4"))}
+    return results | kv4
+
+
 def settings_table(results: dict) -> list[str]:
     lines: list[str] = []
     for setting in SETTINGS:
-        keys = {method: f"settings/{setting}/{method}" for method in methods(setting)}
-        cells = {key: results[key] for key in keys.values() if key in results}
-        for method in ("diag H", "learnt"):
-            if kv4 := cells.get(keys[method], {}).get("texts, KV4"):
-                keys[f"{method}, KV4"] = f"{keys[method]}, KV4"
-                cells[keys[f"{method}, KV4"]] = cells[keys[method]] | {"texts": kv4}
-        lines += [f"### {setting}", "", *texts_table(results | cells, "method", keys), ""]
+        names = [*methods(setting), *(f"{method}, KV4" for method in WITH_KV4)]
+        keys = {method: f"settings/{setting}/{method}" for method in names}
+        lines += [f"### {setting}", "", *texts_table(with_kv4(results), "method", keys), ""]
     if any(key.startswith("settings/") for key in results):
         lines += ["![KL and perplexity against bits](toga-bits.png)", ""]
     if any(key.endswith("/learnt") for key in results):
@@ -282,13 +290,10 @@ def main() -> None:
     options = command_line(__doc__, PARTS)
     bench = Toga(options.source, options.data, RESULTS)
     bench.cell("original", bench.original)
-    if "ablation" in options.only:
-        for step, (recipe, own) in ABLATION.items():
-            bench.cell(f"ablation/{step}", lambda r=recipe, o=own: bench.run(r, o))
     if "settings" in options.only:
         for setting in SETTINGS:
             for method, (recipe, own) in methods(setting).items():
-                kv4 = method in {"diag H", "learnt"}
+                kv4 = method in WITH_KV4
                 bench.cell(f"settings/{setting}/{method}", lambda r=recipe, o=own, k=kv4: bench.run(r, o, also_kv4=k))
     if "kv" in options.only:
         for kind, precision in CACHES.items():
