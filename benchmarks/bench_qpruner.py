@@ -136,7 +136,9 @@ class QPruner(Bench):
         )
         each = {name: (100 * task.score.value, 100 * (task.score.stderr or 0)) for name, task in found.tasks.items()}
         mean = found.task_mean
-        return {"tasks": each, "mean": (100 * mean.value, 100 * (mean.stderr or 0)), "versions": found.versions}
+        correct = {name: task.correct for name, task in found.tasks.items()}
+        mean_and_error = (100 * mean.value, 100 * (mean.stderr or 0))
+        return {"tasks": each, "mean": mean_and_error, "correct": correct, "versions": found.versions}
 
     def memory(self, recipe: str, ratio: int | None) -> dict:
         """Peak resident bytes above the imports' of two steps of recovery, and of one window of 2,048 tokens."""

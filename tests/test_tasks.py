@@ -172,6 +172,8 @@ def test_all_tasks(job, folder):
         for score in filter(None, (task.acc, task.acc_norm)):
             assert score.stderr == pytest.approx(math.sqrt(score.value * (1 - score.value) / (ROWS - 1)))
         assert task.score == (task.acc if task.headline == "acc" else task.acc_norm)
+        assert len(task.correct) == task.documents
+        assert task.correct.count("1") / task.documents == pytest.approx(task.score.value)
     scores = [task.score for task in found.tasks.values()]
     assert found.task_mean.value == pytest.approx(sum(score.value for score in scores) / 7)
     assert found.task_mean.stderr == pytest.approx(math.sqrt(sum(score.stderr**2 for score in scores)) / 7)
@@ -329,7 +331,7 @@ def test_a_model_that_overflows(job, folder, monkeypatch):
 def test_mean():
     def mean(*found):
         scored = (Score(value=value, stderr=error) for value, error in found)
-        fields = {"documents": 9, "version": "1", "headline": "acc", "acc_norm": None, "seconds": 1.0}
+        fields = {"documents": 9, "version": "1", "headline": "acc", "acc_norm": None, "correct": "1" * 9, "seconds": 1.0}
         return tasks.mean_score({str(at): TaskScore(acc=score, **fields) for at, score in enumerate(scored)})
 
     found = mean((0.5, 0.03), (0.7, 0.04))

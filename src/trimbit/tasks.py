@@ -87,6 +87,7 @@ class TaskScore(Data):
     headline: Literal["acc", "acc_norm"]
     acc: Score
     acc_norm: Score | None
+    correct: str  # of each document, in order, by the headline: "1" or "0"; two models are compared document by document
     seconds: float
 
     @property
@@ -256,12 +257,14 @@ def _run(lm: Any, name: str, task: Any, limit: int | None, progress: Progress) -
     longest = max(len(lm.tok_encode("".join(request.args))) for request in task.instances)
     lm.batch_size_per_gpu = max(1, min(BATCH, LOGITS // (lm.model.config.vocab_size * longest)))
     lm.set_cache_hook(_Answers(name, len(task.instances), progress))
-    results = evaluate(lm=lm, task_dict={"tasks": {name: task}}, limit=limit, log_samples=False)
+    results = evaluate(lm=lm, task_dict={"tasks": {name: task}}, limit=limit, log_samples=True)
     found = results["results"][name]
     has_norm = "acc_norm,none" in found
+    headline: Literal["acc", "acc_norm"] = "acc_norm" if has_norm else "acc"
+    samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
     return TaskScore(
         documents=results["n-samples"][name]["effective"], version=str(results["versions"][name]),
-        headline="acc_norm" if has_norm else "acc",
+        headline=headline, correct="".join(str(int(sample[headline])) for sample in samples),
         acc=_score(found, "acc"), acc_norm=_score(found, "acc_norm") if has_norm else None,
         seconds=time.perf_counter() - started,
     )  # fmt: skip
