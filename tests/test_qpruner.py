@@ -201,16 +201,35 @@ def test_checkpointing_changes_memory_alone(job, tmp_path):
     assert kept[1] < kept[0] / 2
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(job, tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("step", [1, 2, 3])  # of four; after the second and the last one the state is stored
+def test_what_is_not_finite_stops_with_the_last_good_state(job, tmp_path, monkeypatch, what, step):
     from trimbit.repair import tune
 
     real = tune._step
-    monkeypatch.setattr(tune, "_step", lambda *a: float("nan") if a[-1] == 3 else real(*a))
-    with pytest.raises(NumericsError, match="step 4 is nan; the state after step 2 is kept"):
+
+    def broken(model, *rest):
+        """At one step the loss, or one element of a gradient, is not finite; the other one is."""
+        loss = real(model, *rest)
+        if rest[-1] == step and what == "gradient":
+            next(p for p in model.parameters() if p.grad is not None).grad[0, 0] = float("nan")
+        return float("nan") if rest[-1] == step and what == "loss" else loss
+
+    monkeypatch.setattr(tune, "_step", broken)
+    kept = "no state was kept yet" if step < 2 else "the state after step 2 is kept"
+    with pytest.raises(NumericsError, match=f"a {what} of step {step + 1} of recovery is not finite; {kept}"):
         compress(session(job, "qpruner-1", cache=tmp_path), None, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    (state,) = (tmp_path / "tuned").glob("*.safetensors")
-    assert all(bool(tensor.isfinite().all()) for tensor in load_file(state).values())
+    states = list((tmp_path / "tuned").glob("*.safetensors"))
+    assert len(states) == (step >= 2)
+    assert all(bool(tensor.isfinite().all()) for state in states for tensor in load_file(state).values())
+
+
+def test_a_recovery_that_breaks_the_model_at_its_last_step_writes_nothing(job, tmp_path):
+    broken = ("tune.learning_rate=1e30", "tune.steps=1", "tune.warmup=0.0")
+    with pytest.raises(NumericsError, match="not finite"):
+        compress(session(job, "qpruner-1", *broken, cache=tmp_path), None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_instructions_mask_the_prompt(job, tmp_path):

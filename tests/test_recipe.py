@@ -110,6 +110,12 @@ def test_overrides():
     assert step_config(gptq.Config, "quant", found.quant).damping == 0.1
 
 
+@pytest.mark.parametrize("written", ["1e-5", "1E-5", "1.e-5", "1.0e-05", "0.00001", "+1e-5"])
+def test_numbers_may_be_written_with_an_exponent(written):
+    recipe = load_recipe("qpruner-1", (f"tune.learning_rate={written}",))
+    assert recipe.tune.params["learning_rate"] == 1e-5
+
+
 def test_an_override_may_make_a_stage(file):
     found = load_recipe(file(MINIMAL), ("measure.rows=2", "criterion.name=obs", "criterion.rounds=7"))
     assert found.measure.rows == 2

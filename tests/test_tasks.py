@@ -331,7 +331,7 @@ def test_a_model_that_overflows(job, folder, monkeypatch):
 def test_mean():
     def mean(*found):
         scored = (Score(value=value, stderr=error) for value, error in found)
-        fields = {"documents": 9, "version": "1", "headline": "acc", "acc_norm": None, "correct": "1" * 9, "seconds": 1.0}
+        fields = {"documents": 9, "version": "1", "headline": "acc", "acc_norm": None, "correct": "", "seconds": 1.0}
         return tasks.mean_score({str(at): TaskScore(acc=score, **fields) for at, score in enumerate(scored)})
 
     found = mean((0.5, 0.03), (0.7, 0.04))

@@ -32,7 +32,7 @@ class Journal:
         header, *lines = whole.splitlines()
         if header != self.header:
             raise PlanError(f"{self.path} holds the results of another model, space or budget; remove it")
-        return [json.loads(line) for line in lines]
+        return [json.loads(line) for line in lines if line != self.header]  # two runs at once may have begun it
 
     def append(self, entry: dict[str, Any]) -> None:
         """Add one entry."""

@@ -1,6 +1,7 @@
 """A recipe: a published method, or one of ours, as stages with their parameters. Plain data, read from YAML."""
 
 import json
+import re
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
@@ -81,6 +82,18 @@ def names() -> list[str]:
     return sorted({path.stem for folder in folders() for path in folder.glob("*.yaml")})
 
 
+class _Loader(yaml.SafeLoader):
+    """Takes 1e-5 for a number, as YAML 1.2 does."""
+
+
+_FLOAT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
+
+
+def _parsed(text: str) -> Any:  # noqa: ANN401
+    return yaml.load(text, _Loader)
+
+
 def load_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
     """Read a recipe by name or file, with overrides such as `search.pruning_costs=[1, 2]`.
 
@@ -93,7 +106,7 @@ def load_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
     if not path.is_file():
         raise RecipeError(f"no recipe {name!r}; known are {', '.join(names())}, or give a .yaml file")
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+        fields = _parsed(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as err:
         raise RecipeError(f"{path}: not YAML: {str(err).splitlines()[0]}") from err
     if not isinstance(fields, dict):
@@ -120,7 +133,7 @@ def _override(fields: dict[str, Any], text: str) -> None:
         if "name" in fields and following != "name":  # a step: its parameters are one level down
             fields = fields.setdefault("params", {})
     try:
-        fields[path[-1]] = yaml.safe_load(value)
+        fields[path[-1]] = _parsed(value)
     except yaml.YAMLError as err:
         raise RecipeError(f"override {text!r}: the value is not YAML") from err
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trimbit.distillation import original_of
+from trimbit.errors import NumericsError
 from trimbit.evaluate import final_hidden, load_model
 from trimbit.model.head import Judged, following, judge, logit_slices
 from trimbit.model.stream import BlockStream
@@ -71,13 +72,19 @@ class Recovery:
             return original_of(self.stream, used, self.originals, progress)
 
     def judged(self, model: PreTrainedModel) -> Judged:
-        """A model, run as it would be used, beside the original on the held-out rows."""
+        """A model, run as it would be used, beside the original on the held-out rows.
+
+        Raises:
+            NumericsError: if its output is not finite.
+        """
         original = self._original_held_out()
         total = torch.zeros(2, dtype=torch.float64)
         with self.reporter.stage("judging the recovered model") as progress:
             for at, row in enumerate(self.held_out):
                 total += torch.tensor(_compared(original, model, row), dtype=torch.float64)
                 progress(at + 1, len(self.held_out))
+        if not bool(total.isfinite().all()):
+            raise NumericsError("the recovered model's output is not finite: with a lower tune.learning_rate try again")
         return Judged(*(total / len(self.held_out)).tolist())
 
     def _original_held_out(self) -> Original:

@@ -87,7 +87,7 @@ class TaskScore(Data):
     headline: Literal["acc", "acc_norm"]
     acc: Score
     acc_norm: Score | None
-    correct: str  # of each document, in order, by the headline: "1" or "0"; two models are compared document by document
+    correct: str  # of each document, in order, by the headline: "1" or "0"; to compare models by document
     seconds: float
 
     @property

@@ -1,6 +1,6 @@
 """The state of a training that may be broken off: its parameters, AdamW's moments, and what is told beside them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trimbit.cache import save_whole
-from trimbit.errors import ArtifactError
+from trimbit.errors import ArtifactError, NumericsError
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -48,6 +48,18 @@ def load_state(
                 p.copy_(file.get_tensor(name))
             optimizer.state[p] = {part: file.get_tensor(f"{name}.{part}") for part in MOMENTS}
     return told
+
+
+def require_finite(what: str, step: int, kept: int, advice: str, **found: Iterable[Tensor]) -> None:
+    """Stop a training whose numbers left the finite ones; `found` are its loss, gradients or parameters after `step`.
+
+    Raises:
+        NumericsError: says the step, counted from one, and the last one whose state is stored, `kept`.
+    """
+    for kind, tensors in found.items():
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+            state = f"the state after step {kept} is kept" if kept else "no state was kept yet"
+            raise NumericsError(f"a {kind} of step {step} of {what} is not finite; {state}. {advice}")
 
 
 def read_told(path: Path) -> dict[str, str]:

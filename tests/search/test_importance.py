@@ -32,3 +32,27 @@ def test_the_gain_is_the_largest_within_the_bytes(share):
     point = importance.allocate(found, told)
     assert nbytes(point) <= found.limit
     assert gain(point) == pytest.approx(best, rel=1e-3)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.75])
+def test_a_layer_that_is_cut_finer_is_worth_no_more(share):
+    space = SPACE.model_copy(update={"formats": formats("int4row", "int2row")})
+    config = importance.Config(per="weight", share=share)
+    found = levels(problem(importance.default_limit(problem(0, space=space), config), space=space), "weight")
+    told = {layer: 0.5 + at % 3 for at, layer in enumerate(dict.fromkeys(found.layers))}
+    shares = [
+        costs[0] / sum(other[0] for name, other in zip(found.layers, found.costs, strict=True) if name == layer)
+        for layer, costs in zip(found.layers, found.costs, strict=True)
+    ]
+
+    def gain(point):
+        return sum(told[name] * share * level for name, share, level in zip(found.layers, shares, point, strict=True))
+
+    def nbytes(point):
+        return sum(costs[level] for costs, level in zip(found.costs, point, strict=True))
+
+    every = product(range(2), repeat=len(found.layers))
+    best = max(gain(point) for point in every if nbytes(point) <= found.limit)
+    point = importance.allocate(found, told)
+    assert nbytes(point) <= found.limit
+    assert gain(point) == pytest.approx(best, rel=1e-3)

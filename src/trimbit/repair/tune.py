@@ -6,7 +6,6 @@ dropout from the seed and the step's number, so that a run that was broken off g
 
 import importlib.util
 import json
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,14 +18,15 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trimbit.errors import NumericsError, RecipeError
+from trimbit.errors import RecipeError
 from trimbit.model.head import Head, logit_slices, loss_gradient
 from trimbit.precision import Data
 from trimbit.progress import Progress
 from trimbit.repair.lowrank import LowRank
 from trimbit.site_input import move_changes
-from trimbit.training_state import load_state, save_state
+from trimbit.training_state import load_state, require_finite, save_state
 
+ADVICE = "With a lower tune.learning_rate it is trained anew"
 PAPER = "LoRA, arXiv:2106.09685; LLM-Pruner's recovery, arXiv:2305.11627"
 
 
@@ -97,7 +97,7 @@ def tune(
     `original` is needed to distil. `state` is a file that a run which is broken off goes on from.
 
     Raises:
-        NumericsError: if the loss is not finite; says the step. The last stored state stays.
+        NumericsError: if a loss, gradient or parameter is not finite; says the step. The last stored state stays.
     """
     from peft.helpers import disable_input_dtype_casting
 
@@ -106,6 +106,7 @@ def tune(
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
     told = load_state(state, parameters, optimizer, "recovery")
     losses: list[float] = json.loads(told["losses"]) if told else []
+    kept = len(losses)
     model.train()
     if config.checkpointing:
         # by its newer name, where there is one: the older one goes with transformers 6
@@ -118,17 +119,15 @@ def tune(
         with torch.random.fork_rng(devices=[]), disable_input_dtype_casting(model):
             torch.manual_seed(seed * 1_000_003 + step)  # of dropout
             loss = _step(model, examples, original, config, seed, step)
-        if not math.isfinite(loss):
-            kept = len(losses) // config.save_every * config.save_every
-            raise NumericsError(
-                f"the loss of recovery step {step + 1} is {loss}; the state after step {kept} is kept. "
-                "Lower tune.learning_rate"
-            )
+        gradients = [p.grad for p in parameters.values() if p.grad is not None]
+        require_finite("recovery", step + 1, kept, ADVICE, loss=[torch.tensor(loss)], gradient=gradients)
         optimizer.step()
         optimizer.zero_grad()
+        require_finite("recovery", step + 1, kept, ADVICE, parameter=parameters.values())
         losses.append(loss)
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             save_state(state, parameters, optimizer, {"losses": json.dumps(losses)})
+            kept = step + 1
         progress(step + 1, config.steps)
     model.eval()
     found = {}

@@ -1,11 +1,13 @@
 """Bits by importance: the wide formats go to the layers that tell most about the prediction, exactly within the budget.
 
 A layer's gain from more bits is max(I, 0) * log2(bits), with I its importance to the task (QPruner: the mutual
-information of its output and the prediction). The sum of gains is maximised under the bytes by the knapsack's solver;
-for two formats and layers of one size that is the layers of largest I, as QPruner-2 has it.
+information of its output and the prediction). Of several variables in a layer each gains by its share of the layer's
+bytes, so that what is cut finer is worth no more. The sum of gains is maximised under the bytes by the knapsack's
+solver; for two formats and layers of one size that is the layers of largest I, as QPruner-2 has it.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from pydantic import Field
@@ -57,10 +59,14 @@ def search(problem: Problem, config: Config) -> Plan:
 
 def allocate(found: Levels, importance: Mapping[str, float]) -> Sequence[int]:
     """A level for each variable."""
-    gains = [
-        [max(importance[layer], 0.0) * math.log2(p.bits / found.formats[0].bits) for p in found.formats]
-        for layer in found.layers
+    layer_nbytes: Counter[str] = Counter()
+    for layer, costs in zip(found.layers, found.costs, strict=True):
+        layer_nbytes[layer] += costs[0]
+    worth = [
+        max(importance[layer], 0.0) * costs[0] / layer_nbytes[layer]
+        for layer, costs in zip(found.layers, found.costs, strict=True)
     ]
+    gains = [[own * math.log2(p.bits / found.formats[0].bits) for p in found.formats] for own in worth]
     items = [
         [(nbytes, -gain) for nbytes, gain in zip(costs, gain, strict=True)]
         for costs, gain in zip(found.costs, gains, strict=True)

@@ -10,7 +10,7 @@ are, or ours.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,17 +19,17 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from trimbit.errors import NumericsError
 from trimbit.plan import Plan
 from trimbit.search.estimators import Estimator, sample
 from trimbit.search.hypernetwork import Hypernetwork, Logits
 from trimbit.search.mixed import Masking, Sites, as_masks, default_limit, require_feasible
 from trimbit.search.problem import Problem
-from trimbit.training_state import load_state, read_told, save_state
+from trimbit.training_state import load_state, read_told, require_finite, save_state
 
 PAPER = "TOGA-q, arXiv:2606.07819; masks as in DISP-LLM, arXiv:2410.11988"
 NEEDS: tuple[str, ...] = ()
 READS = "moments"
+ADVICE = "With a lower search.learning_rate they are learnt anew"
 
 __all__ = [
     "NEEDS",
@@ -127,12 +127,12 @@ def learn(problem: Problem, config: Config, sites: Sites) -> dict[str, Float[Ten
             masks = {site: sample(own, config.estimator, config.heat, generator) for site, own in logits.items()}
             loss, gradients = masked.gradients({site: mask.detach() for site, mask in masks.items()}, step)
             bits = _bits(masks, sites)
-            _require_finite(step, kept, loss=[torch.tensor(loss)], gradient=gradients.values())
+            require_finite("the masks", step + 1, kept, ADVICE, loss=[torch.tensor(loss)], gradient=gradients.values())
             penalty = config.budget_weight * (bits / target).log().abs()
             torch.autograd.backward([*masks.values(), penalty], [*(gradients[site] for site in masks), None])
             optimizer.step()
             optimizer.zero_grad()
-            _require_finite(step, kept, parameter=parameters.values())
+            require_finite("the masks", step + 1, kept, ADVICE, parameter=parameters.values())
             log.append({"loss": loss, "bits": float(bits.detach()), "temperature": config.heat})
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                 told = {"belongs": problem.key, "curve": json.dumps(log)}
@@ -141,15 +141,6 @@ def learn(problem: Problem, config: Config, sites: Sites) -> dict[str, Float[Ten
             progress(step + 1, config.steps)
     with torch.no_grad():
         return {site: own + start[site] for site, own in network().items()}
-
-
-def _require_finite(step: int, kept: int, **found: Iterable[Tensor]) -> None:
-    for what, tensors in found.items():
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
-            raise NumericsError(
-                f"a {what} of step {step + 1} of the masks is not finite; the state after step {kept} is kept. "
-                "With a lower search.learning_rate they are learnt anew"
-            )
 
 
 def _start(config: Config, sites: Sites, share: float) -> dict[str, Float[Tensor, " channels"]]:
