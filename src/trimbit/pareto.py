@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from trimbit.errors import RecipeError
 from trimbit.measurements import Outcome
-from trimbit.search.optimise import pareto
+from trimbit.search.optimise import front
 
 
 class Trial(NamedTuple):
@@ -20,13 +20,13 @@ class Trial(NamedTuple):
 
 def table(trials: Sequence[Trial]) -> str:
     """CSV, in the order of trial, with what no other trial beats in both bytes and KL marked."""
-    front = set(pareto([(float(trial.nbytes), trial.outcome.kl) for trial in trials]))
+    best = set(front([trial.nbytes for trial in trials], [trial.outcome.kl for trial in trials]))
     out = io.StringIO()
     lines = csv.writer(out, lineterminator="\n")
     lines.writerow(["trial", "nbytes", "kl", "nll", "accuracy", "stderr", "pareto"])
     for at, (nbytes, found) in enumerate(trials):
         figures = (found.kl, found.nll, found.accuracy, found.stderr)
-        lines.writerow([at + 1, nbytes, *("" if x is None else f"{x:.6f}" for x in figures), int(at in front)])
+        lines.writerow([at + 1, nbytes, *("" if x is None else f"{x:.6f}" for x in figures), int(at in best)])
     return out.getvalue()
 
 
@@ -50,14 +50,15 @@ def picture(trials: Sequence[Trial], limit: int) -> bytes:
         errors = [100 * (trial.outcome.stderr or 0.0) for trial in trials]
         panels.append(("accuracy, %, with its standard error", [100 * (a or 0.0) for a in accuracies], -1, errors))
     figure = Figure(figsize=(6.4 * len(panels), 4), layout="constrained")
-    sizes = [trial.nbytes / 1e6 for trial in trials]
+    nbytes = [trial.nbytes for trial in trials]
+    sizes = [own / 1e6 for own in nbytes]
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (label, values, sign, errors) in zip(all_axes, panels, strict=True):
-        front = sorted(pareto([(x, sign * y) for x, y in zip(sizes, values, strict=True)]), key=sizes.__getitem__)
+        best = front(nbytes, [sign * value for value in values])
         axes.scatter(sizes, values, c=range(1, len(trials) + 1), s=26)
         if any(errors):
             axes.errorbar(sizes, values, errors, fmt="none", ecolor="0.8", elinewidth=1, zorder=0)
-        axes.plot([sizes[at] for at in front], [values[at] for at in front], color="0.35", lw=1, label="Pareto set")
+        axes.plot([sizes[at] for at in best], [values[at] for at in best], color="0.35", lw=1, label="Pareto set")
         axes.plot(sizes[0], values[0], "s", mfc="none", mec="tab:red", ms=11, label="first")
         axes.axvline(limit / 1e6, color="tab:red", linestyle=":", linewidth=1, label="budget")
         axes.set(xlabel="weight file, MB", ylabel=label)

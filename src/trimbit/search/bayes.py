@@ -17,7 +17,7 @@ from trimbit.plan import Plan
 from trimbit.precision import Data
 from trimbit.search import importance
 from trimbit.search.levels import Levels, Per, levels
-from trimbit.search.optimise import Box, Point, optimise, pareto, random_search, require_botorch
+from trimbit.search.optimise import Box, Point, front, optimise, random_search, require_botorch, smaller
 from trimbit.search.optimise import Config as Optimiser
 from trimbit.search.problem import Problem
 
@@ -75,10 +75,12 @@ def search(problem: Problem, config: Config) -> Plan:
     start = [tuple(importance.allocate(found, problem.importance()))] if problem.importance is not None else []
     journal, known = journal_of(problem), known_trials(problem)
 
-    def evaluate(points: Sequence[Point]) -> Iterator[float]:
+    def judged(points: Sequence[Point]) -> Iterator[tuple[Point, Outcome]]:
         assert problem.outcomes is not None
-        outcomes = problem.outcomes([found.plan(point, "a plan") for point in points])
-        for point, outcome in zip(points, outcomes, strict=True):
+        return zip(points, problem.outcomes([found.plan(point, "a plan") for point in points]), strict=True)
+
+    def evaluate(points: Sequence[Point]) -> Iterator[float]:
+        for point, outcome in judged(points):
             known[point] = outcome
             yield _value(outcome, config.objective)
 
@@ -89,20 +91,31 @@ def search(problem: Problem, config: Config) -> Plan:
             box, start, evaluate, before, config.optimiser, problem.seed, progress,
             lambda point, _: journal.append({"levels": point, "outcome": known[point].model_dump()}),
         )  # fmt: skip
+    every = [(point, known[point]) for point, _ in tried]
+    if config.engine == "bayes":
+        points, below = smaller(box, dict(tried), config.optimiser, problem.seed), known_trials(problem, len(tried))
+        with problem.reporter.stage("trials of smaller plans") as progress:
+            for point, outcome in judged([point for point in points if point not in below]):
+                below[point] = outcome
+                journal.append({"levels": point, "outcome": outcome.model_dump(), "after": len(tried)})
+                progress(len(below), len(points))
+        every += [(point, below[point]) for point in points]
     method = "Bayesian optimisation" if config.engine == "bayes" else "random search"
-    return _best(found, [(point, known[point]) for point, _ in tried], config.objective, method)
+    return _best(found, every, config.objective, method)
 
 
 def trials(problem: Problem, config: Config) -> list[tuple[int, Outcome]]:
     """Bytes of every plan that a search has tried and what was found of it, in their order."""
     found = levels(problem, config.per)
     tried = list(known_trials(problem).items())[: config.optimiser.trials]
+    tried += known_trials(problem, len(tried)).items()
     return [(found.plan(point, "trial").found_by.nbytes, outcome) for point, outcome in tried]
 
 
 def identity(config: Config) -> dict[str, Any]:
     """What of the configuration decides the order of trials and their results; how many there are does not."""
-    return config.model_dump(mode="json", exclude={"optimiser": {"trials"}, "share": True, "objective": {"workers"}})
+    left: dict[str, Any] = {"optimiser": {"trials", "smaller"}, "share": True, "objective": {"workers"}}
+    return config.model_dump(mode="json", exclude=left)
 
 
 def _value(outcome: Outcome, objective: Objective) -> float:
@@ -120,9 +133,7 @@ def _best(found: Levels, tried: Sequence[tuple[Point, Outcome]], objective: Obje
     best = min(range(len(tried)), key=values.__getitem__)
     first, last = (_told(tried[at][1], objective) for at in (0, best))
     notes = [f"{method}: {len(tried)} plans tried, the first {first}, the best {last}"]
-    front = pareto([(float(nbytes), value) for nbytes, value in zip(sizes, values, strict=True)])
-    front = sorted(front, key=sizes.__getitem__)
-    notes += [f"Pareto: {sizes[at]:,} bytes, {_told(tried[at][1], objective)}" for at in front]
+    notes += [f"Pareto: {sizes[at]:,} bytes, {_told(tried[at][1], objective)}" for at in front(sizes, values)]
     told = plans[best].found_by.model_copy(update={"notes": tuple(notes)})
     return plans[best].model_copy(update={"found_by": told})
 
@@ -141,11 +152,12 @@ def journal_of(problem: Problem) -> Journal:
     return Journal(problem.journal, problem.key)
 
 
-def known_trials(problem: Problem) -> dict[Point, Outcome]:
-    """Trials so far, in their order.
+def known_trials(problem: Problem, after: int | None = None) -> dict[Point, Outcome]:
+    """Trials so far, in their order; or those of smaller plans that a search of so many trials ended with.
 
     Raises:
         PlanError: if they are another search's.
     """
     entries = journal_of(problem).read()
-    return {tuple(entry["levels"]): Outcome.model_validate(entry["outcome"]) for entry in entries}
+    own = [entry for entry in entries if entry.get("after") == after]
+    return {tuple(entry["levels"]): Outcome.model_validate(entry["outcome"]) for entry in own}
