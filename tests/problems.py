@@ -102,7 +102,7 @@ def problem(limit: int, **fields: Any) -> Problem:
         model=REF,
         limit=limit,
         rankings=found.rankings,
-        recipe_hash="0",
+        recipe={}, calibration="self",
         seed=0,
         measurements=found,
         measurement_hash="0",

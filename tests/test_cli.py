@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from jobs import BUDGET, write_text
 from tiny import save_tiny, tiny_model
 from trimbit import artifact, cli, pipeline, trials
+from trimbit.artifact import weight_nbytes
 from trimbit.pipeline import open_session
 from trimbit.plan import load_plan
 from trimbit.precision import KVPrecision
@@ -174,7 +175,8 @@ def test_eval_of_tasks(run, job, compressed, task_data):
     found = json.loads(out)
     assert found.keys() == TASKS
     piqa, winogrande = found["tasks"]["piqa"], found["tasks"]["winogrande"]
-    assert piqa.keys() == winogrande.keys() == {"documents", "version", "headline", "acc", "acc_norm", "seconds"}
+    fields = {"documents", "version", "headline", "acc", "acc_norm", "correct", "seconds"}
+    assert piqa.keys() == winogrande.keys() == fields
     assert piqa["acc_norm"].keys() == found["task_mean"].keys() == {"value", "stderr"}
     assert winogrande["acc_norm"] is None
     assert (piqa["documents"], found["task_limit"]) == (3, None)
@@ -509,9 +511,36 @@ def test_an_output_that_exists(refused, job, options, tmp_path, command):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
-def test_a_plan_needs_a_folder_to_lie_in(refused, job, options, tmp_path):
-    words = ["plan.json", "No such file or directory"]
-    refused("plan", job.model, tmp_path / "none" / "plan.json", "--budget", BUDGET, *options, words=words)
+@pytest.mark.parametrize("command", ["plan", "compress"])
+def test_an_output_needs_a_folder_to_lie_in(refused, job, options, tmp_path, command):
+    (tmp_path / "file").write_text("")
+    words = [f"cannot write {tmp_path / 'file' / 'out'}", "no directory"]
+    refused(command, job.model, tmp_path / "file" / "out", "--budget", BUDGET, *options, words=words)
+
+
+def test_a_plan_is_applied_by_its_own_recipe_and_seed(run, job, options, tmp_path):
+    """To the same bytes as by `compress`; on another text only if one is named; an edited one as what it is now."""
+    plan = tmp_path / "new" / "plan.json"
+    given = [*options, "--recipe", "uniform-rtn", "--seed", 3, "--budget", "0.5x"]
+    for command, out in (("plan", plan), ("compress", tmp_path / "out")):
+        assert run(command, job.model, out, *given)[0] == 0
+    code, _, err = run("apply", job.model, plan, tmp_path / "none")
+    assert code != 0
+    assert f"found on {job.text.name}: give that file" in err
+    assert run("apply", job.model, plan, tmp_path / "again", "--calibration", job.text)[0] == 0
+    for name in ("model.safetensors", "recipe.yaml", "plan.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    fields, other = json.loads(plan.read_text()), tmp_path / "other.json"
+    fields["weights"] |= {
+        name: [{"count": run["count"], "precision": "uint8row"} for run in runs]
+        for name, runs in fields["weights"].items()
+    }
+    other.write_text(json.dumps(fields))
+    code, out, err = run("apply", job.model, other, tmp_path / "edited", "--calibration", job.text)
+    assert code == 0, err
+    assert "edited, once: uniform" in out.replace("\n", " ")
+    written = load_plan(tmp_path / "edited" / "plan.json")
+    assert written.found_by.nbytes == weight_nbytes(tmp_path / "edited")
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,17 @@ def test_file_round_trip(tmp_path):
     assert load_plan(tmp_path / "plan.json") == plan
 
 
+def test_an_edited_plan_tells_nothing_of_the_one_that_it_was(tmp_path):
+    plan = random_plan(LAYOUT, 1).telling(predicted_damage=0.5, measured_damage=0.6, notes=("tried",))
+    plan.save(tmp_path / "plan.json")
+    fields = json.loads((tmp_path / "plan.json").read_text())
+    fields["kv_cache"] = {"bits": 4}
+    (tmp_path / "edited.json").write_text(json.dumps(fields))
+    edited = load_plan(tmp_path / "edited.json").found_by
+    assert edited.method == f"edited, once: {plan.found_by.method}"
+    assert (edited.predicted_damage, edited.measured_damage, edited.notes) == (None, None, ())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

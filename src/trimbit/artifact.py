@@ -28,7 +28,6 @@ DTYPES = {
 }
 PLAN_FILE = "plan.json"
 RECIPE_FILE = "recipe.yaml"
-EVALUATION_FILE = "evaluation.json"
 
 
 class Writer:
@@ -86,8 +85,7 @@ class Writer:
                 raise ArtifactError(f"cannot write {self.out}: {err.strerror}") from err
             self.written += 1
         found = load_plan(folder / PLAN_FILE).found_by
-        told = self.plan.found_by.model_copy(update={"measured_damage": found.measured_damage})
-        self.plan = self.plan.model_copy(update={"found_by": told})
+        self.plan = self.plan.telling(measured_damage=found.measured_damage)
 
     def _file_name(self, index: int) -> str:
         count = len(self.files)
@@ -136,14 +134,17 @@ class Writer:
         self.plan.save(self.partial / PLAN_FILE)
 
 
-def require_absent(out: Path) -> None:
-    """Refuse an output that exists, before anything long.
+def require_absent(out: Path, *, file: bool = False) -> None:
+    """Refuse an output that exists or cannot be made, before anything long; a directory may be there if it is empty.
 
     Raises:
-        ArtifactError: if there is something under this name already.
+        ArtifactError: if there is something under this name already, or no directory that it can be made in.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ArtifactError(f"{out} exists already; give a new directory or remove it")
+    if out.exists() and (file or not out.is_dir() or any(out.iterdir())):
+        raise ArtifactError(f"{out} exists already; give a new {'file' if file else 'directory'} or remove it")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ArtifactError(f"cannot write {out}: {above} is no directory that can be written to")
 
 
 def config_fields(layout: Layout, plan: Plan) -> dict[str, Any]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from trimbit.pipeline import Session
     from trimbit.plan import Budget, Plan
     from trimbit.precision import KVPrecision
+    from trimbit.recipe import Recipe
     from trimbit.tasks import Score, TaskEvaluation
 
 app = typer.Typer(
@@ -89,13 +90,10 @@ class Bars:
                 self.open = None
 
 
-def _session(model: Path, recipe: str, calibration: str, overrides: list[str] | None, seed: int) -> "Session":
+def _session(model: Path, recipe: "Recipe", calibration: str, seed: int) -> "Session":
     from trimbit.pipeline import open_session
-    from trimbit.recipe import load_recipe
 
-    return open_session(
-        model, load_recipe(recipe, tuple(overrides or ())), calibration=calibration, seed=seed, reporter=Bars()
-    )
+    return open_session(model, recipe, calibration=calibration, seed=seed, reporter=Bars())
 
 
 @app.command()
@@ -107,10 +105,11 @@ def compress(
     from trimbit.artifact import require_absent
     from trimbit.pipeline import compress as run
     from trimbit.plan import Budget
+    from trimbit.recipe import load_recipe
 
     limit = Budget.parse(budget) if budget is not None else None
     require_absent(out)
-    session = _session(model, recipe, calibration, overrides, seed)
+    session = _session(model, load_recipe(recipe, tuple(overrides or ())), calibration, seed)
     if dry_run:
         _estimate(session, limit)
         return
@@ -124,13 +123,13 @@ def plan(
     calibration: Calibration = "self", overrides: Overrides = None, seed: Seed = 0, dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """Find the best plan within a budget and write it as JSON."""
-    from trimbit.errors import ArtifactError
+    from trimbit.artifact import require_absent
     from trimbit.plan import Budget
+    from trimbit.recipe import load_recipe
 
     limit = Budget.parse(budget) if budget is not None else None
-    if out.exists():
-        raise ArtifactError(f"{out} exists already; give a new file or remove it")
-    session = _session(model, recipe, calibration, overrides, seed)
+    require_absent(out, file=True)
+    session = _session(model, load_recipe(recipe, tuple(overrides or ())), calibration, seed)
     if dry_run:
         _estimate(session, limit)
         return
@@ -142,15 +141,24 @@ def plan(
 @app.command(name="apply")
 def apply_command(
     model: Model, plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="a plan.json")], out: Out,
-    recipe: RecipeName = "knapsack", calibration: Calibration = "self", overrides: Overrides = None, seed: Seed = 0,
+    recipe: Annotated[str | None, typer.Option("--recipe", help="another one than the plan was found by")] = None,
+    calibration: Annotated[str | None, typer.Option("--calibration", help="`self`, or the text's file")] = None,
+    overrides: Overrides = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="another one than the plan was found with")] = None,
 ) -> None:  # fmt: skip
-    """Apply a plan to a model and write the compressed directory."""
+    """Apply a plan to a model and write the compressed directory, by the recipe that the plan was found by."""
     from trimbit.artifact import require_absent
+    from trimbit.errors import PlanError
     from trimbit.plan import load_plan
+    from trimbit.recipe import load_recipe, read_recipe
 
     require_absent(out)
-    found = load_plan(plan_file)
-    session = _session(model, recipe, calibration, overrides, seed)
+    found, own = load_plan(plan_file), tuple(overrides or ())
+    by = found.found_by
+    if calibration is None and by.calibration != "self":
+        raise PlanError(f"the plan was found on {by.calibration}: give that file, or another text (--calibration)")
+    resolved = read_recipe(by.recipe, str(plan_file), own) if recipe is None else load_recipe(recipe, own)
+    session = _session(model, resolved, calibration or by.calibration, by.seed if seed is None else seed)
     written = session.write(found, out)
     print_summary(session.layout, written, session.layout.file_nbytes(written), out)
 

@@ -43,7 +43,8 @@ class Session(Preparation):
         empty = {unit.dim: tuple(range(unit.size)) for unit in self.layout.units.values() if unit.dim is not None}
         return Problem(
             layout=self.layout, model=self.model, limit=limit, space=self.space,
-            rankings=self.rankings if ready else empty, recipe_hash=self.recipe.hash, seed=self.seed,
+            rankings=self.rankings if ready else empty, recipe=self.recipe.model_dump(mode="json"),
+            calibration=Path(self.calibration).name, seed=self.seed,
             evaluate=self.judging.evaluate if ready and self.recipe.measure else None,
             trial=self.judging.trial if ready and self.recipe.measure and self.recipe.measure.trials else None,
             outcomes=self.judging.outcomes if ready and self.objective else None,
@@ -171,6 +172,7 @@ class Session(Preparation):
             )
         self.layout.check(plan)
         self._check_recipe(plan)
+        plan = plan.telling(nbytes=self.layout.file_nbytes(plan))
         with Writer(out, self.layout, plan) as writer:
             if self.tuning is not None:
                 self._tune(plan, writer)
@@ -201,8 +203,8 @@ class Session(Preparation):
         writer.write(TUNING_FILE, tuning_record(tuned))
         judged = self.recovery.judged(recovered(folder, tuned.pairs))
         before = writer.plan.found_by
-        told = {"measured_damage": judged.kl, "notes": (*before.notes, tuning_note(tuned, before.measured_damage))}
-        writer.plan = writer.plan.model_copy(update={"found_by": before.model_copy(update=told)})
+        notes = (*before.notes, tuning_note(tuned, before.measured_damage))
+        writer.plan = writer.plan.telling(measured_damage=judged.kl, notes=notes)
 
     def _beside(self, plan: Plan, writer: Writer) -> None:
         """The files beside the weights: tokenizer, templates, licence, recipe, model card."""

@@ -5,7 +5,7 @@ import json
 import re
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from pydantic import Field, ValidationError
 
@@ -34,13 +34,15 @@ class Provenance(Data):
     """How a plan was found."""
 
     method: str
-    recipe_hash: str
+    recipe: dict[str, Any]  # resolved; the plan is applied by it, unless another one is given
+    calibration: str  # the name of the text, or `self`
     measurement_hash: str | None
     seed: int
     predicted_damage: float | None  # nats of KL a token, by the additive model of the search
     measured_damage: float | None  # nats of KL a token, of the whole plan on held-out calibration tokens
     nbytes: int  # of the weight files, headers included
     notes: tuple[str, ...] = ()
+    content: str = ""  # in a file: key of the plan that all this was found of
 
 
 @runtime_checkable
@@ -91,16 +93,28 @@ class Plan(Data):
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON."""
-        path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = self.telling(content=self.content)
+        path.write_text(whole.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+    def telling(self, **told: object) -> "Plan":
+        """The same plan with some of `found_by` said otherwise."""
+        return self.model_copy(update={"found_by": self.found_by.model_copy(update=told)})
 
 
 def load_plan(path: Path) -> Plan:
-    """Read a plan.
+    """Read a plan; one that was edited tells nothing of what was found of the plan that it was.
 
     Raises:
         PlanError: if the file is missing, is not JSON, or has an unknown key, type or schema version.
     """
-    return parse_json(Plan, path, PlanError)
+    plan = parse_json(Plan, path, PlanError)
+    same, plan = plan.found_by.content == plan.content, plan.telling(content="")
+    if same:
+        return plan
+    return plan.telling(
+        method=f"edited, once: {plan.found_by.method}", predicted_damage=None, measured_damage=None, notes=()
+    )
 
 
 def parse_json(kind: type[T], path: Path, error: type[Exception]) -> T:

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 
 from trimbit.errors import RecipeError
 from trimbit.measurements import Prune, Space
-from trimbit.plan import Rotation, digest, first_problem
+from trimbit.plan import Rotation, first_problem
 from trimbit.precision import Data, KVPrecision
 
 
@@ -61,11 +61,6 @@ class Recipe(Data):
     kv_cache: KVPrecision | None = None  # how a plan's model stores keys and values while it generates
     compute: Literal["bfloat16", "float32"] = "bfloat16"  # of matrix products
 
-    @property
-    def hash(self) -> str:
-        """Content key."""
-        return digest(self.model_dump(mode="json"))
-
     def to_yaml(self) -> str:
         """The resolved recipe, as it is written beside a result."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
@@ -111,12 +106,18 @@ def load_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
         raise RecipeError(f"{path}: not YAML: {str(err).splitlines()[0]}") from err
     if not isinstance(fields, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of stages")
+    return read_recipe(fields, path.stem, overrides)
+
+
+def read_recipe(fields: dict[str, Any], name: str, overrides: tuple[str, ...] = ()) -> Recipe:
+    """A recipe from its fields, with overrides; see `load_recipe`."""
+    fields = json.loads(json.dumps(fields, default=str))  # a copy; dates, which YAML knows, as text
     for override in overrides:
         _override(fields, override)
     try:
-        return Recipe.model_validate_json(json.dumps(fields))
+        return Recipe.model_validate_json(json.dumps(fields, default=str))
     except ValidationError as err:
-        raise RecipeError(f"{path.stem}: {first_problem(err)}") from err
+        raise RecipeError(f"{name}: {first_problem(err)}") from err
 
 
 def _override(fields: dict[str, Any], text: str) -> None:

@@ -69,5 +69,4 @@ class Trials:
                 self.stream, plan, none if self.tokens is None else self.tokens, self.method, self.repair, self.stats,
                 writer, progress, self.held_out,
             )  # fmt: skip
-        found = plan.found_by.model_copy(update={"measured_damage": measured})
-        writer.plan = plan.model_copy(update={"found_by": found})
+        writer.plan = plan.telling(measured_damage=measured)

@@ -42,7 +42,7 @@ def problem(limit=None, layout=LAYOUT, **fields):
     channels = Figures(**{"salience": salience, "rounding_error": error} | fields)
     made = Problem(
         layout=layout, model=REF, limit=limit or 0, space=Space(formats=(), table_formats=()), rankings={},
-        recipe_hash="0", seed=0, channels=channels,
+        recipe={}, calibration="self", seed=0, channels=channels,
     )  # fmt: skip
     return made if limit else problem(slim.default_limit(made, slim.Config()), **fields)
 

@@ -134,8 +134,7 @@ def _best(found: Levels, tried: Sequence[tuple[Point, Outcome]], objective: Obje
     first, last = (_told(tried[at][1], objective) for at in (0, best))
     notes = [f"{method}: {len(tried)} plans tried, the first {first}, the best {last}"]
     notes += [f"Pareto: {sizes[at]:,} bytes, {_told(tried[at][1], objective)}" for at in front(sizes, values)]
-    told = plans[best].found_by.model_copy(update={"notes": tuple(notes)})
-    return plans[best].model_copy(update={"found_by": told})
+    return plans[best].telling(notes=tuple(notes))
 
 
 def _told(outcome: Outcome, objective: Objective) -> str:

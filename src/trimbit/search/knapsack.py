@@ -92,7 +92,7 @@ def search(problem: Problem, config: Config) -> Plan:
         finalists = [problem.smallest()]
     best, tried = problem.best(sorted(finalists, key=_predicted))
     notes += tried if best.cuts else (*tried, "no pruning was chosen")
-    return best.model_copy(update={"found_by": best.found_by.model_copy(update={"notes": notes})})
+    return best.telling(notes=notes)
 
 
 def _predicted(plan: Plan) -> float:

@@ -145,8 +145,7 @@ class Sites:
             if any(rounding[run.precision] for run in runs):
                 acts[site] = tuple(ActRun(count=run.count, precision=rounding[run.precision]) for run in runs)
         plan = base.model_copy(update={"weights": weights, "orders": orders, "acts": acts})
-        found = base.found_by.model_copy(update={"nbytes": problem.layout.file_nbytes(plan), "notes": notes})
-        return plan.model_copy(update={"found_by": found})
+        return plan.telling(nbytes=problem.layout.file_nbytes(plan), notes=notes)
 
     def _runs(self, site: str, high: int) -> tuple[Run, ...]:
         counts = ((self.channels[site] - high, self.mixed.low), (high, self.mixed.high))

@@ -67,7 +67,8 @@ class Problem:
     limit: int
     space: Space
     rankings: Mapping[str, tuple[int, ...]]
-    recipe_hash: str
+    recipe: Mapping[str, Any]  # and the text, for the plan to tell
+    calibration: str
     seed: int
     measurements: Measurements | None = None
     measurement_hash: str | None = None
@@ -109,14 +110,15 @@ class Problem:
                     cols = layout.weight_shape(layout.weights[name], width)[1]
                     weights[name] = (Run(count=cols, precision=format_of(formats, site, name)),)
         found = Provenance(
-            method=method, recipe_hash=self.recipe_hash, measurement_hash=self.measurement_hash, seed=self.seed,
+            method=method, recipe=dict(self.recipe), calibration=self.calibration,
+            measurement_hash=self.measurement_hash, seed=self.seed,
             predicted_damage=predicted, measured_damage=None, nbytes=0, notes=notes,
         )  # fmt: skip
         plan = Plan(
             model=self.model, rotation=self.rotation, cuts=cuts, weights=weights, biases=tuple(biases),
             adapters=adapters, kv_cache=self.kv_cache, found_by=found,
         )  # fmt: skip
-        return plan.model_copy(update={"found_by": found.model_copy(update={"nbytes": layout.file_nbytes(plan)})})
+        return plan.telling(nbytes=layout.file_nbytes(plan))
 
     def adapters(self, unit: Unit) -> dict[str, int]:
         """The ranks of the low-rank pairs of a unit's weights."""
@@ -137,8 +139,7 @@ class Problem:
         found = [self.trial(plan) for plan in plans]
         notes = (f"applied, {p.found_by.method}: {damage:.4f} nats" for p, damage in zip(plans, found, strict=True))
         best = plans[found.index(min(found))]
-        told = best.found_by.model_copy(update={"measured_damage": min(found)})
-        return best.model_copy(update={"found_by": told}), tuple(notes)
+        return best.telling(measured_damage=min(found)), tuple(notes)
 
     def uniform(self, precision: Precision, method: str) -> Plan:
         """Every weight, the embedding included, in one format, nothing cut."""

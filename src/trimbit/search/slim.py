@@ -71,8 +71,7 @@ def search(problem: Problem, config: Config) -> Plan:
             progress(at + 1, len(names))
     plan = base.model_copy(update={"weights": weights})
     method = f"SliM at {config.bits} bits: {moved} of {groups} groups have a bit more, and as many one less"
-    found = base.found_by.model_copy(update={"nbytes": layout.file_nbytes(plan), "method": method})
-    plan = plan.model_copy(update={"found_by": found})
+    plan = plan.telling(nbytes=layout.file_nbytes(plan), method=method)
     problem.require_feasible(plan)
     return plan
 

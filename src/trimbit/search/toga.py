@@ -97,8 +97,7 @@ def search(problem: Problem, config: Config) -> Plan:
         f"masks: {config.steps} steps of {config.batch} x {config.length} tokens; "
         f"held out, as the search sees them: KL {found.kl:.4f}, loss {found.nll:.4f} nats",
     )
-    told = plan.found_by.model_copy(update={"notes": (*notes, *plan.found_by.notes)})
-    return plan.model_copy(update={"found_by": told})
+    return plan.telling(notes=(*notes, *plan.found_by.notes))
 
 
 def curve(problem: Problem, config: Config) -> list[dict[str, float]]:

@@ -36,7 +36,7 @@ def search(problem: Problem, config: Config) -> Plan:
     require_feasible(problem, config)
     fitting = [plan for plan in _by_size(problem, config) if plan.found_by.nbytes <= problem.limit]
     best, notes = problem.quick_best(fitting[-config.tries :][::-1])
-    return best.model_copy(update={"found_by": best.found_by.model_copy(update={"notes": notes})})
+    return best.telling(notes=notes)
 
 
 def _by_size(problem: Problem, config: Config) -> list[Plan]:
