@@ -10,7 +10,8 @@ from trimbit.precision import ActInt, ActRun, Run, parse_precision
 REF = ModelRef(id="tiny", config_hash="0", weights_hash="0")
 FOUND = Provenance(
     method="by hand",
-    recipe={}, calibration="self",
+    recipe={},
+    calibration="self",
     measurement_hash=None,
     seed=0,
     predicted_damage=None,

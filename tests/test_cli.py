@@ -11,12 +11,14 @@ import torch
 import typer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from jobs import BUDGET, write_text
 from tiny import save_tiny, tiny_model
 from trimbit import artifact, cli, pipeline, trials
 from trimbit.artifact import weight_nbytes
+from trimbit.errors import DataError
 from trimbit.pipeline import open_session
 from trimbit.plan import load_plan
 from trimbit.precision import KVPrecision
@@ -327,6 +329,51 @@ def test_an_unknown_key_in_a_plan(refused, job, options, compressed, tmp_path):
         words=["plan.json: rotations: unknown key"],
     )
     refused("apply", job.model, tmp_path / "none.json", tmp_path / "out", *options, words=["none.json", "No such file"])
+
+
+def test_a_dry_run_reads_the_text(refused, job, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    for text in (tmp_path / "empty.txt", job.model / "config.json"):
+        given = ["--recipe", job.recipe, "--calibration", text]
+        refused(*compress(job.model, tmp_path / "out", given), "--dry-run", words=[text.name])
+
+
+def test_kl_is_to_the_original(refused, job, compressed, tmp_path):
+    save_tiny(tiny_model("llama", seed=1).bfloat16(), tmp_path / "other")
+    config = AutoConfig.from_pretrained(job.model)
+    config.vocab_size = 80
+    save_tiny(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), tmp_path / "narrower")
+    text = ["--text", job.text, "--context", 32]
+    words = ["was made from original", "not from other"]
+    refused("eval", compressed, *text, "--against", tmp_path / "other", words=words)
+    refused("eval", job.model, *text, "--against", tmp_path / "narrower", words=["vocabularies of other sizes"])
+    refused("eval", job.model, *text, "--against", compressed, words=["is compressed; give the original"])
+
+
+@pytest.mark.parametrize("context", [1, 1024])
+def test_a_context_that_cannot_be(refused, job, compressed, context):
+    for model in (job.model, compressed):
+        refused("eval", model, "--text", job.text, "--context", context, words=[f"the context is {context} tokens"])
+
+
+def test_a_damaged_directory(refused, job, compressed, tmp_path):
+    shutil.copytree(compressed, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused("eval", tmp_path / "cut", "--text", job.text, "--context", 32, words=["cut", "a weight file is damaged"])
+    refused("show", tmp_path / "cut", words=["cut", "the weight files have", "the plan says"])
+
+
+def test_what_was_found_on_a_text_is_told_if_the_tasks_fail(run, job, task_data, monkeypatch):
+    def fails(*_args, **_kwargs):
+        raise DataError("no tasks today")
+
+    monkeypatch.setattr("trimbit.tasks.evaluate_tasks", fails)
+    text = ["--text", job.text, "--context", 32, "--windows", 1]
+    code, out, err = run("eval", job.model, *text, "--tasks", "piqa", "--task-data", task_data)
+    assert code == 1
+    assert "ppl@32" in out
+    assert "no tasks today" in err
 
 
 def test_an_unknown_key_in_a_recipe(refused, job, tmp_path):

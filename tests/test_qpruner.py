@@ -232,6 +232,14 @@ def test_a_recovery_that_breaks_the_model_at_its_last_step_writes_nothing(job, t
     assert not (tmp_path / "out").exists()
 
 
+def test_recovery_trains_on_rows_of_its_own(job, tmp_path):
+    one, other = (session(job, "qpruner-1", f"calibration.training={n}", cache=tmp_path) for n in (0, 3))
+    rows = [torch.cat([row.tokens for row in opened.examples]) for opened in (one, other)]
+    assert torch.equal(rows[0], one.tokens.tokens.flatten())
+    assert torch.equal(rows[1], other.training.tokens.flatten())
+    assert len(rows[1]) == 3 * len(rows[0]) // 6
+
+
 def test_instructions_mask_the_prompt(job, tmp_path):
     data = tmp_path / "rows.jsonl"
     rows = [{"instruction": "w5 w6", "input": "w7" * (at % 2), "output": f"w{at + 8} w9"} for at in range(5)]
@@ -311,14 +319,19 @@ def test_training_asks_the_original_for_what_was_drawn_and_no_more(job, tmp_path
         ("qpruner-3", ["space=null"], RecipeError, "needs a `space`"),
         ("qpruner-1", ["tune.loss=instruct"], RecipeError, "needs tune.data"),
         ("qpruner-1", ["lowrank=null"], RecipeError, "needs a `lowrank`"),
-        ("qpruner-1", ["lowrank.rank=40"], PlanError, "rank 40, but it can have 1 to 24"),
+        ("qpruner-1", ["lowrank.rank=40"], RecipeError, "rank 40 does not fit a weight of"),
+        ("qpruner-2", ["space.formats=[]"], RecipeError, "space.formats is empty"),
+        ("qpruner-2", ["space.multiple=0"], RecipeError, "greater than or equal to 1"),
+        ("qpruner-2", ["space.widths=[2.0]"], RecipeError, "less than or equal to 1"),
         ("qpruner-2", ["criterion.samples=99"], RecipeError, "99 samples of 32 tokens"),
     ],
 )
 def test_bad_recipes(job, tmp_path, name, overrides, error, says):
+    """Before anything is made."""
     with pytest.raises(error, match=says):
         compress(session(job, name, *overrides, cache=tmp_path / "cache"), None, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("name", ["qpruner-2", "qpruner-3"])

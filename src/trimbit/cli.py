@@ -168,7 +168,9 @@ def eval_command(
     model: Annotated[Path, typer.Argument(help="an original model or a compressed directory")],
     text: Annotated[Path | None, typer.Option("--text", help="a .txt, .raw, .jsonl or .jsonl.gz file")] = None,
     context: Annotated[int, typer.Option("--context", help="tokens in a window; the perplexity's name")] = CONTEXT,
-    windows: Annotated[int | None, typer.Option("--windows", help="how many, from the start; default all")] = None,
+    windows: Annotated[
+        int | None, typer.Option("--windows", help="how many, from the start; default all", min=1)
+    ] = None,
     against: Annotated[Path | None, typer.Option("--against", help="the original model, for KL and agreement")] = None,
     tasks: Annotated[str | None, typer.Option("--tasks", help="zero-shot tasks of lm-eval: boolq,piqa,...")] = None,
     task_data: Annotated[
@@ -203,10 +205,19 @@ def eval_command(
                 model, text, context=context, limit=windows, against=against, dtype=getattr(torch, dtype),
                 progress=progress,
             )  # fmt: skip
-    if names:
-        scores = evaluate_tasks(
-            model, names, folder=task_data, limit=limit, dtype=getattr(torch, dtype), reporter=Bars()
-        )
+    try:
+        if names:
+            scores = evaluate_tasks(
+                model, names, folder=task_data, limit=limit, dtype=getattr(torch, dtype), reporter=Bars()
+            )
+    finally:  # if the tasks fail, what was found on the text is told
+        if found or scores:
+            _print_evaluation(model, found, scores, as_json=as_json)
+
+
+def _print_evaluation(
+    model: Path, found: "Evaluation | None", scores: "TaskEvaluation | None", *, as_json: bool
+) -> None:
     if as_json:
         fields = found.model_dump(mode="json") if found else {}
         typer.echo(json.dumps(fields | (scores.model_dump(mode="json") if scores else {}), indent=1))
@@ -257,7 +268,7 @@ def show(
     from transformers import AutoConfig
 
     import trimbit  # noqa: F401 - makes the config known
-    from trimbit.artifact import PLAN_FILE, is_compressed
+    from trimbit.artifact import PLAN_FILE, is_compressed, weight_nbytes
     from trimbit.errors import ArtifactError
     from trimbit.model.layout import build_layout
     from trimbit.plan import load_plan
@@ -266,6 +277,11 @@ def show(
         raise ArtifactError(f"{path} is not a compressed directory")
     found = load_plan(path / PLAN_FILE)
     layout = build_layout(AutoConfig.from_pretrained(path, local_files_only=True).original())
+    if weight_nbytes(path) != layout.file_nbytes(found):
+        raise ArtifactError(
+            f"{path}: the weight files have {weight_nbytes(path):,} bytes, the plan says "
+            f"{layout.file_nbytes(found):,}: they are damaged or not the plan's; write the directory again"
+        )
     rows = plan_rows(layout, found)
     if as_json:
         cache = cache_fields(layout, found, context)
@@ -379,8 +395,8 @@ def main() -> None:
             1,
         )
     except Exception as err:
-        if hasattr(err, "format_message"):  # click's own errors about the arguments
-            _fail(err.format_message(), 2)
+        if hasattr(err, "format_message"):  # click's own errors about the arguments; without any, it shows the help
+            _fail(err.format_message(), 2) if err.format_message() else sys.exit(2)
         raise
 
 

@@ -20,6 +20,8 @@ def estimate(session: Session, budget: Budget | None) -> list[tuple[str, str]]:
     """
     layout, recipe = session.layout, session.recipe
     limit = session.limit(budget)
+    if session.judges_plans:  # its text is there, and long enough; what is sampled needs the tokenizer alone
+        _ = session.checkpoint.tokenizer() if session.calibration == "self" else session.tokens
     rows = recipe.calibration.rows + recipe.calibration.held_out
     tokens, text = rows * recipe.calibration.length, rows + recipe.calibration.training
     block = sum(w.rows * w.cols for w in layout.weights.values() if w.unit.startswith("blocks.0."))

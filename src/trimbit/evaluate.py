@@ -11,12 +11,13 @@ from typing import Literal
 import torch
 import transformers
 from jaxtyping import Int
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from trimbit import artifact, data
-from trimbit.errors import ArtifactError, NumericsError
+from trimbit.errors import ArtifactError, DataError, NumericsError
 from trimbit.kv_cache import cache_for, precision_of
 from trimbit.model.cache_size import cache_nbytes
 from trimbit.model.head import kl, logit_slices
@@ -69,6 +70,8 @@ def load_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     if _compressed(path):
         try:
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        except SafetensorError as err:
+            raise ArtifactError(f"{path}: a weight file is damaged ({err}); write the directory again") from err
         except (OSError, ValueError, RuntimeError) as err:
             raise ArtifactError(f"{path}: cannot load the compressed model: {str(err).splitlines()[0]}") from err
         model.eval()
@@ -99,10 +102,15 @@ def evaluate(
     """Run a model over non-overlapping windows of a text; with `against`, beside the original model.
 
     Raises:
+        ArtifactError: if `against` is not the original of the model.
+        DataError: if the text is too short, or a window is none that the model can read.
         NumericsError: if a logit is not finite.
     """
+    if against is not None:
+        _require_original(path, against)
     tokenizer = load_tokenizer(path)
     windows = data.evaluation_windows(text, tokenizer, context=context, limit=limit)
+    _require_positions(path, context)
     model = load_model(path, dtype)
     precision = precision_of(model)
     widths = load_plan(path / artifact.PLAN_FILE).widths if _compressed(path) else {}
@@ -139,6 +147,30 @@ def evaluate(
 def final_hidden(model: PreTrainedModel, window: Int[Tensor, " length"]) -> Tensor:
     """The head's input for each token of a window."""
     return model.get_decoder()(input_ids=window[None], use_cache=False).last_hidden_state[0]  # type: ignore[no-any-return]
+
+
+def _require_original(path: Path, against: Path) -> None:
+    """Refuse a comparison with what is not the original of a model, or reads other tokens."""
+    if _compressed(against):
+        raise ArtifactError(f"{against} is compressed; give the original model (--against)")
+    original = open_checkpoint(against)
+    if _compressed(path):
+        made = load_plan(path / artifact.PLAN_FILE).model
+        if (made.config_hash, made.weights_hash) != (original.config_hash(), original.weights_hash()):
+            raise ArtifactError(
+                f"{path} was made from {made.id} (weights {made.weights_hash[:12]}), not from {original.model_id} "
+                f"(weights {original.weights_hash()[:12]}): give that one (--against)"
+            )
+    elif open_checkpoint(path).config.vocab_size != original.config.vocab_size:
+        raise ArtifactError(f"{path} and {against} have vocabularies of other sizes: their outputs do not compare")
+
+
+def _require_positions(path: Path, context: int) -> None:
+    """Refuse windows that tell nothing, or that are longer than what the model was made for."""
+    config = AutoConfig.from_pretrained(path, local_files_only=True) if _compressed(path) else None
+    positions = (config or open_checkpoint(path).config).max_position_embeddings
+    if not 2 <= context <= positions:
+        raise DataError(f"the context is {context} tokens: this model reads 2 to {positions} (--context)")
 
 
 @torch.inference_mode()

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from trimbit.errors import RecipeError
 from trimbit.measure import background_of, install
 from trimbit.measurements import Outcome
 from trimbit.model.head import Judged
@@ -36,8 +35,6 @@ class Judging:
         prepared, want = self.prepared, self.prepared.recipe.measure
         assert want is not None
         tokens, held_out = prepared.tokens.tokens, prepared.held_out.tokens
-        if len(tokens) < want.rows:
-            raise RecipeError(f"measure.rows: {want.rows} of {len(tokens)} calibration rows asked")
         whole, first = WholeModel(prepared.stream), None
         with prepared.reporter.stage("the model's own output") as progress:
             if hasattr(prepared.search[0], "background"):

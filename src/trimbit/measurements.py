@@ -1,6 +1,6 @@
 """Measured damage of each choice of each unit: plain data, stored, and solved again for any budget."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -24,9 +24,10 @@ class Space(Data):
 
     formats: tuple[Precision, ...]  # of every weight of the blocks, one a site
     table_formats: tuple[Precision, ...]  # of the embedding and the head
-    widths: tuple[float, ...] = (1.0,)  # shares of a feed-forward sub-block's channels; 0 drops it
+    # shares of a feed-forward sub-block's channels; 0 drops it
+    widths: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(default=(1.0,), min_length=1)
     groups: bool = False  # whether KV groups may be cut, one by one
-    multiple: int = 32  # kept channels are a multiple of this
+    multiple: int = Field(default=32, ge=1)  # kept channels are a multiple of this
     kept: dict[str, int] = Field(default_factory=dict)  # widths that are fixed before the search
     spared: tuple[int, ...] = ()  # blocks whose weights take `spared_format`, where there is one
     spared_format: Precision | None = None

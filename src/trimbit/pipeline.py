@@ -21,6 +21,7 @@ from trimbit.plan import Budget, Plan, digest
 from trimbit.preparation import Preparation
 from trimbit.recipe import Recipe
 from trimbit.recovery import TUNING_FILE, adapter_tensors, recovered, tuning_note, tuning_record
+from trimbit.repair.lowrank import require_rank
 from trimbit.repair.tune import identity, require_peft
 from trimbit.search.mixed import Masking
 from trimbit.search.problem import Problem
@@ -81,12 +82,17 @@ class Session(Preparation):
             BudgetError: if it is not feasible, naming the smallest that is; or if there is none.
             LayoutError: if the recipe asks for a rotation that the model's norms do not allow.
             PlanError: if the recipe asks for a cache or a rotation that the model cannot have.
+            RecipeError: if its low-rank pairs do not fit a weight, or something to install is missing.
         """
         module, config = self.search
         self.require_rotatable()
         self.layout.check_kv_cache(self.recipe.kv_cache)
         if hasattr(module, "trials") or hasattr(module, "curve"):
             require_plot()
+        for weight in self.layout.weights.values():
+            unit = self.layout.units[weight.unit]
+            if self.lowrank is not None and unit.block is not None:
+                require_rank(self.rank, *self.layout.weight_shape(weight, self.space.kept.get(unit.dim or "")))
         if self.tuning is not None:
             require_peft()
             if self.tuning.data is not None:

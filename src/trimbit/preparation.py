@@ -23,7 +23,7 @@ from trimbit.cache import cache_root, save_whole, source_digest
 from trimbit.candidates import CandidateWeights
 from trimbit.channels import Channels
 from trimbit.distillation import original_of
-from trimbit.errors import DataError, RecipeError
+from trimbit.errors import ArtifactError, DataError, RecipeError
 from trimbit.information import layer_information
 from trimbit.instructions import from_instructions, from_rows
 from trimbit.masked import MaskedModel, both_versions, of_length
@@ -36,7 +36,7 @@ from trimbit.plan import ModelRef, digest
 from trimbit.progress import Progress, Reporter, Silent
 from trimbit.prune import kept_widths, protected
 from trimbit.quant import rtn
-from trimbit.ranking import by_gradients, by_moments
+from trimbit.ranking import by_gradients, by_moments, require_samples
 from trimbit.recipe import Recipe, Step, step_config
 from trimbit.recovery import Recovery
 from trimbit.repair.tune import Config as Tuning
@@ -99,10 +99,23 @@ class Preparation:
                 raise RecipeError(f"search {recipe.search.name} needs a `{field_name}` in the recipe")
         if isinstance(self.search[1], Masking):
             self._check_masking(self.search[1])
+        self._check_text()
+        if "space" in self.search[0].NEEDS and recipe.space is not None:
+            for name in ("formats", "table_formats"):
+                if not getattr(recipe.space, name):
+                    raise RecipeError(f"space.{name} is empty: search {recipe.search.name} has nothing to choose from")
         if recipe.prune is not None and recipe.criterion is None:
             raise RecipeError("`prune` needs a `criterion` in the recipe, to say what goes first")
         if self.calibration != "self" and not Path(self.calibration).is_file():
             raise DataError(f"no calibration text {self.calibration!r}: give `self` or a file")
+
+    def _check_text(self) -> None:
+        """Refuse stages that ask for more text than there is, before any of it is read."""
+        have, measured = self.recipe.calibration, self.recipe.measure
+        if measured is not None and measured.rows > have.rows:
+            raise RecipeError(f"measure.rows: {measured.rows} of {have.rows} calibration rows asked")
+        if self.criterion is not None and self.criterion[0].READS == "gradients":
+            require_samples(self.criterion[1], have.rows, have.length)
 
     def _check_masking(self, config: Masking) -> None:
         want = self.recipe.calibration
@@ -166,7 +179,7 @@ class Preparation:
 
     @cached_property
     def training(self) -> data.TokenSet:
-        """What masks are learnt on."""
+        """What masks and low-rank pairs are trained on, where the recipe names no other data."""
         return self._text[2]
 
     @cached_property
@@ -215,7 +228,7 @@ class Preparation:
         """Content key of the statistics."""
         return digest(
             [
-                trimbit.__version__,
+                source_digest("model", "stats.py"),
                 self.model.weights_hash,
                 self.model.config_hash,
                 self.tokens.digest,
@@ -270,7 +283,8 @@ class Preparation:
                 return by_moments(module, config, self.layout, self.checkpoint, self.stats, progress)
             return by_gradients(module, config, self.stream, self.tokens.tokens, progress)
 
-        decides = [self.stats_key, self.plain(self.recipe.criterion)]
+        code = source_digest("criteria", "ranking.py", "gradients.py")
+        decides = [code, self.stats_key, self.plain(self.recipe.criterion)]
         found = self._stored("rankings", decides, "ranking of channels and heads", make)
         return {dim: tuple(order) for dim, order in found.items()}
 
@@ -295,7 +309,10 @@ class Preparation:
             with self.reporter.stage(stage) as progress:
                 text = json.dumps(make(progress))
             save_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as err:
+            raise ArtifactError(f"{path}: a file of the cache is damaged; remove it and run again") from err
 
     def kept(self, widths: Mapping[str, int]) -> dict[str, list[int]]:
         """The members of each dim that a width keeps."""
@@ -422,7 +439,7 @@ class Preparation:
         """What recovery trains on."""
         assert self.tuning is not None
         if self.tuning.data is None:
-            return from_rows(self.tokens.tokens, self.checkpoint.tokenizer(), self.tuning.length)
+            return from_rows(self.training.tokens, self.checkpoint.tokenizer(), self.tuning.length)
         tokenizer, masked = self.checkpoint.tokenizer(), self.tuning.loss == "instruct"
         return from_instructions(Path(self.tuning.data), tokenizer, self.tuning.length, masked=masked)
 
@@ -434,4 +451,4 @@ class Preparation:
     @property
     def judges_plans(self) -> bool:
         """Whether there is text to say what a plan costs: a recipe that neither fits nor measures needs none."""
-        return self.stats is not None or self.recipe.measure is not None or self.tuning is not None
+        return self._needs_moments or self.recipe.measure is not None or self.tuning is not None

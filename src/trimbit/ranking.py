@@ -41,18 +41,27 @@ def by_gradients(
     Raises:
         RecipeError: if there are fewer rows or tokens than the criterion asks for.
     """
-    layout, (rows, length) = stream.layout, tokens.shape
-    if rows < config.samples or length < config.length:
-        raise RecipeError(
-            f"the criterion asks for {config.samples} samples of {config.length} tokens, "
-            f"calibration has {rows} rows of {length}"
-        )
+    layout = stream.layout
+    require_samples(config, *tokens.shape)
     found: Rankings = {}
     for index, gradients in sweep(stream, tokens[: config.samples, : config.length], progress):
         for unit in layout.units.values():
             if unit.block == index and unit.dim is not None:
                 found[unit.dim] = _order(module.score(coupled(layout, unit, gradients), unit.size, config))
     return found
+
+
+def require_samples(config: Any, rows: int, length: int) -> None:  # noqa: ANN401
+    """Refuse a criterion that asks for more text than there is.
+
+    Raises:
+        RecipeError: naming both.
+    """
+    if rows < config.samples or length < config.length:
+        raise RecipeError(
+            f"the criterion asks for {config.samples} samples of {config.length} tokens, "
+            f"calibration has {rows} rows of {length}"
+        )
 
 
 def _order(score: Float[Tensor, " members"]) -> tuple[int, ...]:

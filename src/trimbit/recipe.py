@@ -28,8 +28,9 @@ class Calibration(Data):
 
     rows: int = Field(default=16, ge=2)
     length: int = Field(default=2048, ge=16)
-    held_out: int = Field(default=4, ge=1)  # further rows, that nothing is fitted to: whole plans are judged on them
-    training: int = Field(default=0, ge=0)  # further rows, that masks are learnt on; 0: the calibration rows
+    # further rows, that nothing is fitted to: whole plans are judged on them, and a search may choose by that
+    held_out: int = Field(default=4, ge=1)
+    training: int = Field(default=0, ge=0)  # further rows, to train masks or pairs on; 0: the calibration rows
 
 
 class Measure(Data):

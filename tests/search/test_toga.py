@@ -153,6 +153,16 @@ def test_all_of_one_format_is_a_plain_plan(tmp_path):
         plan = salient.search(made(tmp_path, config), salient.Config(**(SMALL | {"share": share, "sort": False})))
         assert not plan.orders
         assert {run.precision.name for n, runs in plan.weights.items() if "layers" in n for run in runs} == {name}
+        told = "channels largest diag H in int4g32" if share else "binaryg32 in all channels"
+        assert told in plan.found_by.method
+
+
+def test_no_high_channels_whatever_the_budget(tmp_path):
+    config = salient.Config(**(SMALL | {"share": 0.0}))
+    plan = salient.search(made(tmp_path, config, limit=10**9), config)
+    assert {run.precision.name for name, runs in plan.weights.items() if "layers" in name for run in runs} == {
+        "binaryg32"
+    }
 
 
 @pytest.mark.parametrize("stop", [1, 7, 8, 30, 59])

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
 from trimbit.gradients import Coupled, Gradient
@@ -26,8 +27,8 @@ class Config(Data):
 
     # code (horseee/LLM-Pruner): param_first is the default of its code, param_mix that of its text
     kind: Literal["vector", "element_first", "element_second", "element_mixed"] = "element_first"
-    samples: int = 10  # code (horseee/LLM-Pruner)
-    length: int = 64  # code (horseee/LLM-Pruner): tokens of a sample
+    samples: int = Field(default=10, ge=1)  # code (horseee/LLM-Pruner)
+    length: int = Field(default=64, ge=2)  # code (horseee/LLM-Pruner): tokens of a sample
 
 
 def score(parts: Sequence[Coupled], size: int, config: Config) -> Float[Tensor, " size"]:

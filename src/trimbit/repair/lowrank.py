@@ -144,12 +144,20 @@ def _bf16(x: Tensor) -> Tensor:
     return x.to(torch.bfloat16).float()
 
 
-def _check(w: Tensor, rank: int) -> None:
-    rows, cols = w.shape
+def require_rank(rank: int, rows: int, cols: int) -> None:
+    """Refuse a rank that a weight cannot have.
+
+    Raises:
+        RecipeError: naming the largest.
+    """
     if rank > min(rows, cols):
         raise RecipeError(
             f"a correction of rank {rank} does not fit a weight of {rows} x {cols}: the rank can be {min(rows, cols)} "
             "at most"
         )
+
+
+def _check(w: Tensor, rank: int) -> None:
+    require_rank(rank, *w.shape)
     if not bool(w.isfinite().all()):
         raise NumericsError("a weight has values that are not finite")

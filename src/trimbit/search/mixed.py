@@ -30,7 +30,8 @@ class Mixed(Data):
     high: Precision = Int(bits=8, group=128, symmetric=True)
     low_acts: ActInt | None = None  # None: the inputs of low channels are not rounded
     high_acts: ActInt | None = None
-    share: float = Field(default=0.125, ge=0, le=1)  # of the codes, those in high channels, where no budget is given
+    # of the codes, those in high channels, where no budget is given; 0: none, whatever the budget
+    share: float = Field(default=0.125, ge=0, le=1)
     tile: int = Field(default=32, ge=1)  # ours: high channels of a site are a multiple of this
     sort: bool = True  # by diag H within low and high; false: channels keep their order there
     table: Precision = BF16  # of the embedding and the head
@@ -220,18 +221,22 @@ class Sites:
             BudgetError: naming the range.
         """
         least, most = self.sized(self.spread(0.0)), self.sized(self.spread(1.0))
-        if not least <= self.problem.limit <= most:
-            side = "below" if self.problem.limit < least else "above"
+        below, above = self.problem.limit < least, self.problem.limit > most and self.mixed.share > 0
+        if below or above:
+            advice = f"smallest feasible budget is {least:,} bytes (--budget {least}B)"
+            if above:
+                advice = f"largest that they fill is {most:,} bytes (--budget {most}B)"
             raise BudgetError(
-                f"the budget of {self.problem.limit:,} bytes is {side} what {self.mixed.low.name} and "
-                f"{self.mixed.high.name} reach: {least:,} to {most:,} bytes; the smallest feasible budget is "
-                f"{least:,} bytes (--budget {least}B)"
+                f"the budget of {self.problem.limit:,} bytes is {'below' if below else 'above'} what "
+                f"{self.mixed.low.name} and {self.mixed.high.name} reach: {least:,} to {most:,} bytes; the {advice}"
             )
 
     @cached_property
     def fitting(self) -> dict[str, int]:
         """Tiles for the largest same share everywhere whose plan is within the budget."""
         low, high = 0.0, 1.0
+        if not self.mixed.share:
+            return self.spread(low)
         if self.sized(self.spread(high)) <= self.problem.limit:
             return self.spread(high)
         if self.sized(self.spread(self.mixed.share)) <= self.problem.limit:

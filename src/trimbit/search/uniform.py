@@ -14,7 +14,7 @@ MENU = tuple(Int(bits=bits, group=group, symmetric=False) for bits in range(2, 9
 class Config(Data):
     """What is tried."""
 
-    formats: tuple[Precision, ...] = MENU
+    formats: tuple[Precision, ...] = Field(default=MENU, min_length=1)
     tries: int = Field(default=2, ge=1)  # ours: of the formats that fit, how many of the largest are evaluated
 
 
