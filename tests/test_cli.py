@@ -9,11 +9,13 @@ import sys
 import pytest
 import torch
 import typer
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
+import trimbit
 from jobs import BUDGET, write_text
 from tiny import save_tiny, tiny_model
 from trimbit import artifact, cli, pipeline, trials
@@ -22,7 +24,8 @@ from trimbit.errors import DataError
 from trimbit.pipeline import open_session
 from trimbit.plan import load_plan
 from trimbit.precision import KVPrecision
-from trimbit.recipe import load_recipe
+from trimbit.preparation import module_of
+from trimbit.recipe import load_recipe, names
 
 SEARCHING = ["--budget", "--calibration", "--dry-run", "--recipe", "--seed", "--set"]
 OPTIONS = {
@@ -34,6 +37,7 @@ OPTIONS = {
         ["--against", "--context", "--dtype", "--json", "--limit", "--task-data", "--tasks", "--text", "--windows"],
     ),
     "show": (["path"], ["--context", "--json"]),
+    "recipes": (["name"], ["--set"]),
 }
 
 
@@ -52,6 +56,29 @@ def test_help(command):
     result = CliRunner().invoke(cli.app, [*command, "--help"])
     assert result.exit_code == 0
     assert "Usage" in result.output
+
+
+def test_version():
+    result = CliRunner().invoke(cli.app, ["--version"])
+    assert (result.exit_code, result.output.strip()) == (0, trimbit.__version__)
+
+
+def test_recipes(run):
+    code, out, _ = run("recipes")
+    assert code == 0
+    for name in names():
+        assert name in out
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_recipe_spelled_out_is_the_recipe(run, tmp_path, name):
+    """With every parameter; as a file it is the same one."""
+    code, out, err = run("recipes", name)
+    assert code == 0, err
+    (tmp_path / "own.yaml").write_text(out)
+    assert run("recipes", tmp_path / "own.yaml")[1] == out
+    fields = yaml.safe_load(out)
+    assert fields["search"]["params"].keys() == module_of("search", load_recipe(name).search).Config.model_fields.keys()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The command line: compress, plan, apply, eval, show. Results on stdout, progress and errors on stderr."""
+"""The command line: compress, plan, apply, eval, show, recipes. Results on stdout, progress and errors on stderr."""
 
 import json
 import logging
@@ -27,9 +27,7 @@ if TYPE_CHECKING:
     from trimbit.recipe import Recipe
     from trimbit.tasks import Score, TaskEvaluation
 
-app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Fit a language model to a budget."
-)
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 CONTEXT = 2048  # tokens; of windows, and what a cache is counted at
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 stdout, stderr = Console(), Console(stderr=True)
@@ -94,6 +92,22 @@ def _session(model: Path, recipe: "Recipe", calibration: str, seed: int) -> "Ses
     from trimbit.pipeline import open_session
 
     return open_session(model, recipe, calibration=calibration, seed=seed, reporter=Bars())
+
+
+def _version(asked: bool) -> bool:
+    if asked:
+        import trimbit
+
+        typer.echo(trimbit.__version__)
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", help="print it", is_eager=True, callback=_version)] = False,
+) -> None:
+    """Fit a language model to a budget."""
 
 
 @app.command()
@@ -297,6 +311,28 @@ def show(
     stdout.print(cache_line(layout, found, context), highlight=False)
     for note in found.found_by.notes:
         stdout.print(note, highlight=False)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="one of them, or a .yaml file, to see every parameter")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """List the recipes; or print one with all that `--set` can change, and its defaults."""
+    import yaml
+
+    from trimbit.recipe import load_recipe, names
+
+    if name is not None:
+        from trimbit.preparation import spelled_out
+
+        fields = spelled_out(load_recipe(name, tuple(overrides or ())))
+        typer.echo(yaml.safe_dump(fields, sort_keys=False, width=120), nl=False)
+        return
+    table = Table(show_header=False)
+    for each in names():
+        table.add_row(each, load_recipe(each).description)
+    stdout.print(table)
 
 
 def cache_fields(layout: "Layout", plan: "Plan", context: int) -> dict[str, Any]:

@@ -46,6 +46,27 @@ from trimbit.search.mixed import Masking
 from trimbit.stats import Stats, collect, stored
 from trimbit.trials import Trials
 
+STAGES = {  # of a recipe: the package of a step's module, and what the module must offer
+    "criterion": ("criteria", "score"),
+    "search": ("search", "search"),
+    "quant": ("quant", "quantize"),
+    "importance": ("criteria", "information"),
+    "repair": ("repair", "refit"),
+    "lowrank": ("repair", "correct"),
+    "tune": ("repair", "tune"),
+}
+
+
+def spelled_out(recipe: Recipe) -> dict[str, Any]:
+    """A recipe with every parameter of its steps, those that it leaves at their defaults included."""
+    fields = recipe.model_dump(mode="json")
+    for name, (package, _) in STAGES.items():
+        step = getattr(recipe, name)
+        if step is not None:
+            params = step_config(module_of(package, step).Config, package, step).model_dump(mode="json")
+            fields[name] = {"name": step.name, "params": params}
+    return fields
+
 
 def module_of(stage: str, step: Step) -> ModuleType:
     """The module of a stage by its name.
@@ -74,13 +95,13 @@ class Preparation:
     def __post_init__(self) -> None:
         self._masked: tuple[Masking, MaskedModel] | None = None
         recipe = self.recipe
-        self.quant = self._module("quant", recipe.quant, "quantize")
-        self.search = self._module("search", recipe.search, "search")
-        self.criterion = self._module("criteria", recipe.criterion, "score") if recipe.criterion else None
-        self.layers = self._module("criteria", recipe.importance, "information") if recipe.importance else None
-        self.repair = self._module("repair", recipe.repair, "refit") if recipe.repair else None
-        self.lowrank = self._module("repair", recipe.lowrank, "correct")[1] if recipe.lowrank else None
-        self.tuning: Tuning | None = self._module("repair", recipe.tune, "tune")[1] if recipe.tune else None
+        self.quant = self._module("quant", recipe.quant)
+        self.search = self._module("search", recipe.search)
+        self.criterion = self._module("criterion", recipe.criterion) if recipe.criterion else None
+        self.layers = self._module("importance", recipe.importance) if recipe.importance else None
+        self.repair = self._module("repair", recipe.repair) if recipe.repair else None
+        self.lowrank = self._module("lowrank", recipe.lowrank)[1] if recipe.lowrank else None
+        self.tuning: Tuning | None = self._module("tune", recipe.tune)[1] if recipe.tune else None
         self.compute: torch.dtype = getattr(torch, recipe.compute)
         if self.tuning is not None and self.lowrank is None:
             raise RecipeError("`tune` trains low-rank pairs: the recipe needs a `lowrank` too")
@@ -127,7 +148,8 @@ class Preparation:
         if config.rows > rows:
             raise RecipeError(f"search.rows: {config.rows} of {rows} rows asked; raise calibration.training")
 
-    def _module(self, stage: str, step: Step, offers: str) -> tuple[ModuleType, Any]:
+    def _module(self, name: str, step: Step) -> tuple[ModuleType, Any]:
+        stage, offers = STAGES[name]
         module = module_of(stage, step)
         if not hasattr(module, offers):
             raise RecipeError(f"{stage} {step.name} cannot stand here: it does not offer `{offers}`")
