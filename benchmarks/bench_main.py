@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from offgrid import write_off_grid
 from trimbit import data
 from trimbit.artifact import weight_nbytes
+from trimbit.cache import source_digest
 from trimbit.evaluate import final_hidden, hardware, load_model, load_tokenizer, score
 from trimbit.measure import background_of
 from trimbit.pipeline import Session, open_session
@@ -69,6 +70,7 @@ class Bench:
             "hardware": hardware(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
+            "code": source_digest(),  # of the package
         }
         self.results[key] = found
         self.stored.parent.mkdir(exist_ok=True)

@@ -20,6 +20,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from scipy.stats import spearmanr
@@ -44,6 +45,7 @@ STARTS = ("zeros", "loftq", "qera")
 RANKS = (8, 32)
 RECIPES = ("llm-pruner", "qpruner-3", "qpruner-1", "qpruner-2")  # in the order that they are run
 RATIOS = (20, 50, 30)  # in the order that they are run
+FAITHFUL, FAITHFUL_DOCUMENTS = "qpruner-3-faithful", 100  # at the first ratio; a trial takes a minute for each 100
 SHORT = 128  # tokens, the other context of perplexity
 DOCUMENTS = 500
 PARTS = ("start", "recipes", "plans", "ranks", "noise")
@@ -88,6 +90,9 @@ class QPruner(Bench):
         """A recipe with this benchmark's recovery."""
         instructions = self.folder / "instruct" / "alpaca_2000.jsonl.gz"
         own = () if ratio is None else (f"prune.ratio={ratio / 100}",)
+        if recipe == FAITHFUL:
+            asked = f"search.objective.documents={FAITHFUL_DOCUMENTS}"
+            own += (f"search.objective.data={self.folder / 'tasks'}", asked)
         return self.session(self.off_grid(0), recipe, 0, (f"tune.data={instructions}", *own))
 
     def whole(self, recipe: str, ratio: int | None) -> dict:
@@ -102,11 +107,12 @@ class QPruner(Bench):
         shares = {}
         for name, runs in plan.weights.items():
             if name.startswith("model.layers."):
-                shares[runs[0].precision.name] = (
-                    shares.get(runs[0].precision.name, 0) + runs[0].count * session.layout.weights[name].rows
-                )
+                weight, run = session.layout.weights[name], runs[0]
+                width = plan.widths.get(session.layout.units[weight.unit].dim or "")
+                rows = session.layout.weight_shape(weight, width)[0]
+                shares[run.precision.name] = shares.get(run.precision.name, 0) + run.count * rows
         losses = tuning["losses"]
-        trials = len((out / "trials.csv").read_text().splitlines()) - 1 if (out / "trials.csv").exists() else 0
+        trials = session.search[1].optimiser.trials if (out / "trials.csv").exists() else 0
         return {
             "nbytes": weight_nbytes(out), "adapter_nbytes": pairs,
             "trained_nbytes": tuning["trained_nbytes"], "optimizer_nbytes": tuning["optimizer_nbytes"],
@@ -190,7 +196,13 @@ class Plans(QPruner):
             "best of random": self.opened("qpruner-3", seed, *shared, f"search.per={per}", "search.engine=random"),
             "knapsack": self.opened("qpruner-3", seed, *shared, KNAPSACK),
         }
-        limit = uniform.found_by.nbytes if like_uniform else sessions["qpruner-2"].limit(None)
+        limit = sessions["qpruner-2"].limit(None)
+        if (
+            like_uniform
+        ):  # as many bytes for the blocks' weights; what a search keeps free for longer headers comes on top
+            own = levels(sessions["qpruner-3"].problem(uniform.found_by.nbytes, ready=False), per)
+            held = sum(costs[[p.name for p in own.formats].index("nf4g64")] for costs in own.costs)
+            limit = uniform.found_by.nbytes + held - own.limit
         plans, seconds = {"uniform": uniform}, {}
         _ = sessions["qpruner-2"].importance
         sessions["qpruner-2"].candidates.make(lambda *_: None)
@@ -280,7 +292,7 @@ def peak(what: str, out: Path, recipe: str = "", ratio: str = "0", source: str =
 def recipes() -> list[tuple[str, int | None]]:
     """What is run, in this order."""
     first, *rest = [(recipe, ratio) for ratio in RATIOS for recipe in RECIPES]
-    return [first, *rest[:3], ("loftq-only", None), *rest[3:]]
+    return [first, *rest[:3], ("loftq-only", None), *rest[3:], (FAITHFUL, RATIOS[0])]
 
 
 def key_of(recipe: str, ratio: int | None) -> str:
@@ -344,9 +356,24 @@ def task_table(results: dict) -> list[str]:
         return [*each, f"{value:.1f} ± {error:.1f}", f"{sum(others) / len(others):.1f}"]
 
     rows = rows_of(results, "tasks", len(SOURCES) + 2, cells)
+    for row in rows:
+        recipe, _, ratio = row[0].partition("/")
+        base, own = results.get(f"tasks/llm-pruner/{ratio}", {}), results.get(f"tasks/{row[0]}", {})
+        compared = recipe != "llm-pruner" and "correct" in base and "correct" in own
+        row.append("{:+.1f} ± {:.1f}".format(*paired(own["correct"], base["correct"])) if compared else "")
     if "tasks/original" in results:
-        rows.insert(0, ["original", *cells(results["tasks/original"])])
-    return table(["recipe, pruned", *SOURCES, "mean", "without BoolQ"], rows)
+        rows.insert(0, ["original", *cells(results["tasks/original"]), ""])
+    return table(["recipe, pruned", *SOURCES, "mean", "without BoolQ", "mean, above llm-pruner"], rows)
+
+
+def paired(own: dict[str, str], base: dict[str, str]) -> tuple[float, float]:
+    """Mean difference over tasks in points, and its standard error: both answer the same documents."""
+    means, variances = [], []
+    for task, answers in own.items():
+        gains = np.array([int(a) - int(b) for a, b in zip(answers, base[task], strict=True)])
+        means.append(gains.mean())
+        variances.append(gains.var(ddof=1) / len(gains))
+    return 100 * float(np.mean(means)), 100 * math.sqrt(sum(variances)) / len(variances)
 
 
 def memory_table(results: dict) -> list[str]:
@@ -379,7 +406,7 @@ def cost_table(results: dict) -> list[str]:
         seconds = c["stage_seconds"]
         trials = seconds.get("trials of whole plans")
         inside = {"search", "the model's own output"}  # other stages lie in the first, and the second in trials
-        shared = {"the original's answers", "ranking of channels and heads"}  # by recipes that are run later
+        shared = {"the original's answers", "ranking of channels and heads", "importance of each layer"}
         return [
             f"{sum(s for stage, s in seconds.items() if stage not in inside | shared) / 60:.1f}",
             f"{seconds['recovery'] / c['steps']:.1f}",
@@ -419,9 +446,25 @@ def noise_table(results: dict) -> list[str]:
     rows = []
     for name, c in sorted(cell["plans"].items(), key=lambda one: one[1]["kl"]) if cell else ():
         accuracy = f"{100 * c['accuracy']:.1f} ± {100 * c['stderr']:.1f}"
-        rows.append([name, f"{c['nbytes'] / 1e6:.1f}", f"{c['kl']:.4f}", f"{c['nll']:.4f}", accuracy])
-    rows = rows or [["not run", "", "", "", ""]]
-    return table(["plan", "MB", "KL", "NLL", "HellaSwag, %"], rows)
+        best = min(cell["plans"].values(), key=lambda one: one["kl"])
+        gain = "" if c is best else "{:+.1f} ± {:.1f}".format(*paired(*({"": o["correct"]} for o in (c, best))))
+        rows.append([name, f"{c['nbytes'] / 1e6:.1f}", f"{c['kl']:.4f}", f"{c['nll']:.4f}", accuracy, gain])
+    rows = rows or [["not run", *[""] * 5]]
+    lines = table(["plan", "MB", "KL", "NLL", "HellaSwag, %", "above the plan of least KL"], rows)
+    if cell:
+        rho, low, high = agreement(list(cell["plans"].values()))
+        lines += ["", f"Spearman's rho of -KL and accuracy over these plans: {rho:.2f}; documents drawn again, 90 % of "
+                  f"the time {low:.2f} to {high:.2f}."]  # fmt: skip
+    return lines
+
+
+def agreement(plans: Sequence[dict]) -> tuple[float, float, float]:
+    """Spearman's rho of -KL and accuracy, and its 5 and 95 % quantiles over documents drawn with replacement."""
+    answers = np.array([[int(one) for one in plan["correct"]] for plan in plans])
+    kls, rng = [-plan["kl"] for plan in plans], np.random.default_rng(0)
+    drawn = [answers[:, rng.integers(answers.shape[1], size=answers.shape[1])].mean(1) for _ in range(1000)]
+    low, high = np.quantile([spearmanr(kls, means).statistic for means in drawn], [0.05, 0.95])
+    return float(spearmanr(kls, answers.mean(1)).statistic), float(low), float(high)
 
 
 def rank_table(results: dict) -> list[str]:

@@ -72,6 +72,24 @@ def test_the_best_by_the_objective_is_taken(job, tasks, tmp_path, by, steps):
     assert again.nll == pytest.approx(want.nll, rel=1e-3)
 
 
+def test_the_faithful_form_runs_whole(job, tasks, tmp_path):
+    """Histogram, accuracy, instructions; the blocks that are not pruned stay as they are."""
+    rows = [{"instruction": "w5 w6", "output": f"w{at + 8} w9"} for at in range(5)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = (f"search.objective.data={tasks}", "search.objective.tasks=[piqa]", f"tune.data={tmp_path / 'rows.jsonl'}")
+    own = (*SMALL, *PRUNED, *CHOOSING, QUICK, *given, "tune.length=64", "tune.batch=5")
+    recipe = load_recipe("qpruner-3-faithful", own)
+    opened = open_session(job.model, recipe, calibration=str(job.text), cache=tmp_path / "cache")
+    plan = compress(opened, None, tmp_path / "out")
+    assert "%" in plan.found_by.notes[0]
+    names = {index: plan.weights[f"model.layers.{index}.mlp.up_proj"][0].precision.name for index in range(3)}
+    spared = [index for index in range(3) if index in opened.space.spared]
+    assert spared
+    assert all((name == "bf16") == (index in spared) for index, name in names.items())
+    found = [one for one in trials(tmp_path / "cache") if one.correct is not None]
+    assert all(one.correct.count("1") / 20 == one.accuracy for one in found)
+
+
 def test_recovery_is_part_of_an_outcome(job, tmp_path):
     """Trained plans are nearer to the original than the same plans as they start."""
     slow = ("tune.learning_rate=0.002",)

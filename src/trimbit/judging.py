@@ -73,7 +73,8 @@ class Judging:
             reporter=prepared.reporter,
         )  # fmt: skip
         mean = mean_score(scores)
-        return found.model_copy(update={"accuracy": mean.value, "stderr": mean.stderr})
+        correct = "".join(task.correct for task in scores.values())
+        return found.model_copy(update={"accuracy": mean.value, "stderr": mean.stderr, "correct": correct})
 
     def _as_it_starts(self, plan: Plan) -> tuple[PreTrainedModel, Judged]:
         judge = self.put_together(plan)

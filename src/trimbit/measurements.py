@@ -51,6 +51,7 @@ class Outcome(Data):
     nll: float  # of the token that follows, nats
     accuracy: float | None = None
     stderr: float | None = None  # of the accuracy
+    correct: str | None = None  # of each document, one task after the other: "1" or "0"
 
 
 class FormatDamage(Data):
