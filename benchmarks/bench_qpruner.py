@@ -197,9 +197,7 @@ class Plans(QPruner):
             "knapsack": self.opened("qpruner-3", seed, *shared, KNAPSACK),
         }
         limit = sessions["qpruner-2"].limit(None)
-        if (
-            like_uniform
-        ):  # as many bytes for the blocks' weights; what a search keeps free for longer headers comes on top
+        if like_uniform:  # as many bytes for the blocks' weights, beside what searches keep free for longer headers
             own = levels(sessions["qpruner-3"].problem(uniform.found_by.nbytes, ready=False), per)
             held = sum(costs[[p.name for p in own.formats].index("nf4g64")] for costs in own.costs)
             limit = uniform.found_by.nbytes + held - own.limit

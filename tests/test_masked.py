@@ -132,10 +132,10 @@ def test_the_whole_job(job, tmp_path, acts):
     assert load_plan(tmp_path / "out/plan.json") == written
     kl = float(written.found_by.notes[0].split("KL ")[1].split(",")[0])
     assert written.found_by.measured_damage == pytest.approx(kl, rel=0.3)  # groups restart at the high channels
-    lines = (tmp_path / "out/masks.csv").read_text().splitlines()
+    lines = (tmp_path / "out/training.csv").read_text().splitlines()
     assert lines[0] == "step,loss,bits,temperature"
     assert len(lines) == 7
-    assert (tmp_path / "out/masks.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out/training.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_is_learnt_in_is_let_go_before_the_plan_is_applied(job):

@@ -222,8 +222,8 @@ class Session(Preparation):
         c = self.checkpoint
         if plan.content in self.curves:
             curve, high = self.curves[plan.content], self.search[1].high
-            writer.write("masks.csv", learning.table(curve))
-            writer.write("masks.png", learning.picture(self.layout, plan, high, curve))
+            writer.write("training.csv", learning.table(curve))
+            writer.write("training.png", learning.picture(self.layout, plan, high, curve))
         writer.write(
             "README.md", model_card(trimbit.__version__, c.model_id, c.license, self.layout, plan, self.calibration)
         )
