@@ -1,5 +1,6 @@
 """The pairs against numpy: the alternation step by step, the optimum of QERA as its paper writes it."""
 
+import inspect
 from functools import partial
 
 import numpy as np
@@ -30,7 +31,7 @@ def correlated(n, generator, tokens=2000):
 
 
 def rounding(cols, name=COARSE):
-    return partial(rtn.quantize, moments=None, runs=runs((cols, name)), config=rtn.Config())
+    return partial(rtn.quantize, moments=None, runs=runs((cols, name)), config=rtn.Config(scales="absmax"))
 
 
 def weight_error(w, q, pair):
@@ -72,23 +73,44 @@ def test_one_step_of_loftq_is_the_svd(shape, generator):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", ["int2g32", "uint3row", "int4g32"])
+@pytest.mark.parametrize("name", ["int2g32", "uint3row", "int4g32", "nf4g64"])
 def test_loftq_keeps_the_best_of_a_naive_alternation(shape, name, generator):
-    """PEFT's own LoftQ needs bitsandbytes and an accelerator, so that the reference is these lines, at one width."""
+    """Of PEFT's decomposition and our rounding; its whole LoftQ, below, needs bitsandbytes."""
+    decompose = pytest.importorskip("peft.utils.loftq_utils")._low_rank_decomposition
     w = torch.randn(shape, generator=generator)
     quantize = rounding(shape[1], name)
     product, errors = torch.zeros(shape), []
     for _ in range(5):
         d = w - quantize(w - product).dequantize()
-        u, s, vt, _ = cut(d, 4)
-        a, b = ((s.sqrt()[:, None] * vt).to(torch.bfloat16), (u * s.sqrt()).to(torch.bfloat16))
-        product = b.float() @ a.float()
+        found = decompose(d, reduced_rank=4)
+        product = found["L"].bfloat16().float() @ found["R"].bfloat16().float()
         errors.append(float((d - product).double().square().sum()))
     found = [weight_error(w, *lowrank.loftq(w, quantize, Config(rank=4, iterations=n))) for n in range(1, 6)]
     assert found == pytest.approx([min(errors[:n]) for n in range(1, 6)], rel=1e-4)
     if name != "int2g32":  # there the first step may be the best
         assert found[4] < 0.99 * found[0]
     assert found[0] < float((w - quantize(w).dequantize()).square().sum())
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 5])
+def test_loftq_is_that_of_peft_at_nf4(iterations, generator):
+    """PEFT's source, on the processor in place of its accelerator; ours has scales in fp16 and pairs in bf16."""
+    pytest.importorskip("bitsandbytes")
+    from peft.utils import loftq_utils
+
+    scope = dict(vars(loftq_utils))
+    source = inspect.getsource(loftq_utils.loftq_init)
+    assert 'else "cuda"' in source
+    exec(source.replace('else "cuda"', 'else "cpu"').partition("@torch.no_grad()\n")[2], scope)
+    w = torch.randn(96, 128, generator=generator)
+    with torch.no_grad():
+        dense, a, b = scope["loftq_init"](w, 4, 8, iterations)
+    theirs = float((w - dense - b @ a).square().sum())
+    q, pair = lowrank.loftq(w, rounding(128, "nf4g64"), Config(rank=8, iterations=iterations))
+    assert weight_error(w, q, pair) <= theirs * 1.005  # the best iterate is kept, theirs is the last
+    if iterations == 1:
+        assert weight_error(w, q, pair) == pytest.approx(theirs, rel=0.005)
+        assert float((q.dequantize() - dense).abs().mean()) < 1e-3
 
 
 @pytest.mark.parametrize("best", range(4))
