@@ -45,7 +45,10 @@ STARTS = ("zeros", "loftq", "qera")
 RANKS = (8, 32)
 RECIPES = ("llm-pruner", "qpruner-3", "qpruner-1", "qpruner-2")  # in the order that they are run
 RATIOS = (20, 50, 30)  # in the order that they are run
-FAITHFUL, FAITHFUL_DOCUMENTS = "qpruner-3-faithful", 100  # at the first ratio; a trial takes a minute for each 100
+VARIANTS = {  # recipe and overrides, at the first ratio; a faithful trial takes a minute for each 100 documents
+    "qpruner-3, QERA": ("qpruner-3", ("lowrank.start=qera",)),
+    "faithful": ("qpruner-3-faithful", ("search.objective.documents=100",)),
+}
 SHORT = 128  # tokens, the other context of perplexity
 DOCUMENTS = 500
 PARTS = ("start", "recipes", "plans", "ranks", "noise")
@@ -90,10 +93,10 @@ class QPruner(Bench):
         """A recipe with this benchmark's recovery."""
         instructions = self.folder / "instruct" / "alpaca_2000.jsonl.gz"
         own = () if ratio is None else (f"prune.ratio={ratio / 100}",)
-        if recipe == FAITHFUL:
-            asked = f"search.objective.documents={FAITHFUL_DOCUMENTS}"
-            own += (f"search.objective.data={self.folder / 'tasks'}", asked)
-        return self.session(self.off_grid(0), recipe, 0, (f"tune.data={instructions}", *own))
+        based, changes = VARIANTS.get(recipe, (recipe, ()))
+        if recipe == "faithful":
+            own += (f"search.objective.data={self.folder / 'tasks'}",)
+        return self.session(self.off_grid(0), based, 0, (f"tune.data={instructions}", *own, *changes))
 
     def whole(self, recipe: str, ratio: int | None) -> dict:
         """The recipe as it is, and what its model is worth on text; the directory stays for the other cells."""
@@ -290,7 +293,7 @@ def peak(what: str, out: Path, recipe: str = "", ratio: str = "0", source: str =
 def recipes() -> list[tuple[str, int | None]]:
     """What is run, in this order."""
     first, *rest = [(recipe, ratio) for ratio in RATIOS for recipe in RECIPES]
-    return [first, *rest[:3], ("loftq-only", None), *rest[3:], (FAITHFUL, RATIOS[0])]
+    return [first, *rest[:3], ("loftq-only", None), *rest[3:], *((variant, RATIOS[0]) for variant in VARIANTS)]
 
 
 def key_of(recipe: str, ratio: int | None) -> str:
