@@ -7,6 +7,7 @@ docs/qpruner.md is drawn from it at the end. Model, calibration, perplexity and 
 distils the original on instructions, 100 steps of 16 rows of at most 256 tokens; tasks are the first 500 documents.
 """
 
+import gzip
 import json
 import math
 import shutil
@@ -95,8 +96,18 @@ class QPruner(Bench):
         own = () if ratio is None else (f"prune.ratio={ratio / 100}",)
         based, changes = VARIANTS.get(recipe, (recipe, ()))
         if recipe == "faithful":
-            own += (f"search.objective.data={self.folder / 'tasks'}",)
+            own += (f"search.objective.data={self.others()}",)
         return self.session(self.off_grid(0), based, 0, (f"tune.data={instructions}", *own, *changes))
+
+    def others(self) -> Path:
+        """HellaSwag without the documents that results are reported on: what a search may choose by."""
+        folder, name = WORK / "tasks-to-search-by", f"{SOURCES['hellaswag'].stem}.jsonl"
+        with gzip.open(self.folder / "tasks" / f"{name}.gz", "rt", encoding="utf-8") as rows:
+            left = list(rows)[DOCUMENTS:]
+        assert len(left) >= 100, "the search by accuracy asks for 100 documents"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("".join(left), encoding="utf-8")
+        return folder
 
     def whole(self, recipe: str, ratio: int | None) -> dict:
         """The recipe as it is, and what its model is worth on text; the directory stays for the other cells."""
@@ -186,7 +197,8 @@ class Plans(QPruner):
     """Cells about plans within the same bytes, pruned by 20 %, before recovery."""
 
     def opened(self, recipe: str, seed: int, *overrides: str) -> Session:
-        return self.session(self.off_grid(seed), recipe, seed, ("tune=null", "prune.ratio=0.2", *overrides))
+        alike = ("search.optimiser.smaller=0",) if recipe == "qpruner-3" and KNAPSACK not in overrides else ()
+        return self.session(self.off_grid(seed), recipe, seed, ("tune=null", "prune.ratio=0.2", *alike, *overrides))
 
     def found(self, menu: str, seed: int) -> Found:
         """What each search finds within the same bytes and formats; what they share is made before the clock runs."""
@@ -360,11 +372,12 @@ def task_table(results: dict) -> list[str]:
     for row in rows:
         recipe, _, ratio = row[0].partition("/")
         base, own = results.get(f"tasks/llm-pruner/{ratio}", {}), results.get(f"tasks/{row[0]}", {})
-        compared = recipe != "llm-pruner" and "correct" in base and "correct" in own
+        base = base if recipe != "llm-pruner" else {}
+        compared = "correct" in base and "correct" in own
         for left_out in ((), ("boolq",)):
             asked = [name for name in SOURCES if name not in left_out]
             gain = paired(*({name: c["correct"][name] for name in asked} for c in (own, base))) if compared else ()
-            row.append("{:+.1f} ± {:.1f}".format(*gain) if gain else "")
+            row.append("{:+.1f} ± {:.1f}".format(*gain) if gain else "answers not kept" if own and base else "")
     if "tasks/original" in results:
         rows.insert(0, ["original", *cells(results["tasks/original"]), "", ""])
     heads = ["mean", "without BoolQ", "mean, above llm-pruner", "without BoolQ"]

@@ -78,6 +78,7 @@ def test_the_faithful_form_runs_whole(job, tasks, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = (f"search.objective.data={tasks}", "search.objective.tasks=[piqa]", f"tune.data={tmp_path / 'rows.jsonl'}")
     own = (*SMALL, *PRUNED, *CHOOSING, QUICK, *given, "tune.length=64", "tune.batch=5")
+    own += ("search.per=weight", "search.share=0.5")
     recipe = load_recipe("qpruner-3-faithful", own)
     opened = open_session(job.model, recipe, calibration=str(job.text), cache=tmp_path / "cache")
     plan = compress(opened, None, tmp_path / "out")
@@ -86,7 +87,8 @@ def test_the_faithful_form_runs_whole(job, tasks, tmp_path):
     spared = [index for index in range(3) if index in opened.space.spared]
     assert spared
     assert all((name == "bf16") == (index in spared) for index, name in names.items())
-    found = [one for one in trials(tmp_path / "cache") if one.correct is not None]
+    found = trials(tmp_path / "cache")
+    assert len(found) == 6 + 2
     assert all(one.correct.count("1") / 20 == one.accuracy for one in found)
 
 

@@ -169,10 +169,10 @@ def apply_command(
     require_absent(out)
     found, own = load_plan(plan_file), tuple(overrides or ())
     by = found.found_by
-    if calibration is None and by.calibration != "self":
-        raise PlanError(f"the plan was found on {by.calibration}: give that file, or another text (--calibration)")
     resolved = read_recipe(by.recipe, str(plan_file), own) if recipe is None else load_recipe(recipe, own)
-    session = _session(model, resolved, calibration or by.calibration, by.seed if seed is None else seed)
+    session = _session(model, resolved, calibration or "self", by.seed if seed is None else seed)
+    if calibration is None and by.calibration != "self" and session.judges_plans:
+        raise PlanError(f"the plan was found on {by.calibration}: give that file, or another text (--calibration)")
     written = session.write(found, out)
     print_summary(session.layout, written, session.layout.file_nbytes(written), out)
 

@@ -89,7 +89,8 @@ def _seconds(session: Session, tokens: int, block: int) -> float:
         judged = recipe.calibration.held_out * recipe.measure.length * layout.parameters
         asked = len(goal.tasks) * (goal.documents or TASK_DOCUMENTS) * TASK_TOKENS * layout.parameters
         applied = tokens * layout.blocks * block if goal.steps else 0
-        work += session.search[1].optimiser.trials * (judged + asked + applied + goal.steps * step)
+        optimiser = session.search[1].optimiser
+        work += (optimiser.trials + optimiser.smaller) * (judged + asked + applied + goal.steps * step)
     config = session.search[1]
     if isinstance(config, Masking):  # forward, twice if checkpointed, and back, and the head
         tokens_seen = config.batch * config.length * layout.parameters

@@ -44,8 +44,7 @@ class Session(Preparation):
         empty = {unit.dim: tuple(range(unit.size)) for unit in self.layout.units.values() if unit.dim is not None}
         return Problem(
             layout=self.layout, model=self.model, limit=limit, space=self.space,
-            rankings=self.rankings if ready else empty, recipe=self.recipe.model_dump(mode="json"),
-            calibration=Path(self.calibration).name, seed=self.seed,
+            rankings=self.rankings if ready else empty, **self._origin, seed=self.seed,
             evaluate=self.judging.evaluate if ready and self.recipe.measure else None,
             trial=self.judging.trial if ready and self.recipe.measure and self.recipe.measure.trials else None,
             outcomes=self.judging.outcomes if ready and self.objective else None,
@@ -55,6 +54,11 @@ class Session(Preparation):
             importance=(lambda: self.importance) if self.layers is not None else None,
             reporter=self.reporter, key=key, journal=self.cache / "plans" / f"{key}.jsonl" if key else None,
         )  # fmt: skip
+
+    @property
+    def _origin(self) -> dict[str, Any]:
+        """What a plan tells of the recipe and the text, so that it can be applied again."""
+        return {"recipe": self.recipe.model_dump(mode="json"), "calibration": Path(self.calibration).name}
 
     def _search_key(self, limit: int) -> str:
         """What decides the result of a trial put together from candidates, and which plans are tried."""
@@ -93,10 +97,7 @@ class Session(Preparation):
             unit = self.layout.units[weight.unit]
             if self.lowrank is not None and unit.block is not None:
                 require_rank(self.rank, *self.layout.weight_shape(weight, self.space.kept.get(unit.dim or "")))
-        if self.tuning is not None:
-            require_peft()
-            if self.tuning.data is not None:
-                _ = self.examples
+        self._check_training()
         if self.objective is not None and self.objective.tasks:
             folder = self.objective.data
             check_tasks(self.objective.tasks, Path(folder) if folder else None, self.objective.documents)
@@ -108,6 +109,13 @@ class Session(Preparation):
             limit = budget.nbytes(self.layout.parameters)
         module.require_feasible(self.problem(limit, ready=False), config)
         return limit
+
+    def _check_training(self) -> None:
+        """Refuse, before anything long, to train without PEFT or on data that cannot be read."""
+        if self.tuning is not None:
+            require_peft()
+            if self.tuning.data is not None:
+                _ = self.examples
 
     def find_plan(self, budget: Budget | None) -> Plan:
         """Search the best plan within a budget; None: the recipe's own."""
@@ -178,7 +186,8 @@ class Session(Preparation):
             )
         self.layout.check(plan)
         self._check_recipe(plan)
-        plan = plan.telling(nbytes=self.layout.file_nbytes(plan))
+        self._check_training()
+        plan = plan.telling(nbytes=self.layout.file_nbytes(plan), **self._origin, seed=self.seed)
         with Writer(out, self.layout, plan) as writer:
             if self.tuning is not None:
                 self._tune(plan, writer)

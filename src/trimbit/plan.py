@@ -34,7 +34,7 @@ class Provenance(Data):
     """How a plan was found."""
 
     method: str
-    recipe: dict[str, Any]  # resolved; the plan is applied by it, unless another one is given
+    recipe: dict[str, Any]  # resolved; the plan is applied by it, or was by this other one
     calibration: str  # the name of the text, or `self`
     measurement_hash: str | None
     seed: int

@@ -305,7 +305,7 @@ class Preparation:
                 return by_moments(module, config, self.layout, self.checkpoint, self.stats, progress)
             return by_gradients(module, config, self.stream, self.tokens.tokens, progress)
 
-        code = source_digest("criteria", "ranking.py", "gradients.py")
+        code = source_digest("criteria", "ranking.py", "gradients.py", "linalg.py")
         decides = [code, self.stats_key, self.plain(self.recipe.criterion)]
         found = self._stored("rankings", decides, "ranking of channels and heads", make)
         return {dim: tuple(order) for dim, order in found.items()}
@@ -314,7 +314,7 @@ class Preparation:
     def importance(self) -> dict[str, float]:
         """The importance of each block and sub-block of the pruned model to the task."""
         assert self.layers is not None
-        code = source_digest("criteria", "information.py")
+        code = source_digest("criteria", "information.py", "runtime.py")
         decides = [code, self.stats_key, self.plain(self.recipe.importance), self.kept(self.space.kept)]
         load, tokens, config = self._pruned, self.tokens.tokens, self.layers[1]
         return self._stored(
@@ -382,7 +382,7 @@ class Preparation:
         recipe = self.recipe
         source = self.stats_key if self.stats is not None else self.model.weights_hash
         steps = [self.plain(step) for step in (recipe.quant, recipe.repair, recipe.lowrank)]
-        code = source_digest("quant", "kernels", "repair", "candidates.py", "apply.py")
+        code = source_digest("quant", "kernels", "repair", "candidates.py", "apply.py", "linalg.py")
         key = digest([code, source, *steps, self.seed if self.rank else 0, *self._basis])
         return CandidateWeights(
             self.stream.checkpoint,
@@ -409,7 +409,7 @@ class Preparation:
             site: torch.tensor(own).argsort(stable=True) if config.sort else torch.arange(len(own))
             for site, own in self.channels.energies().items()
         }
-        code = source_digest("quant", "kernels", "candidates.py", "apply.py")
+        code = source_digest("quant", "kernels", "candidates.py", "apply.py", "linalg.py")
         quant = self.plain(self.recipe.quant) if config.versions == "quant" else None
         key = digest([code, self.stats_key, config.versions, config.sort, quant])
         candidates = CandidateWeights(

@@ -322,3 +322,32 @@ def test_pareto_keeps_exactly_the_unbeaten(pairs):
         beaten = any((c < a and d <= b) or (c <= a and d < b) for c, d in pairs)
         assert (at in front) != beaten
         assert any(c <= a and d <= b for c, d in kept)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "values", "found"),
+    [
+        ([20480, 20479], [0.30, 0.31], [0]),
+        ([20479, 20480], [0.31, 0.30], [1]),
+        ([10_000, 20_000, 30_000, 20_008], [0.5, 0.3, 0.4, 0.31], [0, 1]),
+        ([10_000, 13_000, 16_000, 30_000], [0.5, 0.4, 0.3, 0.2], [2, 3]),
+        ([10_000], [0.5], [0]),
+    ],
+)
+def test_a_front_of_files_does_not_trade_for_a_few_bytes(sizes, values, found):
+    assert optimise.front(sizes, values) == found
+
+
+def test_smaller_points_fit_smaller_limits():
+    box, damage = binary(3, variables=12)
+    config = Config(smaller=3, pool=16, near=8, steps=5)
+    points = optimise.feasible_points(box, 8, seeded(0))
+    tried = dict(zip(points, map(damage, points), strict=True))
+    found = optimise.smaller(box, tried, config, 0)
+    least = box.nbytes(box.lowest)
+    limits = [least + (box.limit - least) * part // 3 for part in range(3)]
+    assert len(found) == len(set(found)) == 3
+    assert not tried.keys() & found
+    assert all(box.nbytes(point) <= limit for point, limit in zip(found, limits, strict=True))
+    assert found[0] == box.lowest
+    assert found == optimise.smaller(box, tried, config, 0)

@@ -93,11 +93,12 @@ def search(problem: Problem, config: Config) -> Plan:
         )  # fmt: skip
     every = [(point, known[point]) for point, _ in tried]
     if config.engine == "bayes":
-        points, below = smaller(box, dict(tried), config.optimiser, problem.seed), known_trials(problem, len(tried))
+        after = [len(tried), config.optimiser.smaller]
+        points, below = smaller(box, dict(tried), config.optimiser, problem.seed), known_trials(problem, after)
         with problem.reporter.stage("trials of smaller plans") as progress:
             for point, outcome in judged([point for point in points if point not in below]):
                 below[point] = outcome
-                journal.append({"levels": point, "outcome": outcome.model_dump(), "after": len(tried)})
+                journal.append({"levels": point, "outcome": outcome.model_dump(), "after": after})
                 progress(len(below), len(points))
         every += [(point, below[point]) for point in points]
     method = "Bayesian optimisation" if config.engine == "bayes" else "random search"
@@ -108,7 +109,7 @@ def trials(problem: Problem, config: Config) -> list[tuple[int, Outcome]]:
     """Bytes of every plan that a search has tried and what was found of it, in their order."""
     found = levels(problem, config.per)
     tried = list(known_trials(problem).items())[: config.optimiser.trials]
-    tried += known_trials(problem, len(tried)).items()
+    tried += known_trials(problem, [len(tried), config.optimiser.smaller]).items()
     return [(found.plan(point, "trial").found_by.nbytes, outcome) for point, outcome in tried]
 
 
@@ -151,8 +152,8 @@ def journal_of(problem: Problem) -> Journal:
     return Journal(problem.journal, problem.key)
 
 
-def known_trials(problem: Problem, after: int | None = None) -> dict[Point, Outcome]:
-    """Trials so far, in their order; or those of smaller plans that a search of so many trials ended with.
+def known_trials(problem: Problem, after: list[int] | None = None) -> dict[Point, Outcome]:
+    """Trials so far, in their order; or those of so many smaller plans that a search of so many trials ended with.
 
     Raises:
         PlanError: if they are another search's.

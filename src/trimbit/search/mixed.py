@@ -40,6 +40,7 @@ class Mixed(Data):
 class Masking(Mixed):
     """Which model the masks are tried in, and on what; its embedding and head are dense, whatever `table` is."""
 
+    share: float = Field(default=0.125, gt=0, le=1)
     versions: Literal["nearest", "quant"] = "nearest"  # rounded to nearest while masks are tried, or by the quantiser
     loss: Literal["lm", "kl"] = "lm"  # paper: of the next token; ours: KL(original || model)
     batch: int = Field(default=1, ge=1)  # paper: rows of a step

@@ -361,12 +361,16 @@ def _generator(seed: int, trial: int) -> torch.Generator:
 
 
 def front(sizes: Sequence[int], values: Sequence[float]) -> list[int]:
-    """Indices of the Pareto set of bytes and damage, the smallest first; sizes in whole pages of 4 KiB.
+    """Indices of the Pareto set of bytes and damage, the smallest first.
 
-    What the digits of a file's header add is nothing to trade for.
+    Of points less than 4 KiB apart the better one stays: the digits of a file's header are nothing to trade for.
     """
-    found = pareto([(float(nbytes // PAGE), value) for nbytes, value in zip(sizes, values, strict=True)])
-    return sorted(found, key=sizes.__getitem__)
+    found: list[int] = []
+    for at in sorted(pareto(list(zip(map(float, sizes), values, strict=True))), key=sizes.__getitem__):
+        if found and sizes[at] - sizes[found[-1]] < PAGE:
+            found.pop()
+        found.append(at)
+    return found
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
