@@ -47,7 +47,6 @@ RANKS = (8, 32)
 RECIPES = ("llm-pruner", "qpruner-3", "qpruner-1", "qpruner-2")  # in the order that they are run
 RATIOS = (20, 50, 30)  # in the order that they are run
 VARIANTS = {  # recipe and overrides, at the first ratio; a faithful trial takes a minute for each 100 documents
-    "qpruner-3, QERA": ("qpruner-3", ("lowrank.start=qera",)),
     "faithful": ("qpruner-3-faithful", ("search.objective.documents=100",)),
 }
 SHORT = 128  # tokens, the other context of perplexity

@@ -615,10 +615,9 @@ def test_a_plan_is_applied_by_its_own_recipe_and_seed(run, job, options, tmp_pat
     code, out, err = run("apply", job.model, other, tmp_path / "edited", "--calibration", job.text)
     assert code == 0, err
     assert "edited, once: " in out
-    assert (
-        run("plan", job.model, tmp_path / "rtn.json", *options, "--recipe", "uniform-rtn", "--budget", "0.5x")[0] == 0
-    )
-    assert run("apply", job.model, tmp_path / "rtn.json", tmp_path / "rtn")[0] == 0  # it needs no text
+    plain = ["--recipe", "uniform-rtn", "--budget", "0.5x"]  # needs no text
+    assert run("plan", job.model, tmp_path / "rtn.json", *options, *plain)[0] == 0
+    assert run("apply", job.model, tmp_path / "rtn.json", tmp_path / "rtn")[0] == 0
     written = load_plan(tmp_path / "edited" / "plan.json")
     assert written.found_by.nbytes == weight_nbytes(tmp_path / "edited")
 

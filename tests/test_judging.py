@@ -11,14 +11,16 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from plans import FOUND, REF
 from test_qpruner import CHOOSING, PRUNED, SMALL
 from tiny import VOCAB
-from trimbit.errors import BudgetError, DataError, NumericsError, RecipeError
+from trimbit.artifact import weight_nbytes
+from trimbit.errors import ArtifactError, BudgetError, DataError, NumericsError, RecipeError
 from trimbit.measurements import Outcome
 from trimbit.pareto import Trial, picture, table
 from trimbit.pipeline import compress, open_session
-from trimbit.plan import Budget
-from trimbit.recipe import load_recipe
+from trimbit.plan import Budget, Plan, load_plan
+from trimbit.recipe import load_recipe, read_recipe
 from trimbit.search.levels import levels
 from trimbit.tasks import SOURCES
 
@@ -47,7 +49,9 @@ def tasks(tmp_path_factory):
 
 def trials(cache):
     (journal,) = (cache / "plans").glob("*.jsonl")
-    return [Outcome.model_validate(json.loads(line)["outcome"]) for line in journal.read_text().splitlines()[1:]]
+    entries = [json.loads(line) for line in journal.read_text().splitlines()[1:]]
+    entries.sort(key=lambda entry: ("after" in entry, entry["number"]))
+    return [Outcome.model_validate(entry["outcome"]) for entry in entries]
 
 
 @pytest.mark.parametrize("steps", [0, 2])
@@ -145,6 +149,24 @@ def test_processes_find_the_same(job, tmp_path, monkeypatch, calibration):
     assert len(list((tmp_path / "two").glob("candidates/*"))) == 1
 
 
+def test_a_journal_whose_order_is_another_goes_on(job, tmp_path, monkeypatch):
+    """Processes end in any order: here the first plan of a batch was still at work when the search was killed."""
+    opened = session(job, tmp_path)
+    plan = opened.find_plan(None)
+    (journal,) = (tmp_path / "plans").glob("*.jsonl")
+    header, *lines = journal.read_text().splitlines(keepends=True)
+    assert [json.loads(line)["number"] for line in lines] == [0, 1, 2, 3, 4, 5, 0, 1]
+    journal.write_text("".join([header, lines[2], lines[1]]))
+    again = session(job, tmp_path)
+    asked = []
+    real = again.judging.outcome
+    monkeypatch.setattr(again.judging, "outcome", lambda plan: asked.append(plan) or real(plan))
+    assert again.find_plan(None) == plan
+    assert len(asked) == 6
+    trials = [[trial.outcome for trial in by.tried[plan.content][1]] for by in (opened, again)]
+    assert trials[0] == trials[1]
+
+
 def test_what_a_process_cannot_do_is_said(job, tmp_path, monkeypatch):
     opened = session(
         job, tmp_path, "search.objective.workers=2", "search.objective.steps=2", "tune.learning_rate=1.0e+30"
@@ -209,6 +231,45 @@ def test_trials_lie_beside_the_plan_that_came_of_them(job, tmp_path):
             assert all(int(row["nbytes"]) <= limit - 600 for row in rows)
 
 
+def test_the_pareto_set_can_be_applied(job, tmp_path, monkeypatch):
+    monkeypatch.setattr("trimbit.search.optimise.PAGE", 0)  # all plans of this model are less than that apart
+    opened = session(job, tmp_path / "c")
+    compress(opened, None, tmp_path / "out")
+    rows = list(csv.DictReader((tmp_path / "out" / "trials.csv").read_text().splitlines()))
+    unbeaten = {f"trial-{row['trial']}.json": row for row in rows if row["pareto"] == "1"}
+    found = {path.name: load_plan(path) for path in (tmp_path / "out" / "pareto").iterdir()}
+    assert found.keys() == unbeaten.keys()
+    assert len(found) > 1
+    for name, row in unbeaten.items():
+        assert found[name].found_by.nbytes == int(row["nbytes"])
+        assert found[name].found_by.notes == (f"{float(row['kl']):.4f} nats",)
+    smallest = min(found.values(), key=lambda plan: plan.found_by.nbytes)
+    recipe = read_recipe(smallest.found_by.recipe, "its own")
+    by = open_session(job.model, recipe, calibration=str(job.text), cache=tmp_path / "c", seed=smallest.found_by.seed)
+    by.write(smallest, tmp_path / "small")
+    assert weight_nbytes(tmp_path / "small") == smallest.found_by.nbytes < weight_nbytes(tmp_path / "out") - 1_000
+
+
+@pytest.mark.parametrize(
+    "override", ["space.widths=[1.0,0.5]", "space.groups=true", "space.table_formats=[bf16,int8row]"]
+)
+@pytest.mark.parametrize("search", ["bayes", "importance"])
+def test_choices_that_the_search_does_not_make_are_refused(job, tmp_path, override, search):
+    only = () if search == "bayes" else ("search={name: importance, params: {}}",)
+    with pytest.raises(RecipeError, match="chooses bits of the blocks alone"):
+        session(job, tmp_path, override, *only).find_plan(None)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_damaged_journal_is_named(job, tmp_path):
+    session(job, tmp_path).find_plan(None)
+    (journal,) = (tmp_path / "plans").glob("*.jsonl")
+    lines = journal.read_text().splitlines()
+    journal.write_text("\n".join([*lines[:2], lines[2][:20], *lines[3:]]) + "\n")
+    with pytest.raises(ArtifactError, match=f"{journal}: .* damaged; remove it"):
+        session(job, tmp_path).find_plan(None)
+
+
 def test_recovery_of_a_model_in_fp32(job, tmp_path):
     """The original's answers then are in fp32, too."""
     plan = compress(session(job, tmp_path / "c", "compute=float32"), None, tmp_path / "out")
@@ -223,6 +284,7 @@ def test_recovery_of_a_model_in_fp32(job, tmp_path):
         ("search.objective.by=speed", RecipeError, "objective.by"),
         ("search.objective={by: accuracy, tasks: [chess]}", DataError, "no task 'chess'"),
         ("search.objective={by: accuracy, tasks: [piqa], data: nowhere}", DataError, "nowhere"),
+        ("search.objective={by: accuracy, tasks: [piqa]}", DataError, "give a folder .*search.objective.data"),
     ],
 )
 def test_bad_objectives_are_refused_first(job, tmp_path, override, error, says):
@@ -231,16 +293,20 @@ def test_bad_objectives_are_refused_first(job, tmp_path, override, error, says):
     assert not any(tmp_path.iterdir())
 
 
+def sized(nbytes):
+    return Plan(model=REF, weights={}, found_by=FOUND.model_copy(update={"nbytes": nbytes}))
+
+
 def test_a_table_and_a_picture_with_accuracy():
     tried = [
-        Trial(nbytes, Outcome(kl=kl, nll=3.0, accuracy=accuracy, stderr=0.02))
+        Trial(sized(nbytes), Outcome(kl=kl, nll=3.0, accuracy=accuracy, stderr=0.02))
         for nbytes, kl, accuracy in [(10_000, 0.5, 0.4), (20_000, 0.3, 0.6), (30_000, 0.4, 0.5), (20_008, 0.31, 0.5)]
     ]
     rows = list(csv.DictReader(io.StringIO(table(tried))))
     assert [row["pareto"] for row in rows] == ["1", "1", "0", "0"]
     assert float(rows[1]["accuracy"]) == 0.6
     with_accuracy = picture(tried, 31_000)
-    without = picture([Trial(t.nbytes, Outcome(kl=t.outcome.kl, nll=3.0)) for t in tried], 31_000)
+    without = picture([Trial(t.plan, Outcome(kl=t.outcome.kl, nll=3.0)) for t in tried], 31_000)
     assert width(with_accuracy) == 2 * width(without)
 
 

@@ -310,7 +310,10 @@ def test_damaged_files(job, tmp_path):
 
 
 def test_the_hub_cannot_be_reached(job):
-    with pytest.raises(DataError, match=r"piqa: lm-eval cannot use .*[Oo]ffline.*\(--task-data\)$"):
+    with pytest.raises(
+        DataError,
+        match=r"piqa: lm-eval cannot use .*[Oo]ffline.*\(--task-data, or search.objective.data in a recipe\)$",
+    ):
         run(job.model, ["piqa"], None)
 
 

@@ -278,7 +278,7 @@ def show(
     context: Annotated[int, typer.Option("--context", help="tokens that the cache is counted at", min=1)] = CONTEXT,
     as_json: AsJson = False,
 ) -> None:
-    """Print the plan: kept heads and channels, the bits of each weight, bytes, also of the cache."""
+    """Print the plan: kept groups of heads and channels, the bits of each weight, bytes, also of the cache."""
     from transformers import AutoConfig
 
     import trimbit  # noqa: F401 - makes the config known

@@ -89,8 +89,9 @@ def _seconds(session: Session, tokens: int, block: int) -> float:
         judged = recipe.calibration.held_out * recipe.measure.length * layout.parameters
         asked = len(goal.tasks) * (goal.documents or TASK_DOCUMENTS) * TASK_TOKENS * layout.parameters
         applied = tokens * layout.blocks * block if goal.steps else 0
-        optimiser = session.search[1].optimiser
-        work += (optimiser.trials + optimiser.smaller) * (judged + asked + applied + goal.steps * step)
+        search = session.search[1]
+        tried = search.optimiser.trials + (search.optimiser.smaller if search.engine == "bayes" else 0)
+        work += tried * (judged + asked + applied + goal.steps * step)
     config = session.search[1]
     if isinstance(config, Masking):  # forward, twice if checkpointed, and back, and the head
         tokens_seen = config.batch * config.length * layout.parameters

@@ -50,7 +50,7 @@ class Evaluation(Data):
     kv_cache_bf16_nbytes: int  # of the same model, if nothing were quantised
     weight_nbytes: int
     bits_per_weight: float | None  # 8 * weight_nbytes / parameters of the original
-    peak_rss_nbytes: int
+    peak_rss_nbytes: int  # of the process, without the original
     prefill_tokens_per_second: float  # of the windows as they were read, see `read_hidden`
     decode_tokens_per_second: float
     dtype: str
@@ -110,19 +110,24 @@ def evaluate(
     """
     tokenizer = load_tokenizer(path)
     windows = data.evaluation_windows(text, tokenizer, context=context, limit=limit)
-    _require_positions(path, context)
+    config = _config(path)
+    positions = getattr(config, "max_position_embeddings", context)
+    if not 2 <= context <= positions:
+        raise DataError(f"the context is {context} tokens: this model reads 2 to {positions} (--context)")
     if against is not None:
-        _require_original(path, against)
+        _require_original(path, config.vocab_size, against)
     model = load_model(path, dtype)
     precision = precision_of(model)
     widths = load_plan(path / artifact.PLAN_FILE).widths if _compressed(path) else {}
-    reference = load_model(against, dtype) if against is not None else None
-    started = time.perf_counter()
+    reference, peak = None, 0
     totals, seconds = torch.zeros(3, dtype=torch.float64), 0.0
     for at, window in enumerate(windows):
         started = time.perf_counter()
         hidden = read_hidden(model, window)
         seconds += time.perf_counter() - started
+        if at == 0:  # before the original takes memory, too
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            reference = load_model(against, dtype) if against is not None else None
         beside = (reference, final_hidden(reference, window)) if reference is not None else None
         totals += score(model, hidden, window, beside)
         progress(at + 1, len(windows))
@@ -139,7 +144,7 @@ def evaluate(
         weight_nbytes=nbytes, bits_per_weight=8 * nbytes / parameters if parameters else None,
         decode_tokens_per_second=decode_speed(model, windows[0, :16]),
         prefill_tokens_per_second=windows.numel() / seconds,
-        peak_rss_nbytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss_nbytes=peak,
         dtype=str(dtype).removeprefix("torch."), hardware=hardware(), threads=torch.get_num_threads(),
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
     )  # fmt: skip
@@ -151,12 +156,12 @@ def final_hidden(model: PreTrainedModel, window: Int[Tensor, " length"]) -> Tens
     return model.get_decoder()(input_ids=window[None], use_cache=False).last_hidden_state[0]  # type: ignore[no-any-return]
 
 
-def _require_original(path: Path, against: Path) -> None:
+def _require_original(path: Path, vocab_size: int, against: Path) -> None:
     """Refuse to compare outputs that do not; warn of a model that was made from other files, perhaps of the same."""
     if _compressed(against):
         raise ArtifactError(f"{against} is compressed; give the original model (--against)")
     original = open_checkpoint(against)
-    if _config(path).vocab_size != original.config.vocab_size:
+    if vocab_size != original.config.vocab_size:
         raise ArtifactError(f"{path} and {against} have vocabularies of other sizes: their outputs do not compare")
     if _compressed(path):
         made = load_plan(path / artifact.PLAN_FILE).model
@@ -171,13 +176,6 @@ def _config(path: Path) -> Any:  # noqa: ANN401
     if _compressed(path):
         return AutoConfig.from_pretrained(path, local_files_only=True)
     return open_checkpoint(path).config
-
-
-def _require_positions(path: Path, context: int) -> None:
-    """Refuse windows that tell nothing, or that are longer than what the model was made for."""
-    positions = getattr(_config(path), "max_position_embeddings", context)
-    if not 2 <= context <= positions:
-        raise DataError(f"the context is {context} tokens: this model reads 2 to {positions} (--context)")
 
 
 @torch.inference_mode()

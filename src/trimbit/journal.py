@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from trimbit.cache import save_whole
-from trimbit.errors import PlanError
+from trimbit.errors import ArtifactError, PlanError
 
 
 class Journal:
@@ -20,6 +20,7 @@ class Journal:
 
         Raises:
             PlanError: if they belong to something else.
+            ArtifactError: if the file is damaged.
         """
         if self.path is None or not self.path.exists():
             return []
@@ -32,7 +33,10 @@ class Journal:
         header, *lines = whole.splitlines()
         if header != self.header:
             raise PlanError(f"{self.path} holds the results of another model, space or budget; remove it")
-        return [json.loads(line) for line in lines if line != self.header]  # two runs at once may have begun it
+        try:
+            return [json.loads(line) for line in lines if line != self.header]  # two runs at once may have begun it
+        except ValueError as err:
+            raise ArtifactError(f"{self.path}: a file of the cache is damaged; remove it and run again") from err
 
     def append(self, entry: dict[str, Any]) -> None:
         """Add one entry."""

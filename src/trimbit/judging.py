@@ -92,19 +92,19 @@ class Judging:
             trials.forget(plan)
         return model, judged
 
-    def outcomes(self, plans: Sequence[Plan]) -> Iterator[Outcome]:
-        """The outcome of each plan, in their order; in processes of their own if the objective asks for several."""
+    def outcomes(self, plans: Sequence[Plan]) -> Iterator[tuple[int, Outcome]]:
+        """The outcome of each plan, with its place among them, as it becomes known; in processes if so asked."""
         prepared, want = self.prepared, self.prepared.objective
         assert want is not None
         if want.workers == 1:
-            yield from map(self.outcome, plans)
+            yield from enumerate(map(self.outcome, plans))
             return
         if self.workers is None:
             self._prepare(want.steps)
             recipe = prepared.recipe.model_dump_json()
             fields = (prepared.checkpoint.path, recipe, prepared.calibration, prepared.seed, prepared.cache)
             self.workers = Workers(want.workers, _open, (*fields, prepared.threads))
-        yield from self.workers.map(plans)
+        yield from self.workers.each(plans)
 
     def _prepare(self, steps: int) -> None:
         """Make what all plans share, or each process would."""

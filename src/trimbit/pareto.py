@@ -8,25 +8,37 @@ from typing import NamedTuple
 
 from trimbit.errors import RecipeError
 from trimbit.measurements import Outcome
+from trimbit.plan import Plan
 from trimbit.search.optimise import front
 
 
 class Trial(NamedTuple):
-    """One plan: the bytes of its file, and what was found of it."""
+    """One plan, and what was found of it."""
 
-    nbytes: int
+    plan: Plan
     outcome: Outcome
+
+    @property
+    def nbytes(self) -> int:
+        """Of its file."""
+        return self.plan.found_by.nbytes
+
+
+def best(trials: Sequence[Trial]) -> list[int]:
+    """Which trials no other one beats in both bytes and KL, the smallest first."""
+    return front([trial.nbytes for trial in trials], [trial.outcome.kl for trial in trials])
 
 
 def table(trials: Sequence[Trial]) -> str:
     """CSV, in the order of trial, with what no other trial beats in both bytes and KL marked."""
-    best = set(front([trial.nbytes for trial in trials], [trial.outcome.kl for trial in trials]))
+    unbeaten = best(trials)
     out = io.StringIO()
     lines = csv.writer(out, lineterminator="\n")
     lines.writerow(["trial", "nbytes", "kl", "nll", "accuracy", "stderr", "pareto"])
-    for at, (nbytes, found) in enumerate(trials):
-        figures = (found.kl, found.nll, found.accuracy, found.stderr)
-        lines.writerow([at + 1, nbytes, *("" if x is None else f"{x:.6f}" for x in figures), int(at in best)])
+    for at, trial in enumerate(trials):
+        found = trial.outcome
+        figures = ("" if x is None else f"{x:.6f}" for x in (found.kl, found.nll, found.accuracy, found.stderr))
+        lines.writerow([at + 1, trial.nbytes, *figures, int(at in unbeaten)])
     return out.getvalue()
 
 
@@ -54,11 +66,11 @@ def picture(trials: Sequence[Trial], limit: int) -> bytes:
     sizes = [own / 1e6 for own in nbytes]
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (label, values, sign, errors) in zip(all_axes, panels, strict=True):
-        best = front(nbytes, [sign * value for value in values])
+        joined = front(nbytes, [sign * value for value in values])
         axes.scatter(sizes, values, c=range(1, len(trials) + 1), s=26)
         if any(errors):
             axes.errorbar(sizes, values, errors, fmt="none", ecolor="0.8", elinewidth=1, zorder=0)
-        axes.plot([sizes[at] for at in best], [values[at] for at in best], color="0.35", lw=1, label="Pareto set")
+        axes.plot([sizes[at] for at in joined], [values[at] for at in joined], color="0.35", lw=1, label="Pareto set")
         axes.plot(sizes[0], values[0], "s", mfc="none", mec="tab:red", ms=11, label="first")
         axes.axvline(limit / 1e6, color="tab:red", linestyle=":", linewidth=1, label="budget")
         axes.set(xlabel="weight file, MB", ylabel=label)

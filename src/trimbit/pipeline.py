@@ -16,7 +16,7 @@ from trimbit.judging import Judging
 from trimbit.measure import background_of, measure
 from trimbit.measurements import Background, Measurements
 from trimbit.model.load import open_checkpoint
-from trimbit.pareto import Trial, picture, require_plot, table
+from trimbit.pareto import Trial, best, picture, require_plot, table
 from trimbit.plan import Budget, Plan, digest
 from trimbit.preparation import Preparation
 from trimbit.recipe import Recipe
@@ -93,9 +93,9 @@ class Session(Preparation):
         self.layout.check_kv_cache(self.recipe.kv_cache)
         if hasattr(module, "trials") or hasattr(module, "curve"):
             require_plot()
-        for weight in self.layout.weights.values():
+        for weight in self.layout.weights.values() if self.rank else ():
             unit = self.layout.units[weight.unit]
-            if self.lowrank is not None and unit.block is not None:
+            if unit.block is not None:
                 require_rank(self.rank, *self.layout.weight_shape(weight, self.space.kept.get(unit.dim or "")))
         self._check_training()
         if self.objective is not None and self.objective.tasks:
@@ -228,6 +228,8 @@ class Session(Preparation):
         if tried:
             writer.write("trials.csv", table(tried))
             writer.write("trials.png", picture(tried, limit))
+            for at in best(tried):
+                tried[at].plan.save(writer.partial / "pareto" / f"trial-{at + 1}.json")
         c = self.checkpoint
         if plan.content in self.curves:
             curve, high = self.curves[plan.content], self.search[1].high

@@ -1,5 +1,6 @@
 """A recipe: a published method, or one of ours, as stages with their parameters. Plain data, read from YAML."""
 
+import copy
 import json
 import re
 from importlib.resources import files
@@ -112,11 +113,11 @@ def load_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
 
 def read_recipe(fields: dict[str, Any], name: str, overrides: tuple[str, ...] = ()) -> Recipe:
     """A recipe from its fields, with overrides; see `load_recipe`."""
-    fields = json.loads(json.dumps(fields, default=str))  # a copy; dates, which YAML knows, as text
+    fields = copy.deepcopy(fields)
     for override in overrides:
         _override(fields, override)
     try:
-        return Recipe.model_validate_json(json.dumps(fields, default=str))
+        return Recipe.model_validate_json(json.dumps(fields, default=str))  # a date, which YAML knows, is text
     except ValidationError as err:
         raise RecipeError(f"{name}: {first_problem(err)}") from err
 

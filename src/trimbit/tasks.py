@@ -115,7 +115,8 @@ def check_tasks(names: tuple[str, ...], folder: Path | None, limit: int | None =
     """See that the tasks can be run, before anything else takes time.
 
     Raises:
-        DataError: if lm-eval is not installed, a name is not known, or a file is missing or malformed.
+        DataError: if lm-eval is not installed, a name is not known, a file is missing or malformed, or there is no
+            folder and lm-eval does not get its own data sets.
     """
     if any(find_spec(package) is None for package in NEEDS):
         raise DataError("zero-shot tasks need the package lm-eval: pip install 'trimbit[eval]'")
@@ -126,6 +127,9 @@ def check_tasks(names: tuple[str, ...], folder: Path | None, limit: int | None =
             raise DataError(f"no task {name!r}; known are {', '.join(SOURCES)}")
         if folder is not None:
             _check_rows(_file(name, folder), SOURCES[name].fields)
+            continue
+        with _quiet(), TemporaryDirectory(prefix="trimbit-tasks-") as scratch:
+            _open_task(name, None, 1, Path(scratch))
 
 
 def task_keys(names: tuple[str, ...], folder: Path | None) -> list[str]:
@@ -230,7 +234,7 @@ def _open_task(name: str, folder: Path | None, limit: int | None, scratch: Path)
             _check_target(task, number, doc)
         task.build_all_requests(limit=limit)
     except Exception as err:  # what lm-eval, datasets, pyarrow and jinja raise has no common base
-        advice = "" if file else "; give a folder with its file (--task-data)"
+        advice = "" if file else "; give a folder with its file (--task-data, or search.objective.data in a recipe)"
         raise DataError(f"{file or name}: lm-eval cannot use the data: {_reason(err)}{advice}") from err
     return task
 

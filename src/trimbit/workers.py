@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing import get_context
@@ -29,14 +29,16 @@ class Workers(Generic[Task, Result]):
             count, mp_context=get_context("spawn"), initializer=_start, initargs=(threads, partial(make, *arguments))
         )
 
-    def map(self, tasks: Sequence[Task]) -> Iterator[Result]:
-        """The result of each task, in their order, as soon as it is known; an error of one is raised here.
+    def each(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Result]]:
+        """The result of each task, with its place among them, as soon as it is known; an error of one is raised here.
 
         Raises:
             TrimbitError: if a process dies; memory is what it lacks as a rule.
         """
         try:
-            yield from self.pool.map(_do, tasks)
+            places = {self.pool.submit(_do, task): place for place, task in enumerate(tasks)}
+            for future in as_completed(places):
+                yield places[future], future.result()
         except BrokenProcessPool as err:
             raise TrimbitError("a process has died, for want of memory as a rule: use fewer") from err
 

@@ -12,6 +12,19 @@ from trimbit.search.levels import levels
 BITS = {"binaryrow": 1.0, "ternaryrow": 1.6, "int4row": 4.0}
 
 
+def require_best(found, told, gain):
+    """What is allocated is within the bytes, and no plan there has more gain."""
+
+    def nbytes(point):
+        return sum(costs[level] for costs, level in zip(found.costs, point, strict=True))
+
+    every = product(range(len(found.formats)), repeat=len(found.layers))
+    best = max(gain(point) for point in every if nbytes(point) <= found.limit)
+    point = importance.allocate(found, told)
+    assert nbytes(point) <= found.limit
+    assert gain(point) == pytest.approx(best, rel=1e-3)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
 def test_the_gain_is_the_largest_within_the_bytes(share):
     space = SPACE.model_copy(update={"formats": formats("int4row", "binaryrow", "ternaryrow")})
@@ -24,14 +37,7 @@ def test_the_gain_is_the_largest_within_the_bytes(share):
         return sum(told[layer] * math.log2(BITS[found.formats[level].name])
                    for layer, level in zip(found.layers, point, strict=True))  # fmt: skip
 
-    def nbytes(point):
-        return sum(costs[level] for costs, level in zip(found.costs, point, strict=True))
-
-    every = product(range(3), repeat=len(found.layers))
-    best = max(gain(point) for point in every if nbytes(point) <= found.limit)
-    point = importance.allocate(found, told)
-    assert nbytes(point) <= found.limit
-    assert gain(point) == pytest.approx(best, rel=1e-3)
+    require_best(found, told, gain)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.75])
@@ -48,11 +54,4 @@ def test_a_layer_that_is_cut_finer_is_worth_no_more(share):
     def gain(point):
         return sum(told[name] * share * level for name, share, level in zip(found.layers, shares, point, strict=True))
 
-    def nbytes(point):
-        return sum(costs[level] for costs, level in zip(found.costs, point, strict=True))
-
-    every = product(range(2), repeat=len(found.layers))
-    best = max(gain(point) for point in every if nbytes(point) <= found.limit)
-    point = importance.allocate(found, told)
-    assert nbytes(point) <= found.limit
-    assert gain(point) == pytest.approx(best, rel=1e-3)
+    require_best(found, told, gain)

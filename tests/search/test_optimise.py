@@ -61,18 +61,19 @@ def binary(seed, variables=20, share=0.3):
 
 def run(method, box, damage, config, *, start=(), known=None, seed=0, stop=None):
     """All that a run did; `stop` kills it after so many new results."""
-    done = SimpleNamespace(evaluated=[], record={}, progress=[])
+    done = SimpleNamespace(evaluated=[], record={}, numbers={}, progress=[])
 
     def evaluate(points):
         first = not done.evaluated and len(known or {}) < config.initial
         assert 0 < len(points) <= (config.initial if first else config.batch)
         done.evaluated += points
-        return [damage(point) for point in points]
+        return [(point, damage(point)) for point in reversed(points)]  # as processes may be done with them
 
-    def record(point, value):
+    def record(number, point, value):
         if len(done.record) == stop:
             raise KeyboardInterrupt
         done.record[point] = value
+        done.numbers[point] = number
 
     try:
         done.found = method(
@@ -269,7 +270,9 @@ def test_goes_on_as_if_never_interrupted(method, batch):
     config = QUICK.model_copy(update={"trials": 9, "initial": 3, "batch": batch})
     start = optimise.feasible_points(box, 2, seeded(9))
     whole = run(method, box, damage, config, start=start)
-    assert list(whole.record.items()) == whole.found
+    assert whole.record == dict(whole.found)
+    assert sorted(whole.record, key=whole.numbers.get) == [point for point, _ in whole.found]
+    assert sorted(whole.numbers.values()) == list(range(9))
     assert [point for point, _ in whole.found][:2] == start
     assert [value for _, value in whole.found] == [damage(point) for point, _ in whole.found]
     assert whole.progress[0] == (0, 9)
@@ -278,10 +281,12 @@ def test_goes_on_as_if_never_interrupted(method, batch):
         killed = run(method, box, damage, config, start=start, stop=stop)
         assert killed.found is None
         assert len(killed.record) == stop
-        rest = run(method, box, damage, config, start=start, known=killed.record)
+        known = {point: killed.record[point] for point in sorted(killed.record, key=killed.numbers.get)}
+        rest = run(method, box, damage, config, start=start, known=known)
         assert rest.found == whole.found
-        assert rest.evaluated == [point for point, _ in whole.found[stop:]]
-        assert list(rest.record) == rest.evaluated
+        assert rest.evaluated == [point for point, _ in whole.found if point not in known]
+        assert killed.numbers | rest.numbers == whole.numbers
+    whole.record = dict(whole.found)
     again = run(method, box, damage, config, start=start, known=whole.record)
     assert (again.found, again.evaluated) == (whole.found, [])
     fewer = run(method, box, damage, config.model_copy(update={"trials": 6}), start=start, known=whole.record)
@@ -296,10 +301,13 @@ def test_a_damage_that_is_not_finite_is_an_error(bad):
     done = {}
 
     def evaluate(points):
-        return [bad if point == third else damage(point) for point in points]
+        return [(point, bad if point == third else damage(point)) for point in points]
+
+    def record(_, point, value):
+        done[point] = value
 
     with pytest.raises(NumericsError) as caught:
-        optimise.optimise(box, [], evaluate, {}, Config(batch=4), 0, lambda *_: None, done.__setitem__)
+        optimise.optimise(box, [], evaluate, {}, Config(batch=4), 0, lambda *_: None, record)
     assert str(third) in str(caught.value)
     assert len(done) == 2
 
@@ -330,7 +338,7 @@ def test_pareto_keeps_exactly_the_unbeaten(pairs):
         ([20480, 20479], [0.30, 0.31], [0]),
         ([20479, 20480], [0.31, 0.30], [1]),
         ([10_000, 20_000, 30_000, 20_008], [0.5, 0.3, 0.4, 0.31], [0, 1]),
-        ([10_000, 13_000, 16_000, 30_000], [0.5, 0.4, 0.3, 0.2], [2, 3]),
+        ([10_000, 13_000, 16_000, 30_000], [0.5, 0.4, 0.3, 0.2], [1, 2, 3]),
         ([10_000], [0.5], [0]),
     ],
 )

@@ -77,40 +77,44 @@ def search(problem: Problem, config: Config) -> Plan:
 
     def judged(points: Sequence[Point]) -> Iterator[tuple[Point, Outcome]]:
         assert problem.outcomes is not None
-        return zip(points, problem.outcomes([found.plan(point, "a plan") for point in points]), strict=True)
+        for at, outcome in problem.outcomes([found.plan(point, "a plan") for point in points]):
+            yield points[at], outcome
 
-    def evaluate(points: Sequence[Point]) -> Iterator[float]:
+    def evaluate(points: Sequence[Point]) -> Iterator[tuple[Point, float]]:
         for point, outcome in judged(points):
             known[point] = outcome
-            yield _value(outcome, config.objective)
+            yield point, _value(outcome, config.objective)
 
     run = optimise if config.engine == "bayes" else random_search
     before = {point: _value(outcome, config.objective) for point, outcome in known.items()}
     with problem.reporter.stage("trials of whole plans") as progress:
         tried = run(
             box, start, evaluate, before, config.optimiser, problem.seed, progress,
-            lambda point, _: journal.append({"levels": point, "outcome": known[point].model_dump()}),
+            lambda number, point, _: journal.append(_entry(number, point, known[point])),
         )  # fmt: skip
     every = [(point, known[point]) for point, _ in tried]
-    if config.engine == "bayes":
+    if config.engine == "bayes" and config.optimiser.smaller:
         after = [len(tried), config.optimiser.smaller]
         points, below = smaller(box, dict(tried), config.optimiser, problem.seed), known_trials(problem, after)
         with problem.reporter.stage("trials of smaller plans") as progress:
             for point, outcome in judged([point for point in points if point not in below]):
                 below[point] = outcome
-                journal.append({"levels": point, "outcome": outcome.model_dump(), "after": after})
+                journal.append(_entry(points.index(point), point, outcome) | {"after": after})
                 progress(len(below), len(points))
         every += [(point, below[point]) for point in points]
     method = "Bayesian optimisation" if config.engine == "bayes" else "random search"
     return _best(found, every, config.objective, method)
 
 
-def trials(problem: Problem, config: Config) -> list[tuple[int, Outcome]]:
-    """Bytes of every plan that a search has tried and what was found of it, in their order."""
+def trials(problem: Problem, config: Config) -> list[tuple[Plan, Outcome]]:
+    """Every plan that a search has tried, and what was found of it, in their order."""
     found = levels(problem, config.per)
     tried = list(known_trials(problem).items())[: config.optimiser.trials]
     tried += known_trials(problem, [len(tried), config.optimiser.smaller]).items()
-    return [(found.plan(point, "trial").found_by.nbytes, outcome) for point, outcome in tried]
+    return [
+        (found.plan(point, f"trial {at} of a search").telling(notes=(_told(outcome, config.objective),)), outcome)
+        for at, (point, outcome) in enumerate(tried, start=1)
+    ]
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -147,6 +151,10 @@ def _told(outcome: Outcome, objective: Objective) -> str:
     return f"NLL {outcome.nll:.4f} and {kl}" if objective.by == "nll" else kl
 
 
+def _entry(number: int, point: Point, outcome: Outcome) -> dict[str, Any]:
+    return {"number": number, "levels": point, "outcome": outcome.model_dump()}
+
+
 def journal_of(problem: Problem) -> Journal:
     """Where the trials of a search are kept."""
     return Journal(problem.journal, problem.key)
@@ -159,5 +167,5 @@ def known_trials(problem: Problem, after: list[int] | None = None) -> dict[Point
         PlanError: if they are another search's.
     """
     entries = journal_of(problem).read()
-    own = [entry for entry in entries if entry.get("after") == after]
+    own = sorted((entry for entry in entries if entry.get("after") == after), key=lambda entry: entry["number"])
     return {tuple(entry["levels"]): Outcome.model_validate(entry["outcome"]) for entry in own}

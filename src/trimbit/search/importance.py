@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import Field
 
+from trimbit.errors import RecipeError
 from trimbit.plan import Plan
 from trimbit.precision import Data
 from trimbit.search.knapsack import Config as Solver
@@ -36,11 +37,16 @@ def default_limit(problem: Problem, config: Config) -> int:
 
 
 def require_feasible(problem: Problem, config: Config) -> None:
-    """Refuse, before anything long, a budget below the smallest formats everywhere.
+    """Refuse, before anything long, choices that this search does not make, and a budget below the smallest formats.
 
     Raises:
+        RecipeError: if the space has other widths, groups, or several formats of the tables.
         BudgetError: naming the smallest feasible budget.
     """
+    space = problem.space
+    if space.widths != (1.0,) or space.groups or len(space.table_formats) != 1:
+        raise RecipeError("this search chooses bits of the blocks alone: give one format in space.table_formats, and "
+                          "leave space.widths and space.groups out; what is pruned is said by `prune`")  # fmt: skip
     found = levels(problem, config.per)
     problem.require_feasible(found.plan([0] * len(found.costs), "smallest"))
 

@@ -25,8 +25,8 @@ from trimbit.progress import Progress
 
 T = TypeVar("T")
 Point = tuple[int, ...]  # a level of each variable
-Evaluate = Callable[[Sequence[Point]], Iterable[float]]
-Record = Callable[[Point, float], None]
+Evaluate = Callable[[Sequence[Point]], Iterable[tuple[Point, float]]]  # as each becomes known, in any order
+Record = Callable[[int, Point, float], None]  # its place among all trials, the first 0
 Ask = Callable[[Mapping[Point, float], torch.Generator], list[Point]]
 PAGE = 4096  # bytes
 CHUNK = 512  # points whose acquisition is computed at once
@@ -272,8 +272,6 @@ def smaller(box: Box, tried: Mapping[Point, float], config: Config, seed: int) -
     """
     generator, least = _generator(seed, len(tried)), box.nbytes(box.lowest)
     found: list[Point] = []
-    if not config.smaller:
-        return found
     with _botorch(seed):
         model: Any = _surrogate(box.features(list(tried)), _improvement(list(tried.values())), config.steps)
         for part in range(config.smaller):
@@ -300,7 +298,7 @@ def optimise(
         config: how many points.
         seed: of the random points.
         progress: told how many trials are done.
-        record: given each new result at once.
+        record: given each new result at once, and its place.
 
     Raises:
         NumericsError: if a damage is not finite, or the Gaussian process cannot be fitted.
@@ -335,25 +333,26 @@ def _run(
     found = dict(known)
     progress(len(found), config.trials)
 
-    def tell(points: Sequence[Point]) -> None:
-        for point, damage in zip(points, evaluate(points), strict=True):
+    def tell(points: Sequence[Point], begin: int) -> None:
+        missing = [point for point in points if point not in found]
+        for point, damage in evaluate(missing) if missing else ():
             if not math.isfinite(damage):
                 raise NumericsError(f"the damage of point {point} is {damage}")
             found[point] = damage
-            record(point, damage)
+            record(begin + points.index(point), point, damage)
             progress(len(found), config.trials)
 
-    if missing := [point for point in first if point not in found]:
-        tell(missing)
-    found = {point: found[point] for point in (*first, *found)}
-    while len(found) < config.trials:
-        at = len(found) - (len(found) - len(first)) % config.batch  # where the batch begins that was interrupted
-        asked = ask(dict(list(found.items())[:at]), _generator(seed, at))[: config.trials - at]
-        fresh = [point for point in asked if point not in found]
-        if not fresh:
+    tell(first, 0)
+    order = list(dict.fromkeys((*first, *known)))
+    order = order[: len(order) - (len(order) - len(first)) % config.batch]  # without a batch that was interrupted
+    while len(order) < config.trials:
+        asked = ask({point: found[point] for point in order}, _generator(seed, len(order)))
+        asked = asked[: config.trials - len(order)]
+        if not asked:
             break
-        tell(fresh)
-    return list(found.items())[: config.trials]
+        tell(asked, len(order))
+        order += asked
+    return [(point, found[point]) for point in order[: config.trials]]
 
 
 def _generator(seed: int, trial: int) -> torch.Generator:
@@ -363,13 +362,16 @@ def _generator(seed: int, trial: int) -> torch.Generator:
 def front(sizes: Sequence[int], values: Sequence[float]) -> list[int]:
     """Indices of the Pareto set of bytes and damage, the smallest first.
 
-    Of points less than 4 KiB apart the better one stays: the digits of a file's header are nothing to trade for.
+    Of points within 4 KiB the best one stays: the digits of a file's header are nothing to trade for.
     """
     found: list[int] = []
+    begin = 0  # of the points of which the last one stays
     for at in sorted(pareto(list(zip(map(float, sizes), values, strict=True))), key=sizes.__getitem__):
-        if found and sizes[at] - sizes[found[-1]] < PAGE:
-            found.pop()
-        found.append(at)
+        if found and sizes[at] - begin < PAGE:
+            found[-1] = at
+        else:
+            found.append(at)
+            begin = sizes[at]
     return found
 
 

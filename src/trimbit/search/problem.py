@@ -17,7 +17,7 @@ from trimbit.precision import Data, KVPrecision, Precision, Run
 from trimbit.progress import Reporter, Silent
 
 Evaluate = Callable[[Plan], float]
-Outcomes = Callable[[Sequence[Plan]], Iterable[Outcome]]
+Outcomes = Callable[[Sequence[Plan]], Iterable[tuple[int, Outcome]]]
 
 
 @runtime_checkable
@@ -74,7 +74,7 @@ class Problem:
     measurement_hash: str | None = None
     evaluate: Evaluate | None = None  # quick: KL of a plan put together from what was quantised alone
     trial: Evaluate | None = None  # real: KL of the plan as it is applied
-    outcomes: Outcomes | None = None  # of plans, in their order, as the search's objective wants them judged
+    outcomes: Outcomes | None = None  # of plans, each with its place among them, as it becomes known
     channels: "Channels | None" = None  # what is known of the weights' input channels
     masked: "Callable[[Any], Masked] | None" = None  # the model with two formats in every weight, for gradients
     importance: Callable[[], Mapping[str, float]] | None = None  # of `blocks.7`, `blocks.7.attn`, ... to the task
