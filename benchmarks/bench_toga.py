@@ -10,23 +10,34 @@ in 600 steps of 512 tokens.
 """
 
 import math
+import re
 import shutil
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
-from bench_main import CONTEXT, HERE, WINDOWS, WORK, Bench, command_line, write_tables
+from bench_main import CONTEXT, HERE, WINDOWS, WORK, Bench, command_line, measured_process, write_tables
 from bench_qpruner import table
 from trimbit import data
 from trimbit.artifact import weight_nbytes
 from trimbit.evaluate import final_hidden, load_model, load_tokenizer, read_hidden, score
-from trimbit.kv_cache import pack_cache
+from trimbit.kv_cache import pack_cache, precision_of
 from trimbit.learning import shares
+from trimbit.model.cache_size import cache_nbytes
 from trimbit.pipeline import Session, open_session
 from trimbit.precision import KVPrecision
+from trimbit.progress import Progress, Silent
 from trimbit.recipe import load_recipe
+from trimbit.search.mixed import Sites
+from trimbit.search.toga import learn
 
 RESULTS = HERE / "results" / "toga.json"
 PAGE = HERE.parent / "docs" / "toga.md"
@@ -34,8 +45,9 @@ TEXTS = {"wikitext-2": "wikitext-2/wiki.test.raw", "c4": "text/c4_en_300.jsonl.g
 TRAIN = "wikitext-2/train_paragraphs_part.txt.gz"
 NEAREST = "quant={name: rtn, params: {scales: mse}}"
 ALONE = ("search.share=0.0", "search.sort=false")
+W3A3 = ("search.low=int3g128", "search.low_acts={bits: 3, group: 128, clip: 0.9}")
 SETTINGS = {  # channels by diag H, learnt masks, and what else there is at about the same bits
-    "W3.2A3.2": ("atom-w3.2a3.2", "toga-q-w3.2a3.2", {}),
+    "W3.2A3.2": ("atom-w3.2a3.2", "toga-q-w3.2a3.2", {"QuaRot, W3A3": ("quarot-w4a4", W3A3)}),
     "W1.6A16": (
         "salient-w1.6a16",
         "toga-q-w1.6a16",
@@ -68,7 +80,6 @@ CACHES = {"exact": "null", "4 bits, a head": "{bits: 4}", "4 bits, group 32": "{
           "3 bits, a head": "{bits: 3}", "8 bits, a head": "{bits: 8}"}  # fmt: skip
 UNQUANTISED = "search={name: fixed, params: {blocks: bf16, table: bf16}}"
 OPTIONS = {  # at W1.6A16: what of the masks' training differs from the recipe
-    "as in the recipe": (),
     "no prior": ("search.prior=0.0",),
     "Gumbel": ("search.estimator=gumbel", "search.temperature=0.4"),
     "KL": ("search.loss=kl",),
@@ -76,8 +87,23 @@ OPTIONS = {  # at W1.6A16: what of the masks' training differs from the recipe
     "no hypernetwork": ("search.network=logits", "search.learning_rate=0.05"),
     "from nearly all high": ("search.offset=3.0",),
 }
+MODES = {  # of the masks' training: what it costs, never what it finds
+    "packed, blocks run twice": ("search.dense=false", "search.checkpointing=true"),
+    "packed": ("search.dense=false", "search.checkpointing=false"),
+    "dense, blocks run twice": ("search.dense=true", "search.checkpointing=true"),
+    "dense": ("search.dense=true", "search.checkpointing=false"),
+}
+CLAIMS = {  # of the abstract, on larger models and against its own baselines
+    "W3.2A3.2": "up to 21 % lower than weight-activation methods",
+    "W1.6A16": "59 % and 85 % lower than weight-only methods at 1 to 3 bits",
+    "W2A16": "59 % and 85 % lower than weight-only methods at 1 to 3 bits",
+    "W3A16": "59 % and 85 % lower than weight-only methods at 1 to 3 bits",
+    "W4A4": "up to 21 % lower than weight-activation methods",
+}
 WITH_KV4 = ("diag H", "learnt")  # the methods that are tried with keys and values in 4 bits, too
 PARTS = ("settings", "kv", "options", "cost")
+SEEN = r"as the search sees them: KL ([0-9.]+)"  # in the notes of a plan
+STEPS, ROUNDS = 6, 2  # of each mode whose cost is measured
 
 
 def methods(setting: str) -> dict[str, tuple[str, tuple[str, ...]]]:
@@ -90,8 +116,8 @@ def methods(setting: str) -> dict[str, tuple[str, tuple[str, ...]]]:
         "random": (salient, ("search.by=random",)),
         "diag H": (salient, ()),
         "shares by measured KL": (salient, ("search.name=shares",)),
-        "RTN, learnt": (learnt, (NEAREST,)),
         "learnt": (learnt, ()),
+        "RTN, learnt": (learnt, (NEAREST,)),
         **more,
     }
 
@@ -100,8 +126,9 @@ class Toga(Bench):
     """Whole recipes on two texts."""
 
     def opened(self, recipe: str, overrides: tuple[str, ...] = ()) -> Session:
-        kept = ("search.checkpointing=false",) if recipe.startswith("toga") else ()  # faster, and the same masks
-        loaded = load_recipe(recipe, (*overrides, *kept, "calibration.training=150"))
+        masked = recipe.startswith("toga") or "search.name=shares" in overrides
+        fast = MODES["dense"] if masked else ()  # the same masks
+        loaded = load_recipe(recipe, (*fast, *overrides, "calibration.training=150"))
         return open_session(self.off_grid(0), loaded, calibration=str(self.folder / TRAIN), seed=0)
 
     def run(self, recipe: str, overrides: tuple[str, ...] = (), *, also_kv4: bool = False) -> dict:
@@ -126,8 +153,10 @@ class Toga(Bench):
         if also_kv4:
             found["texts, KV4"] = {text: self.on(out, text, KVPrecision()) for text in TEXTS}
         if plan.content in session.curves:
-            curve = session.curves[plan.content]
+            curve, seen = session.curves[plan.content], re.search(SEEN, plan.found_by.notes[0])
+            assert seen is not None
             found |= {
+                "kl_in_search": float(seen[1]),
                 "shares": shares(session.layout, plan, session.search[1].high),
                 "losses": [round(step["loss"], 4) for step in curve],
             }
@@ -157,23 +186,46 @@ class Toga(Bench):
             "texts": {text: self.on(self.off_grid(0), text) for text in TEXTS},
         }
 
+    def cache(self, precision: str) -> dict:
+        """The original, its keys and values in few bits, and the bytes that they take."""
+        found = self.run("rtn-w4a4", (UNQUANTISED, f"kv_cache={precision}", "quant={name: rtn}"))
+        config = AutoConfig.from_pretrained(WORK / "toga")
+        own = precision_of(load_model(WORK / "toga", torch.bfloat16))
+        return found | {"cache_nbytes": cache_nbytes(config, {}, own, CONTEXT)}
+
     def cost(self) -> dict:
-        """Seconds a step of 512 tokens, with each block run twice and without, in turns."""
-        session = self.opened("toga-q-w3.2a3.2")
-        masked = session.masked(session.search[1])
-        generator = torch.Generator().manual_seed(0)
-        masks = {
-            site: (torch.rand(len(layers[0].inputs.order), generator=generator) < 0.04).float()
-            for site, layers in masked.layers.items()
+        """Seconds of a whole step of 512 tokens in each mode, in turns, and its peak bytes above the imports'."""
+        seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
+        for number in range(len(MODES) * ROUNDS):  # each a training of its own
+            mode = list(MODES)[number % len(MODES)]
+            seconds[mode] += self.steps(mode, STEPS + number)
+        _, imports = measured_process([sys.executable, __file__, "--peak", "nothing"], None)
+        again = [str(self.source), str(self.folder)]
+        peaks = {
+            mode: measured_process([sys.executable, __file__, "--peak", mode, *again], None)[1] - imports
+            for mode in MODES
         }
-        seconds: dict[str, list[float]] = {"checkpointed": [], "kept": []}
-        for step in range(10):
-            for kind, own in seconds.items():
-                masked.checkpointing = kind == "checkpointed"
-                started = time.perf_counter()
-                masked.gradients(masks, step)
-                own.append(round(time.perf_counter() - started, 3))
-        return {"step_seconds": seconds}
+        return {"step_seconds": seconds, "peaks": peaks}
+
+    def steps(self, mode: str, count: int) -> list[float]:
+        """Seconds of each step but the first of so many."""
+        session, ends = self.opened("toga-q-w3.2a3.2", (*MODES[mode], f"search.steps={count}")), Ends()
+        session.reporter = ends
+        config = session.search[1]
+        problem = session.problem(session.limit(None))
+        learn(problem, config, Sites(problem, config))
+        return [round(b - a, 3) for a, b in pairwise(ends.at)]
+
+
+class Ends(Silent):
+    """When each step of masks has ended."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Progress]:
+        yield lambda *_: self.at.append(time.perf_counter()) if name == "masks" else None
 
 
 def write_page(results: dict) -> None:
@@ -183,8 +235,12 @@ def write_page(results: dict) -> None:
             with_kv4(r), "step", {step: f"settings/W4A4/{method}" for step, method in ABLATION.items()}
         ),
         "settings": settings_table,
-        "caches": lambda r: texts_table(r, "cache", {kind: f"kv/{kind}" for kind in CACHES}),
-        "options": lambda r: texts_table(r, "masks", {option: f"options/{option}" for option in OPTIONS}),
+        "ratios": ratios_table,
+        "search": search_table,
+        "caches": lambda r: texts_table(r, "cache", {kind: f"kv/{kind}" for kind in CACHES}, "cache_nbytes"),
+        "options": lambda r: texts_table(
+            r, "masks", {"as in the recipe": "settings/W1.6A16/learnt", **{one: f"options/{one}" for one in OPTIONS}}
+        ),
         "cost": cost_table,
     }
     for part, rows in parts.items():
@@ -194,13 +250,15 @@ def write_page(results: dict) -> None:
     draw_masks(results)
 
 
-def texts_table(results: dict, head: str, keys: dict[str, str]) -> list[str]:
+def texts_table(results: dict, head: str, keys: dict[str, str], size: str = "nbytes") -> list[str]:
     """Bytes, perplexity and KL of some cells, the original first."""
-    heads = [head, "weight file, MB", *(f"{what}, {text}" for text in TEXTS for what in ("ppl@2048", "KL"))]
+    held = "weight file, MB" if size == "nbytes" else f"keys and values of {CONTEXT:,} tokens, MB"
+    heads = [head, held, *(f"{what}, {text}" for text in TEXTS for what in ("ppl@2048", "KL"))]
     rows = []
-    for name, key in {"original": "original", **keys}.items():
+    first = {"original": "original"} if size == "nbytes" else {}
+    for name, key in (first | keys).items():
         cell = results.get(key)
-        figures = [] if cell is None else [f"{cell['nbytes'] / 1e6:.2f}", *figures_of(cell)]
+        figures = [] if cell is None else [f"{cell[size] / 1e6:.2f}", *figures_of(cell)]
         rows.append([name, *(figures or ["not run", *[""] * (len(heads) - 2)])])
     return table(heads, rows)
 
@@ -229,13 +287,44 @@ def settings_table(results: dict) -> list[str]:
     return lines
 
 
+def ratios_table(results: dict) -> list[str]:
+    """Perplexity with learnt masks over that of each other method, and of the bytes."""
+    rows = []
+    for setting, claim in CLAIMS.items():
+        own = results.get(f"settings/{setting}/learnt")
+        others = {m: c for m in methods(setting) if "learnt" not in m and (c := results.get(f"settings/{setting}/{m}"))}
+        for method, cell in others.items() if own else ():
+            ratios = [own["texts"][text]["ppl@2048"] / cell["texts"][text]["ppl@2048"] for text in TEXTS]
+            changes = (f"{100 * (ratio - 1):+.1f} %" for ratio in ratios)
+            rows.append([setting, method, *changes, f"{own['nbytes'] / cell['nbytes']:.3f}", claim])
+    heads = ["setting", "against", *(f"ppl of learnt masks, {text}" for text in TEXTS), "bytes, ratio", "the paper"]
+    return table(heads, rows or [["not run", *[""] * (len(heads) - 1)]])
+
+
+def search_table(results: dict) -> list[str]:
+    """KL on held-out rows: what the search saw, and what is left of it once packed."""
+    rows = []
+    for setting in SETTINGS:
+        learnt, nearest = (results.get(f"settings/{setting}/{kind}learnt") for kind in ("", "RTN, "))
+        if learnt and nearest:
+            found = (learnt["kl_in_search"], nearest["held_out_kl"], learnt["held_out_kl"])
+            rows.append([setting, *(f"{kl:.3f}" for kl in found)])
+    heads = ["setting", "as the search sees it", "packed, rounded to nearest", "packed, GPTQ"]
+    return table(heads, rows or [["not run", *[""] * (len(heads) - 1)]])
+
+
 def cost_table(results: dict) -> list[str]:
     cell = results.get("cost")
     if cell is None:
         return ["not run"]
     each = {kind: sorted(own) for kind, own in cell["step_seconds"].items()}
-    rows = [[kind, f"{own[len(own) // 2]:.2f}", f"{own[0]:.2f} to {own[-1]:.2f}"] for kind, own in each.items()]
-    return table(["activations of a block", "seconds a step, median", "range"], rows)
+    base = median(next(iter(each.values())))
+    rows = [
+        [kind, f"{median(own):.2f}", f"{own[0]:.2f} to {own[-1]:.2f}", f"{median(own) / base:.2f}",
+         f"{cell['peaks'][kind] / 1e6:.0f}"]
+        for kind, own in each.items()
+    ]  # fmt: skip
+    return table(["both versions, activations", "seconds a step, median", "range", "ratio", "peak, MB"], rows)
 
 
 def draw_bits(results: dict) -> None:
@@ -253,7 +342,7 @@ def draw_bits(results: dict) -> None:
                 cells = [results[key] for key in keys if key in results]
                 if cells:
                     points = [(c["block_bits"], c["texts"][text][what]) for c in cells]
-                    axes.plot(*zip(*points, strict=True), "osD^vP*X<>"[at % 10], color=f"C{at % 10}", label=method)
+                    axes.plot(*zip(*points, strict=True), "osD^vP*X<>h"[at % 11], color=f"C{at % 10}", label=method)
             axes.set(title=text, yscale="log")
         panels[0].set_ylabel(label)
     for axes in rows[1]:
@@ -287,6 +376,10 @@ def draw_masks(results: dict) -> None:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--peak"]:
+        if sys.argv[2] != "nothing":
+            Toga(Path(sys.argv[3]), Path(sys.argv[4]), RESULTS).steps(sys.argv[2], 3)
+        return
     options = command_line(__doc__, PARTS)
     bench = Toga(options.source, options.data, RESULTS)
     bench.cell("original", bench.original)
@@ -297,8 +390,7 @@ def main() -> None:
                 bench.cell(f"settings/{setting}/{method}", lambda r=recipe, o=own, k=kv4: bench.run(r, o, also_kv4=k))
     if "kv" in options.only:
         for kind, precision in CACHES.items():
-            own = (UNQUANTISED, f"kv_cache={precision}", "quant={name: rtn}")
-            bench.cell(f"kv/{kind}", lambda o=own: bench.run("rtn-w4a4", o))
+            bench.cell(f"kv/{kind}", lambda p=precision: bench.cache(p))
     if "options" in options.only:
         for option, own in OPTIONS.items():
             bench.cell(f"options/{option}", lambda o=own: bench.run("toga-q-w1.6a16", o))

@@ -74,7 +74,8 @@ def test_gradients_are_those_of_the_formula(job, monkeypatch, acts, loss):
         x, m = x[..., order], layer.mask[order]
         runs = [(ActRun(count=len(order), precision=acts),) for acts in layer.inputs.acts]
         low, high = (round_activations(x, own) for own in runs)
-        return ((1 - m) * low) @ layer.low.dense(x.dtype).T + (m * high) @ layer.high.dense(x.dtype).T
+        w_low, w_high = (own.packed.dense(x.dtype) for own in (layer.low, layer.high))
+        return ((1 - m) * low) @ w_low.T + (m * high) @ w_high.T
 
     monkeypatch.setattr(MaskedLinear, "forward", formula)
     row = model.rows[1]
@@ -95,6 +96,35 @@ def test_gradients_are_those_of_the_formula(job, monkeypatch, acts, loss):
     assert len(gradients) == 12
 
 
+@pytest.mark.parametrize("acts", [{}, ACTS], ids=["weights", "activations, too"])
+def test_kept_dense_they_give_the_same(job, acts):
+    found = []
+    for dense in (True, False):
+        made = session(job, dense=dense, **acts)
+        model = made.masked(made.search[1])
+        assert all((layer.low.packed is None) == dense for layers in model.layers.values() for layer in layers)
+        masks = {site: torch.arange(len(own[0].inputs.order)) % 3 // 2 for site, own in model.layers.items()}
+        found.append(model.gradients({site: mask.float() for site, mask in masks.items()}, 0))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(own, found[1][1][site]) for site, own in found[0][1].items())
+
+
+def test_what_is_tried_around_a_background_is_judged_as_if_alone(job):
+    made = session(job, loss="kl")  # so that the original's answers on these rows are there
+    model = made.masked(made.search[1])
+    zeros = {site: torch.zeros(len(own[0].inputs.order)) for site, own in model.layers.items()}
+    tried = [zeros] + [zeros | {site: torch.ones(len(zeros[site]))} for site in zeros] + [zeros]
+    around = [model.damage(masks, 3) for masks in tried]
+    for masks, found in zip(tried, around, strict=True):
+        model.backgrounds.clear()
+        assert found == pytest.approx(model.damage(masks, 3), rel=1e-6)
+    model.held_out = model.rows[:3]
+    for alone, found in zip([model.damage(masks) for masks in tried], around, strict=True):
+        assert found.kl == pytest.approx(alone.kl, rel=1e-3, abs=2e-5)
+        assert found.nll == pytest.approx(alone.nll, rel=1e-6)
+    assert len({found.kl for found in around}) == len(zeros) + 1
+
+
 def test_every_step_takes_the_next_rows(job):
     made = session(job, batch=2)
     model = made.masked(made.search[1])
@@ -111,7 +141,7 @@ def test_the_versions_are_the_quantiser_s_if_asked(job):
     near, own = (session(job, versions=kind) for kind in ("nearest", "quant"))
     own.quant = replace_quant(own)
     layers = [made.masked(made.search[1]).layers["blocks.1.mlp.mid"][0] for made in (near, own)]
-    assert not torch.equal(layers[0].low.codes, layers[1].low.codes)
+    assert not torch.equal(layers[0].low.packed.codes, layers[1].low.packed.codes)
 
 
 def replace_quant(made):

@@ -1,14 +1,15 @@
 """The frozen model with two versions of every weight of its blocks, of which masks choose for each input channel.
 
-Both versions stay packed and are dequantised where they are multiplied by. A product is linear in the mask,
+Both versions stay packed, and are dequantised where they are multiplied by, or are kept dense. A product is linear in
+the mask,
 y = ((1 - m) x_low) W_low^T + (m x_high) W_high^T, where x_low and x_high are the inputs as each format rounds them;
 it is computed for masks of zeros and ones, and its gradient is that of this formula.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -38,6 +39,7 @@ class Versions:
     low_acts: ActInt | None
     high_acts: ActInt | None
     order: Int[Tensor, " cols"]
+    dense: bool  # while masks are tried
 
 
 def both_versions(
@@ -45,8 +47,8 @@ def both_versions(
 ) -> Versions:
     """A weight in both formats; the candidates' columns are in `orders`, by site."""
     low, high = (candidates.compressed(weight, precision).packed for precision in (config.low, config.high))
-    order = orders[weight.site]
-    return Versions(low=low, high=high, low_acts=config.low_acts, high_acts=config.high_acts, order=order)
+    order, acts = orders[weight.site], {"low_acts": config.low_acts, "high_acts": config.high_acts}
+    return Versions(low=low, high=high, **acts, order=order, dense=config.dense)
 
 
 def of_length(rows: Int[Tensor, "rows length"], length: int) -> Int[Tensor, "pieces piece"]:
@@ -56,33 +58,62 @@ def of_length(rows: Int[Tensor, "rows length"], length: int) -> Int[Tensor, "pie
 
 
 class Inputs(nn.Module):
-    """A site's inputs in the order of the versions' columns, as each version rounds them.
+    """A site's inputs as each version rounds them, in groups along the order of the versions' columns.
 
     The weights of the site read one tensor, one after the other: it is rounded for the first of them, and kept until
-    the last.
+    the last. Both are the input itself where neither is rounded.
     """
 
     order: Tensor
+    back: Tensor
 
     def __init__(self, versions: Versions, compute: torch.dtype) -> None:
         super().__init__()
         self.acts = versions.low_acts, versions.high_acts
         self.compute = compute
         self.register_buffer("order", versions.order)
+        self.register_buffer("back", versions.order.argsort())
         self.readers = self.left = 0
         self.last: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
 
     def forward(self, x: Float[Tensor, "*batch cols"]) -> tuple[Tensor, Tensor]:
         """For the low version, and for the high one."""
         if self.last is None or self.last[0] is not x:
-            ordered = x.detach().to(self.compute)[..., self.order]
-            low, high = (_rounded(ordered, acts) for acts in self.acts)
+            plain = x.detach().to(self.compute)
+            low, high = (self._rounded(plain, acts) for acts in self.acts)
             self.last, self.left = (x, (low, high)), self.readers
         found = self.last[1]
         self.left -= 1
         if not self.left:
             self.last = None
         return found
+
+    def _rounded(self, x: Tensor, acts: ActInt | None) -> Tensor:
+        if acts is None:
+            return x
+        runs = (ActRun(count=x.shape[-1], precision=acts),)
+        return round_activations(x[..., self.order], runs)[..., self.back]
+
+
+class Version(nn.Module):
+    """One version of a weight, whose columns are stored in the site's order."""
+
+    kept: Tensor | None
+
+    def __init__(self, packed: QTensor, inputs: Inputs, dense: bool) -> None:
+        super().__init__()
+        self.packed: Packed | None = Packed.of(packed)
+        self.inputs = inputs
+        self.register_buffer("kept", None)
+        if dense:
+            self.kept, self.packed = self.dense(inputs.compute), None
+
+    def dense(self, dtype: torch.dtype) -> Float[Tensor, "rows cols"]:
+        """The matrix, its channels in their original order."""
+        if self.kept is not None:
+            return self.kept.to(dtype)
+        assert self.packed is not None
+        return self.packed.dense(dtype)[:, self.inputs.back]
 
 
 class MaskedLinear(nn.Module):
@@ -94,7 +125,7 @@ class MaskedLinear(nn.Module):
         super().__init__()
         self.inputs = inputs
         inputs.readers += 1
-        self.low, self.high = Packed.of(versions.low), Packed.of(versions.high)
+        self.low, self.high = (Version(own, inputs, versions.dense) for own in (versions.low, versions.high))
         self.register_buffer("bias", bias)
         self.mask: Tensor | None = None
 
@@ -110,11 +141,11 @@ class _MixedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, low: Tensor, high: Tensor, mask: Tensor, layer: MaskedLinear) -> Tensor:  # noqa: ANN401
-        chosen = mask[layer.inputs.order] > 0.5
+        chosen = mask > 0.5
         ctx.layer, ctx.dtype, ctx.alike = layer, x.dtype, low is high
         ctx.save_for_backward(low, high, chosen)
         w = torch.where(chosen, layer.high.dense(low.dtype), layer.low.dense(low.dtype))
-        return torch.where(chosen, high, low) @ w.T
+        return (low if ctx.alike else torch.where(chosen, high, low)) @ w.T
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Tensor, None]:  # noqa: ANN401
@@ -126,13 +157,16 @@ class _MixedProduct(torch.autograd.Function):
         of_mask = (high * more).flatten(0, -2).sum(0, dtype=torch.float32)
         if not ctx.alike:
             of_mask += ((high - low) * to_low).flatten(0, -2).sum(0, dtype=torch.float32)
-        back = layer.inputs.order.argsort()
-        of_x = torch.where(chosen, to_low + more, to_low)[..., back].to(ctx.dtype)
-        return of_x, None, None, of_mask[back], None
+        of_x = torch.where(chosen, to_low + more, to_low).to(ctx.dtype)
+        return of_x, None, None, of_mask, None
 
 
-def _rounded(x: Tensor, acts: ActInt | None) -> Tensor:
-    return x if acts is None else round_activations(x, (ActRun(count=x.shape[-1], precision=acts),))
+class Background(NamedTuple):
+    """Masks that others are tried around: by row what lies before each block, and the original's log-probabilities."""
+
+    masks: Mapping[str, Tensor]
+    before: list[list[Tensor]]  # and behind the last one
+    log_ps: list[list[Tensor]]  # in fp16, which adds less than 1e-5 nats
 
 
 class MaskedModel:
@@ -150,14 +184,16 @@ class MaskedModel:
         self.batch = config.batch
         self.checkpointing = config.checkpointing
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.layers: dict[str, list[MaskedLinear]] = {}
+        self.layers: dict[str, list[MaskedLinear]] = {}  # by site
+        self.block_of: dict[str, int] = {}  # of each site
         self.model = build_skeleton(stream.checkpoint.config)
         self._materialize(stream, versions, progress)
         nn.Module.to(self.model, self.device).requires_grad_(requires_grad=False)
         self.blocks: nn.ModuleList = self.model.get_decoder().layers
         self.norm = self.model.get_submodule(stream.layout.family.final_norm)
         self.head: Head = self.model.get_output_embeddings()
-        self.arguments: dict[torch.Size, list[dict[str, Any]]] = {}
+        self.arguments: dict[int, list[dict[str, Any]]] = {}  # by the length of a row
+        self.backgrounds: dict[int, Background] = {}  # by the number of rows
 
     def _materialize(self, stream: BlockStream, versions: Callable[[Weight], Versions], progress: Progress) -> None:
         """Take the weights in, block by block, and both versions in the place of each linear one."""
@@ -172,6 +208,7 @@ class MaskedModel:
                     own, known = versions(weight), self.layers.setdefault(weight.site, [])
                     inputs = known[0].inputs if known else Inputs(own, stream.compute)
                     known.append(MaskedLinear(own, inputs, bias))
+                    self.block_of[weight.site] = index
                     set_module(self.model, weight.name, known[-1])
             progress(index + 1, layout.blocks)
         family = layout.family
@@ -199,15 +236,43 @@ class MaskedModel:
 
     @torch.no_grad()
     def damage(self, masks: Mapping[str, Tensor], rows: int | None = None) -> Judged:
-        """KL to the original, and the loss, on the first rows that are learnt from; None: on the held-out ones."""
-        self._set({site: mask.to(self.device) for site, mask in masks.items()})
-        found = []
-        for row in self.held_out if rows is None else self.rows[:rows]:
-            with products_in(self.compute, self.device.type):
-                own = logit_slices(self.head, self.model.config, self._final(row))
-                taught = (torch.log_softmax(logits, -1) for _, logits in self._taught(row, slice(None)))
-                found.append(judge(taught, own, following(row[None]).to(self.device)))
+        """KL to the original, and the loss, on the first rows that are learnt from; None: on the held-out ones.
+
+        The first masks that are tried on some rows are the background of those that follow, which are run from the
+        first block on whose masks are others.
+        """
+        own = {site: mask.to(self.device) for site, mask in masks.items()}
+        with products_in(self.compute, self.device.type):
+            if rows is None:
+                self._set(own)
+                found = [self._judged(row, self._run(self._embedded(row)), self._log_ps(row)) for row in self.held_out]
+            else:
+                seen = self._background(own, rows)
+                self._set(own)
+                others = (self.block_of[site] for site, mask in own.items() if not torch.equal(mask, seen.masks[site]))
+                start = min(others, default=len(self.blocks))
+                found = [
+                    self._judged(row, self._run(before[start], start), (log_p.float() for log_p in log_ps))
+                    for row, before, log_ps in zip(self.rows[:rows], seen.before, seen.log_ps, strict=True)
+                ]
         return Judged(*(sum(each) / len(found) for each in zip(*found, strict=True)))
+
+    def _background(self, masks: Mapping[str, Tensor], rows: int) -> Background:
+        if rows not in self.backgrounds:
+            self._set(masks)
+            before: list[list[Tensor]] = [[] for _ in range(rows)]
+            for row, kept in zip(self.rows[:rows], before, strict=True):
+                kept.append(self._run(self._embedded(row), keep=kept))
+            log_ps = [[log_p.half() for log_p in self._log_ps(row)] for row in self.rows[:rows]]
+            self.backgrounds[rows] = Background(masks, before, log_ps)
+        return self.backgrounds[rows]
+
+    def _judged(self, row: Int[Tensor, " length"], hidden: Tensor, log_ps: Iterable[Tensor]) -> Judged:
+        logits = logit_slices(self.head, self.model.config, self.norm(hidden)[0])
+        return judge(log_ps, logits, following(row[None]).to(self.device))
+
+    def _log_ps(self, row: Int[Tensor, " length"]) -> Iterator[Tensor]:
+        return (torch.log_softmax(logits, -1) for _, logits in self._taught(row, slice(None)))
 
     def _taught(self, row: Int[Tensor, " length"], part: slice) -> Logits:
         return logit_slices(self.head, self.model.config, self.original.hidden(row)[part].to(self.device))
@@ -218,12 +283,24 @@ class MaskedModel:
                 layer.mask = masks[site]
 
     def _final(self, row: Int[Tensor, " length"]) -> Float[Tensor, "length hidden"]:
-        """What the head reads; the residual stream is fp32."""
-        if row.shape not in self.arguments:
-            self.arguments[row.shape] = block_arguments(self.model, 1, len(row))
-        hidden = self.model.get_input_embeddings()(row[None].to(self.device)).float()
-        for block, own in zip(self.blocks, self.arguments[row.shape], strict=True):
-            run = partial(run_block, block, own)
+        """What the head reads."""
+        return self.norm(self._run(self._embedded(row)))[0]  # type: ignore[no-any-return]
+
+    def _embedded(self, row: Int[Tensor, " length"]) -> Float[Tensor, "1 length hidden"]:
+        """The residual stream, which is fp32, before the first block."""
+        return self.model.get_input_embeddings()(row[None].to(self.device)).float()  # type: ignore[no-any-return]
+
+    def _run(
+        self, hidden: Float[Tensor, "1 length hidden"], start: int = 0, keep: list[Tensor] | None = None
+    ) -> Float[Tensor, "1 length hidden"]:
+        """The stream behind the last block, from the one before block `start` on; `keep` gets those between."""
+        length = hidden.shape[1]
+        if length not in self.arguments:
+            self.arguments[length] = block_arguments(self.model, 1, length)
+        for index in range(start, len(self.blocks)):
+            if keep is not None:
+                keep.append(hidden)
+            run = partial(run_block, self.blocks[index], self.arguments[length][index])
             again = self.checkpointing and torch.is_grad_enabled()
             hidden = checkpoint(run, hidden, use_reentrant=False) if again else run(hidden)
-        return self.norm(hidden)[0]  # type: ignore[no-any-return]
+        return hidden

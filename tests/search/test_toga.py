@@ -8,11 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig
 
 from problems import LAYOUT, Figures, measurements, problem
 from trimbit.errors import ArtifactError, BudgetError, NumericsError, RecipeError
 from trimbit.measurements import Space
 from trimbit.model.head import Judged
+from trimbit.model.layout import build_layout
 from trimbit.precision import ActInt, parse_precision
 from trimbit.search import salient, shares, toga
 from trimbit.search.mixed import Sites, as_masks
@@ -145,6 +147,36 @@ def test_a_solver_that_finds_nothing_is_an_error_but_where_there_is_no_choice(tm
     else:
         with pytest.raises(NumericsError, match="was not solved"):
             sites.filled(*losses, "")
+
+
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.125, 0.2, 0.6])
+def test_the_same_share_everywhere_favours_no_end_of_the_model(tmp_path, share):
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    layout = build_layout(AutoConfig.for_model("llama", num_hidden_layers=30, vocab_size=100, **shape))
+    sites = Sites(replace(made(tmp_path), layout=layout), CONFIG.model_copy(update={"tile": 32}))
+    tiles = sites.spread(share)
+    assert share * sites.all_codes - 32 * max(sites.rows.values()) < sites.codes(tiles) <= share * sites.all_codes
+    for kind in ("attn.a_in", "attn.o_in", "mlp.m_in", "mlp.mid"):
+        counts = [tiles[f"blocks.{block}.{kind}"] for block in range(30)]
+        assert max(counts) - min(counts) <= 1
+        assert abs(sum(counts[:15]) - sum(counts[15:])) <= 2
+        assert all(abs(sum(counts[at : at + 6]) - sum(counts) / 5) <= 2 for at in range(0, 30, 6))
+    if share >= 0.05:
+        assert min(tiles.values()) >= 1
+    assert sites.spread(1.0) == {site: count // 32 for site, count in sites.channels.items()}
+    assert not any(sites.spread(0.0).values())
+
+
+def test_a_site_without_high_channels_may_get_some(tmp_path):
+    """Of a share that is too small for a tile everywhere."""
+    config = shares.Config(**(SMALL | {"share": 0.03}))
+    task = made(tmp_path, config)
+    sites = Sites(task, config)
+    base = sites.fitting
+    none = [site for site, count in base.items() if not count]
+    assert none
+    found = shares.measure(task, config, sites)
+    assert all(set(found[site]) >= {0, 1, min(2, sites.channels[site] // 16)} for site in none)
 
 
 def test_all_of_one_format_is_a_plain_plan(tmp_path):

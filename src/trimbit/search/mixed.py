@@ -7,6 +7,7 @@ by rising diag H of the site's inputs (arXiv:2310.19102 reorders like this), so 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from heapq import heapify, heappop, heappush
 from typing import Literal
 
 import torch
@@ -47,6 +48,7 @@ class Masking(Mixed):
     length: int = Field(default=2048, ge=16)  # paper: tokens of a row
     rows: int = Field(default=0, ge=0)  # that damage is measured on, the first of the training text
     checkpointing: bool = True  # keep each block's input alone, and run the block again for its gradients
+    dense: bool = False  # keep both versions ready to multiply by, 4 bytes a weight, not packed: faster, else the same
 
 
 @dataclass(frozen=True)
@@ -109,16 +111,24 @@ class Sites:
     def spread(self, share: float) -> dict[str, int]:
         """Tiles of each site for the same share of channels everywhere, as near as whole tiles come.
 
-        What is left goes to the sites whose tiles were rounded down most, as far as it reaches.
+        The next tile goes to the site with the smallest share of high channels so far, as long as it is within the
+        codes of `share`; of sites that are alike, to one far from those that have had theirs (van der Corput's order
+        of the blocks), so that early blocks get no more than late ones.
         """
-        exact = {site: share * count / self.mixed.tile for site, count in self.channels.items()}
-        tiles = {site: int(value + 1e-9) for site, value in exact.items()}
-        left = share * self.all_codes - self.codes(tiles)
-        for site in sorted(exact, key=lambda site: tiles[site] - exact[site]):
+        layout = self.problem.layout
+        left, tiles = share * self.all_codes, dict.fromkeys(self.channels, 0)
+        blocks = {site: layout.units[layout.readers(site)[0].unit].block for site in self.channels}
+        queue = [(0.0, int(f"{blocks[site]:032b}"[::-1], 2), site) for site in self.channels]
+        heapify(queue)
+        while queue:
+            _, turn, site = heappop(queue)
             cost = self.rows[site] * self.mixed.tile
-            if tiles[site] < exact[site] and cost <= left + 1e-6:
+            if cost <= left + 1e-6:
                 tiles[site] += 1
                 left -= cost
+                held = tiles[site] * self.mixed.tile
+                if held < self.channels[site]:
+                    heappush(queue, (held / self.channels[site], turn, site))
         return tiles
 
     def largest(self, site: str, tiles: int) -> tuple[int, ...]:

@@ -31,7 +31,7 @@ class Config(Masking):
 
 def identity(config: Config) -> dict[str, Any]:
     """What of the configuration decides the measurements."""
-    return config.model_dump(mode="json", exclude={"checkpointing"})
+    return config.model_dump(mode="json", exclude={"checkpointing", "dense"})
 
 
 def search(problem: Problem, config: Config) -> Plan:
@@ -73,5 +73,5 @@ def measure(problem: Problem, config: Config, sites: Sites) -> dict[str, dict[in
 
 
 def _menu(site: str, config: Config, sites: Sites, base: Mapping[str, int]) -> list[int]:
-    most = sites.channels[site] // config.tile
-    return sorted({base[site], *(min(most, round(factor * base[site])) for factor in config.factors)})
+    most, around = sites.channels[site] // config.tile, max(base[site], 1)
+    return sorted({base[site], around, *(min(most, round(factor * around)) for factor in config.factors)})

@@ -76,7 +76,7 @@ class Config(Masking):
 
 def identity(config: Config) -> dict[str, Any]:
     """What of the configuration decides the masks."""
-    return config.model_dump(mode="json", exclude={"save_every", "checkpointing"})
+    return config.model_dump(mode="json", exclude={"save_every", "checkpointing", "dense"})
 
 
 def search(problem: Problem, config: Config) -> Plan:
