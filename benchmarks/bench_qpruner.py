@@ -37,13 +37,14 @@ from trimbit.plan import Budget, Plan
 from trimbit.progress import Silent
 from trimbit.search.bayes import known_trials
 from trimbit.search.levels import levels
+from trimbit.search.optimise import Box, feasible_points
 from trimbit.tasks import SOURCES, evaluate_tasks
 
 RESULTS = HERE / "results" / "qpruner.json"
 PAGE = HERE.parent / "docs" / "qpruner.md"
 FORMATS = {4: "nf4g64", 3: "uint3g64", 2: "uint2g64"}
 STARTS = ("zeros", "loftq", "qera")
-RANKS = (8, 32)
+RANKS = (8,)
 RECIPES = ("llm-pruner", "qpruner-3", "qpruner-1", "qpruner-2")  # in the order that they are run
 RATIOS = (20, 50, 30)  # in the order that they are run
 VARIANTS = {  # recipe and overrides, at the first ratio; a faithful trial takes a minute for each 100 documents
@@ -51,7 +52,7 @@ VARIANTS = {  # recipe and overrides, at the first ratio; a faithful trial takes
 }
 SHORT = 128  # tokens, the other context of perplexity
 DOCUMENTS = 500
-PARTS = ("start", "recipes", "plans", "ranks", "noise")
+PARTS = ("start", "recipes", "plans", "ranks", "noise", "estimators")
 PEAKS = ("training", "checkpointed", "inference")
 SEEDS = (0, 1, 2)
 RANDOM = 10  # random plans that are judged on test text
@@ -61,6 +62,7 @@ MENUS = {  # what shares a format, the formats, how scales are found, and whethe
 }
 KNAPSACK = "search={name: knapsack, params: {pruning_costs: [1.0], no_pruning: false, uniform: null}}"
 ESTIMATORS = ("quantiles", "histogram")
+MODELS = {"pruned by 20 %": (), "not pruned": ("prune=null",)}
 
 
 class Timed:
@@ -234,22 +236,48 @@ class Plans(QPruner):
     def compare(self, menu: str, seed: int) -> dict:
         """KL of each plan on test text, put together from candidates: what is written is the same."""
         found = self.found(menu, seed)
-        prepared = found.session
-        windows = data.evaluation_windows(
-            self.folder / "wikitext-2" / "wiki.test.raw", load_tokenizer(self.off_grid(seed)), context=512, limit=16
-        )
-        judge = Judge(WholeModel(prepared.stream), windows, repeated=False)
-
-        def judged(plan: Plan) -> float:
-            install(judge.whole, prepared.layout, prepared.candidates, background_of(plan, prepared.layout))
-            return judge.damage(None)
-
+        judged = self.judged(found.session, seed)
         return {
             "limit": found.limit, "seconds_each": found.seconds,
             "nbytes": {method: plan.found_by.nbytes for method, plan in found.plans.items()},
             "kl": {method: judged(plan) for method, plan in found.plans.items()},
             "random_kls": [judged(plan) for plan in found.random[:RANDOM]], "held_out_random_kls": found.random_kls,
         }  # fmt: skip
+
+    def judged(self, session: Session, seed: int) -> Callable[[Plan], float]:
+        """KL of a plan on test text."""
+        windows = data.evaluation_windows(
+            self.folder / "wikitext-2" / "wiki.test.raw", load_tokenizer(self.off_grid(seed)), context=512, limit=16
+        )
+        judge = Judge(WholeModel(session.stream), windows, repeated=False)
+
+        def kl(plan: Plan) -> float:
+            install(judge.whole, session.layout, session.candidates, background_of(plan, session.layout))
+            return judge.damage(None)
+
+        return kl
+
+    def estimators(self, model: str, seed: int) -> dict:
+        """What importance ranks: KL of its plans and of random ones, and what 8 bits in each block alone are worth."""
+        sessions = {
+            name: self.opened("qpruner-2", seed, *MODELS[model], f"importance.estimator={name}") for name in ESTIMATORS
+        }
+        first = sessions[ESTIMATORS[0]]
+        limit = first.limit(None)
+        own = levels(first.problem(limit), "block")
+        box = Box(costs=own.costs, values=((4.0, 8.0),) * len(own.costs), limit=own.limit)
+        points = feasible_points(box, RANDOM, torch.Generator().manual_seed(seed))
+        raised = [tuple(int(at == one) for at in range(len(own.costs))) for one in range(len(own.costs))]
+        plans = {name: session.find_plan(Budget.parse(f"{limit}B")) for name, session in sessions.items()}
+        judged = self.judged(first, seed)
+        lowest = judged(own.plan(box.lowest, "lowest"))
+        return {
+            "kl": {name: judged(plan) for name, plan in plans.items()},
+            "random_kls": [judged(own.plan(point, "random")) for point in points],
+            "worth": {name: lowest - judged(own.plan(p, "one")) for name, p in zip(own.covers, raised, strict=True)},
+            "lowest_kl": lowest,
+            "importance": {name: {key: s.importance[key] for key in own.covers} for name, s in sessions.items()},
+        }
 
     def ranks(self, estimator: str) -> dict:
         """How alike the order of blocks is that three samples of calibration text give."""
@@ -330,7 +358,7 @@ def write_page(results: dict) -> None:
     """Draw all tables of docs/qpruner.md."""
     parts = {
         "recipes": recipe_table, "tasks": task_table, "memory": memory_table, "cost": cost_table, "plans": plan_table,
-        "noise": noise_table, "ranks": rank_table, "starts": start_table,
+        "noise": noise_table, "ranks": rank_table, "estimators": estimator_table, "starts": start_table,
     }  # fmt: skip
     for part, rows in parts.items():
         write_tables(PAGE, "\n" + "\n".join(rows(results)) + "\n\n", part)
@@ -492,6 +520,30 @@ def rank_table(results: dict) -> list[str]:
     return table(["estimator", "Spearman's rho of the blocks, pairs of seeds"], rows)
 
 
+def estimator_table(results: dict) -> list[str]:
+    """KL of plans by importance beside random ones, and how importance goes with what it should tell."""
+    rows = []
+    for model in MODELS:
+        for seed in SEEDS:
+            cell = results.get(f"estimators/{model}/seed {seed}")
+            if cell is None:
+                rows.append([model, str(seed), "not run", *[""] * 6])
+                continue
+            worth = list(cell["worth"].values())
+            rhos = [spearmanr(list(cell["importance"][name].values()), worth).statistic for name in ESTIMATORS]
+            other = results.get(f"estimators/{model}/seed {(seed + 1) % len(SEEDS)}")
+            alike = f"{spearmanr(worth, list(other['worth'].values())).statistic:.2f}" if other else ""
+            random = f"{np.mean(cell['random_kls']):.4f} ± {np.std(cell['random_kls'], ddof=1):.4f}"
+            kls = (f"{cell['kl'][name]:.4f}" for name in ESTIMATORS)
+            rows.append([model, str(seed), random, *kls, *(f"{rho:.2f}" for rho in rhos),
+                         f"{min(worth):.4f} to {max(worth):.4f}", alike])  # fmt: skip
+    heads = [
+        "model", "seed", "KL, random plans", *(f"by {name}" for name in ESTIMATORS),
+        *(f"rho of {name} and worth" for name in ESTIMATORS), "worth of 8 bits in a block", "rho of worth, next seed",
+    ]  # fmt: skip
+    return table(heads, rows)
+
+
 def start_table(results: dict) -> list[str]:
     columns = [("zeros", RANKS[0]), *((start, rank) for rank in RANKS for start in STARTS[1:])]
     rows = []
@@ -529,6 +581,10 @@ def main() -> None:
     if "noise" in options.only:
         menu = next(iter(MENUS))
         bench.cell(f"noise/{menu}", lambda: bench.noise(menu))
+    if "estimators" in options.only:
+        for model in MODELS:
+            for seed in SEEDS:
+                bench.cell(f"estimators/{model}/seed {seed}", lambda m=model, s=seed: bench.estimators(m, s))
     write_page(bench.results)
 
 

@@ -5,11 +5,9 @@ import torch
 from torch.nn import functional
 
 from trimbit.errors import RecipeError
-from trimbit.kernels.acts import round_activations
 from trimbit.masked import MaskedLinear
 from trimbit.pipeline import open_session
 from trimbit.plan import load_plan
-from trimbit.precision import ActRun
 from trimbit.recipe import Recipe, Step
 from trimbit.search.mixed import Sites
 
@@ -71,11 +69,19 @@ def test_gradients_are_those_of_the_formula(job, monkeypatch, acts, loss):
     def formula(layer, x):
         """Both products, by autograd; rounding passes gradients straight through."""
         order = layer.inputs.order
-        x, m = x[..., order], layer.mask[order]
-        runs = [(ActRun(count=len(order), precision=acts),) for acts in layer.inputs.acts]
-        low, high = (round_activations(x, own) for own in runs)
+        x, m = x[..., order], layer.inputs.mask[order]
+        kinds = zip(layer.inputs.acts, (m < 0.5, m > 0.5), strict=True)
+        low, high = (x if acts is None else x + (nearest(x.detach(), acts, own) - x.detach()) for acts, own in kinds)
         w_low, w_high = (own.packed.dense(x.dtype) for own in (layer.low, layer.high))
         return ((1 - m) * low) @ w_low.T + (m * high) @ w_high.T
+
+    def nearest(x, acts, counted):
+        """Group by group, with the scale of those channels that are counted, if any is."""
+        parts, top = [], 2 ** (acts.bits - 1) - 1
+        for part, own in zip(x.split(32, -1), counted.split(32), strict=True):
+            scale = acts.clip / top * part[..., own if own.any() else ~own].abs().amax(-1, keepdim=True)
+            parts.append((part / scale).round().clamp(-top - 1, top) * scale)
+        return torch.cat(parts, -1)
 
     monkeypatch.setattr(MaskedLinear, "forward", formula)
     row = model.rows[1]

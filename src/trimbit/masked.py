@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trimbit.candidates import CandidateWeights
-from trimbit.kernels.acts import round_activations
+from trimbit.kernels.acts import round_among
 from trimbit.model.head import Head, Judged, Logits, following, judge, logit_slices, loss_gradient
 from trimbit.model.layout import Weight
 from trimbit.model.load import materialize
 from trimbit.model.stream import BlockStream, block_arguments, build_skeleton, products_in, run_block
-from trimbit.precision import ActInt, ActRun
+from trimbit.precision import ActInt
 from trimbit.progress import Progress
 from trimbit.quant.qtensor import QTensor
 from trimbit.repair.tune import Original
@@ -60,8 +60,9 @@ def of_length(rows: Int[Tensor, "rows length"], length: int) -> Int[Tensor, "pie
 class Inputs(nn.Module):
     """A site's inputs as each version rounds them, in groups along the order of the versions' columns.
 
-    The weights of the site read one tensor, one after the other: it is rounded for the first of them, and kept until
-    the last. Both are the input itself where neither is rounded.
+    A group's scale is that of its channels that are in the version, as it is once they are stored apart. The weights of
+    the site read one tensor, one after the other: it is rounded for the first of them, and kept until the last. Both
+    are the input itself where neither is rounded.
     """
 
     order: Tensor
@@ -73,14 +74,18 @@ class Inputs(nn.Module):
         self.compute = compute
         self.register_buffer("order", versions.order)
         self.register_buffer("back", versions.order.argsort())
+        self.mask: Tensor | None = None  # [cols], in the original order
         self.readers = self.left = 0
         self.last: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
 
     def forward(self, x: Float[Tensor, "*batch cols"]) -> tuple[Tensor, Tensor]:
         """For the low version, and for the high one."""
         if self.last is None or self.last[0] is not x:
-            plain = x.detach().to(self.compute)
-            low, high = (self._rounded(plain, acts) for acts in self.acts)
+            assert self.mask is not None, "the masks were not set"
+            plain, chosen = x.detach().to(self.compute), self.mask.detach() > 0.5
+            low, high = (
+                self._rounded(plain, acts, own) for acts, own in zip(self.acts, (~chosen, chosen), strict=True)
+            )
             self.last, self.left = (x, (low, high)), self.readers
         found = self.last[1]
         self.left -= 1
@@ -88,11 +93,8 @@ class Inputs(nn.Module):
             self.last = None
         return found
 
-    def _rounded(self, x: Tensor, acts: ActInt | None) -> Tensor:
-        if acts is None:
-            return x
-        runs = (ActRun(count=x.shape[-1], precision=acts),)
-        return round_activations(x[..., self.order], runs)[..., self.back]
+    def _rounded(self, x: Tensor, acts: ActInt | None, counted: Tensor) -> Tensor:
+        return x if acts is None else round_among(x[..., self.order], acts, counted[self.order])[..., self.back]
 
 
 class Version(nn.Module):
@@ -117,7 +119,7 @@ class Version(nn.Module):
 
 
 class MaskedLinear(nn.Module):
-    """y = W x + b with W mixed of two versions by `mask`, [cols], in the original order of the channels."""
+    """y = W x + b with W mixed of two versions by the mask of its inputs."""
 
     bias: Tensor | None
 
@@ -127,12 +129,10 @@ class MaskedLinear(nn.Module):
         inputs.readers += 1
         self.low, self.high = (Version(own, inputs, versions.dense) for own in (versions.low, versions.high))
         self.register_buffer("bias", bias)
-        self.mask: Tensor | None = None
 
     def forward(self, x: Float[Tensor, "*batch cols"]) -> Float[Tensor, "*batch rows"]:
         """Round, mix and multiply."""
-        assert self.mask is not None, "the masks were not set"
-        y: Tensor = _MixedProduct.apply(x, *self.inputs(x), self.mask, self)  # type: ignore[no-untyped-call]
+        y: Tensor = _MixedProduct.apply(x, *self.inputs(x), self.inputs.mask, self)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias
 
 
@@ -279,8 +279,7 @@ class MaskedModel:
 
     def _set(self, masks: Mapping[str, Tensor]) -> None:
         for site, layers in self.layers.items():
-            for layer in layers:
-                layer.mask = masks[site]
+            layers[0].inputs.mask = masks[site]
 
     def _final(self, row: Int[Tensor, " length"]) -> Float[Tensor, "length hidden"]:
         """What the head reads."""

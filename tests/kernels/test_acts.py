@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from trimbit.kernels.acts import round_activations
+from trimbit.kernels.acts import round_activations, round_among
 from trimbit.precision import ActInt, ActRun
 
 
@@ -65,3 +65,23 @@ def test_gradients_pass_straight_through(generator):
     torch.testing.assert_close(found, round_activations(x.detach(), RUNS[0]))
     (found * weight).sum().backward()
     assert torch.equal(x.grad, weight)
+
+
+@pytest.mark.parametrize("group", [32, None])
+def test_the_counted_channels_of_a_group_decide_its_scale(generator, group):
+    """They are rounded as if alone in their group; the others within what that scale reaches."""
+    acts, x = ActInt(bits=4, group=group, clip=0.9), torch.randn(3, 70, generator=generator)
+    x[:, ::5] *= 20
+    counted = torch.arange(70) % 5 > 0
+    found = round_among(x, acts, counted)
+    size = group or 70
+    for start in range(0, 70, size):
+        own, kept = x[:, start : start + size], counted[start : start + size]
+        scale = own[:, kept].abs().amax(-1, keepdim=True) * 0.9 / 7
+        alone = round_activations(own[:, kept], act_runs((int(kept.sum()), ActInt(bits=4, group=None, clip=0.9))))
+        torch.testing.assert_close(found[:, start : start + size][:, kept], alone)
+        others = found[:, start : start + size][:, ~kept]
+        torch.testing.assert_close(others, (own[:, ~kept] / scale).round().clamp(-8, 7) * scale)
+    plain = round_activations(x, act_runs((70, acts)))
+    assert torch.equal(round_among(x, acts, torch.ones(70, dtype=torch.bool)), plain)
+    assert torch.equal(round_among(x, acts, torch.zeros(70, dtype=torch.bool)), plain)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
@@ -19,6 +19,18 @@ def round_activations(
     """
     parts = x.split([run.count for run in runs], dim=-1)
     return torch.cat([_rounded(part, run.precision) for part, run in zip(parts, runs, strict=True)], dim=-1)
+
+
+def round_among(
+    x: Float[Tensor, "*batch channels"], precision: ActInt, counted: Bool[Tensor, " channels"]
+) -> Float[Tensor, "*batch channels"]:
+    """As `round_activations` in one run, but that only the counted channels of a group decide its scale.
+
+    The others are clipped to what it reaches. In a group without a counted one all are.
+    """
+    group = precision.group or x.shape[-1]
+    among = functional.pad(counted, (0, -len(counted) % group)).unflatten(0, (-1, group))
+    return _nearest(x, precision, among | ~among.any(-1, keepdim=True))
 
 
 def _rounded(x: Tensor, precision: ActInt | None) -> Tensor:
@@ -38,12 +50,13 @@ class _StraightThrough(torch.autograd.Function):
         return grad, None
 
 
-def _nearest(x: Tensor, precision: ActInt) -> Tensor:
+def _nearest(x: Tensor, precision: ActInt, counted: Tensor | None = None) -> Tensor:
     count = x.shape[-1]
     group = precision.group or count
     top = 2 ** (precision.bits - 1) - 1
     groups = functional.pad(x.float(), (0, -count % group)).unflatten(-1, (-1, group))
-    scale = groups.abs().amax(-1, keepdim=True) * (precision.clip / top)
+    sizes = groups.abs() if counted is None else groups.abs() * counted
+    scale = sizes.amax(-1, keepdim=True) * (precision.clip / top)
     codes = (groups / torch.where(scale == 0, 1.0, scale)).round_().clamp_(-top - 1, top)
     rounded: Tensor = codes.mul_(scale).flatten(-2)[..., :count].to(x.dtype)
     return rounded
