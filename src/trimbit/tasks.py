@@ -127,9 +127,10 @@ def check_tasks(names: tuple[str, ...], folder: Path | None, limit: int | None =
             raise DataError(f"no task {name!r}; known are {', '.join(SOURCES)}")
         if folder is not None:
             _check_rows(_file(name, folder), SOURCES[name].fields)
-            continue
+    if folder is None:
         with _quiet(), TemporaryDirectory(prefix="trimbit-tasks-") as scratch:
-            _open_task(name, None, 1, Path(scratch))
+            for name in names:
+                _open_task(name, None, 1, Path(scratch))
 
 
 def task_keys(names: tuple[str, ...], folder: Path | None) -> list[str]:
