@@ -95,7 +95,6 @@ def test_loftq_keeps_the_best_of_a_naive_alternation(shape, name, generator):
 @pytest.mark.parametrize("iterations", [1, 2, 5])
 def test_loftq_is_that_of_peft_at_nf4(iterations, generator):
     """PEFT's source, on the processor in place of its accelerator; ours has scales in fp16 and pairs in bf16."""
-    pytest.importorskip("bitsandbytes")
     from peft.utils import loftq_utils
 
     scope = dict(vars(loftq_utils))
