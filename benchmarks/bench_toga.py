@@ -22,7 +22,6 @@ from statistics import median
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
 
 from bench_main import CONTEXT, HERE, WINDOWS, WORK, Bench, command_line, measured_process, write_tables
 from bench_qpruner import table
@@ -189,9 +188,8 @@ class Toga(Bench):
     def cache(self, precision: str) -> dict:
         """The original, its keys and values in few bits, and the bytes that they take."""
         found = self.run("rtn-w4a4", (UNQUANTISED, f"kv_cache={precision}", "quant={name: rtn}"))
-        config = AutoConfig.from_pretrained(WORK / "toga")
-        own = precision_of(load_model(WORK / "toga", torch.bfloat16))
-        return found | {"cache_nbytes": cache_nbytes(config, {}, own, CONTEXT)}
+        model = load_model(WORK / "toga", torch.bfloat16)
+        return found | {"cache_nbytes": cache_nbytes(model.config, {}, precision_of(model), CONTEXT)}
 
     def cost(self) -> dict:
         """Seconds of a whole step of 512 tokens in each mode, in turns, and its peak bytes above the imports'."""
