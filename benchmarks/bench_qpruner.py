@@ -14,10 +14,10 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +44,7 @@ RESULTS = HERE / "results" / "qpruner.json"
 PAGE = HERE.parent / "docs" / "qpruner.md"
 FORMATS = {4: "nf4g64", 3: "uint3g64", 2: "uint2g64"}
 STARTS = ("zeros", "loftq", "qera")
-RANKS = (8,)
+RANK = 8
 RECIPES = ("llm-pruner", "qpruner-3", "qpruner-1", "qpruner-2")  # in the order that they are run
 RATIOS = (20, 50, 30)  # in the order that they are run
 VARIANTS = {  # recipe and overrides, at the first ratio; a faithful trial takes a minute for each 100 documents
@@ -81,12 +81,12 @@ class Timed:
 class QPruner(Bench):
     """Cells about pairs and whole recipes."""
 
-    def start(self, bits: int, start: str, rank: int) -> dict:
+    def start(self, bits: int, start: str) -> dict:
         """KL of the model before any training, its blocks in one format, the table in bf16."""
         original, out = self.off_grid(0), WORK / "pairs"
         shutil.rmtree(out, ignore_errors=True)
         own = ("tune=null", "quant.scales=mse", f"search.blocks={FORMATS[bits]}")
-        pairs = (f"lowrank.start={start}", f"lowrank.rank={rank}")
+        pairs = (f"lowrank.start={start}", f"lowrank.rank={RANK}")
         plan = compress(self.session(original, "loftq-only", 0, (*own, *pairs)), None, out)
         kl = plan.found_by.measured_damage
         return {"nbytes": weight_nbytes(out), "held_out_kl": kl} | self.quality(out, original)
@@ -339,19 +339,8 @@ def key_of(recipe: str, ratio: int | None) -> str:
     return recipe if ratio is None else f"{recipe}/{ratio} %"
 
 
-def starts() -> list[tuple[int, str, int]]:
-    """(bits, start, rank); zeros change nothing, whatever their rank."""
-    return [
-        (bits, start, rank)
-        for rank in RANKS
-        for bits in FORMATS
-        for start in STARTS
-        if start != "zeros" or rank == RANKS[0]
-    ]
-
-
-def name(bits: int, start: str, rank: int) -> str:
-    return f"start/{bits} bits/{start}" + (f" {rank}" if start != "zeros" else "")
+def name(bits: int, start: str) -> str:
+    return f"start/{bits} bits/{start}" + (f" {RANK}" if start != "zeros" else "")
 
 
 def write_page(results: dict) -> None:
@@ -469,19 +458,29 @@ def cost_table(results: dict) -> list[str]:
     return table(heads, rows_of(results, "whole", 4, cells))
 
 
+def seed_rows(
+    results: dict, part: str, kinds: Iterable[str], width: int, cells: Callable[[str, int, dict], list[str]]
+) -> list[list[str]]:
+    """A row a kind and seed."""
+    return [
+        [kind, str(seed), *(cells(kind, seed, c) if (c := results.get(f"{part}/{kind}/seed {seed}"))
+                            else ["not run", *[""] * (width - 1)])]
+        for kind, seed in product(kinds, SEEDS)
+    ]  # fmt: skip
+
+
+def mean_and_sd(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
+
+
 def plan_table(results: dict) -> list[str]:
-    rows = []
-    for menu in MENUS:
-        for seed in SEEDS:
-            c = results.get(f"plans/{menu}/seed {seed}")
-            if c is None:
-                rows.append([menu, str(seed), "not run", *[""] * 6])
-                continue
-            kls, others = c["kl"], torch.tensor(c["random_kls"])
-            searched = [f"{kls[method]:.4f}" for method in ("best of random", "qpruner-2", "qpruner-3", "knapsack")]
-            uniform = f"{kls['uniform']:.4f} ({c['nbytes']['uniform'] / 1e6:.1f} MB)"
-            random = f"{others.mean():.4f} ± {others.std():.4f}"
-            rows.append([menu, str(seed), f"{c['limit'] / 1e6:.1f}", uniform, random, *searched])
+    def cells(_menu: str, _seed: int, c: dict) -> list[str]:
+        kls = c["kl"]
+        searched = [f"{kls[method]:.4f}" for method in ("best of random", "qpruner-2", "qpruner-3", "knapsack")]
+        uniform = f"{kls['uniform']:.4f} ({c['nbytes']['uniform'] / 1e6:.1f} MB)"
+        return [f"{c['limit'] / 1e6:.1f}", uniform, mean_and_sd(c["random_kls"]), *searched]
+
+    rows = seed_rows(results, "plans", MENUS, 7, cells)
     heads = ["formats", "seed", "budget, MB", "uniform NF4", "random, mean ± sd", "best of 40 random"]
     return table([*heads, "qpruner-2", "qpruner-3", "knapsack"], rows)
 
@@ -522,21 +521,17 @@ def rank_table(results: dict) -> list[str]:
 
 def estimator_table(results: dict) -> list[str]:
     """KL of plans by importance beside random ones, and how importance goes with what it should tell."""
-    rows = []
-    for model in MODELS:
-        for seed in SEEDS:
-            cell = results.get(f"estimators/{model}/seed {seed}")
-            if cell is None:
-                rows.append([model, str(seed), "not run", *[""] * 6])
-                continue
-            worth = list(cell["worth"].values())
-            rhos = [spearmanr(list(cell["importance"][name].values()), worth).statistic for name in ESTIMATORS]
-            other = results.get(f"estimators/{model}/seed {(seed + 1) % len(SEEDS)}")
-            alike = f"{spearmanr(worth, list(other['worth'].values())).statistic:.2f}" if other else ""
-            random = f"{np.mean(cell['random_kls']):.4f} ± {np.std(cell['random_kls'], ddof=1):.4f}"
-            kls = (f"{cell['kl'][name]:.4f}" for name in ESTIMATORS)
-            rows.append([model, str(seed), random, *kls, *(f"{rho:.2f}" for rho in rhos),
-                         f"{min(worth):.4f} to {max(worth):.4f}", alike])  # fmt: skip
+
+    def cells(model: str, seed: int, c: dict) -> list[str]:
+        worth = list(c["worth"].values())
+        rhos = [spearmanr(list(c["importance"][name].values()), worth).statistic for name in ESTIMATORS]
+        other = results.get(f"estimators/{model}/seed {(seed + 1) % len(SEEDS)}")
+        alike = f"{spearmanr(worth, list(other['worth'].values())).statistic:.2f}" if other else ""
+        kls = (f"{c['kl'][name]:.4f}" for name in ESTIMATORS)
+        spread = f"{min(worth):.4f} to {max(worth):.4f}"
+        return [mean_and_sd(c["random_kls"]), *kls, *(f"{rho:.2f}" for rho in rhos), spread, alike]
+
+    rows = seed_rows(results, "estimators", MODELS, 7, cells)
     heads = [
         "model", "seed", "KL, random plans", *(f"by {name}" for name in ESTIMATORS),
         *(f"rho of {name} and worth" for name in ESTIMATORS), "worth of 8 bits in a block", "rho of worth, next seed",
@@ -545,12 +540,11 @@ def estimator_table(results: dict) -> list[str]:
 
 
 def start_table(results: dict) -> list[str]:
-    columns = [("zeros", RANKS[0]), *((start, rank) for rank in RANKS for start in STARTS[1:])]
     rows = []
     for bits, precision in FORMATS.items():
-        found = [results.get(name(bits, start, rank)) for start, rank in columns]
+        found = [results.get(name(bits, start)) for start in STARTS]
         rows.append([precision, *(f"{c['kl']:.4f} (ppl {c['ppl@2048']:.2f})" if c else "not run" for c in found)])
-    heads = ["blocks", "zeros", *(f"{start}, rank {rank}" for start, rank in columns[1:])]
+    heads = ["blocks", "zeros", *(f"{start}, rank {RANK}" for start in STARTS[1:])]
     return table(heads, rows)
 
 
@@ -561,8 +555,8 @@ def main() -> None:
     options = command_line(__doc__, PARTS)
     bench = Plans(options.source, options.data, RESULTS)
     if "start" in options.only:
-        for bits, start, rank in starts():
-            bench.cell(name(bits, start, rank), lambda b=bits, s=start, r=rank: bench.start(b, s, r))
+        for bits, start in product(FORMATS, STARTS):
+            bench.cell(name(bits, start), lambda b=bits, s=start: bench.start(b, s))
     if "recipes" in options.only:
         bench.cell("whole/original", bench.original)
         bench.cell("tasks/original", lambda: bench.tasks(bench.off_grid(0)))

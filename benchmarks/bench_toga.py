@@ -13,9 +13,11 @@ import math
 import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -194,9 +196,8 @@ class Toga(Bench):
     def cost(self) -> dict:
         """Seconds of a whole step of 512 tokens in each mode, in turns, and its peak bytes above the imports'."""
         seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
-        for number in range(len(MODES) * ROUNDS):  # each a training of its own
-            mode = list(MODES)[number % len(MODES)]
-            seconds[mode] += self.steps(mode, STEPS + number)
+        for mode in [*MODES] * ROUNDS:
+            seconds[mode] += self.steps(mode, STEPS)
         _, imports = measured_process([sys.executable, __file__, "--peak", "nothing"], None)
         again = [str(self.source), str(self.folder)]
         peaks = {
@@ -206,12 +207,13 @@ class Toga(Bench):
         return {"step_seconds": seconds, "peaks": peaks}
 
     def steps(self, mode: str, count: int) -> list[float]:
-        """Seconds of each step but the first of so many."""
+        """Seconds of each step but the first of so many, of a training that begins anew."""
         session, ends = self.opened("toga-q-w3.2a3.2", (*MODES[mode], f"search.steps={count}")), Ends()
         session.reporter = ends
         config = session.search[1]
-        problem = session.problem(session.limit(None))
-        learn(problem, config, Sites(problem, config))
+        with tempfile.TemporaryDirectory() as folder:  # modes share a key, and a finished training has no more steps
+            problem = replace(session.problem(session.limit(None)), journal=Path(folder) / "masks.jsonl")
+            learn(problem, config, Sites(problem, config))
         return [round(b - a, 3) for a, b in pairwise(ends.at)]
 
 

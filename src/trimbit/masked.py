@@ -1,9 +1,8 @@
 """The frozen model with two versions of every weight of its blocks, of which masks choose for each input channel.
 
-Both versions stay packed, and are dequantised where they are multiplied by, or are kept dense. A product is linear in
-the mask,
-y = ((1 - m) x_low) W_low^T + (m x_high) W_high^T, where x_low and x_high are the inputs as each format rounds them;
-it is computed for masks of zeros and ones, and its gradient is that of this formula.
+Both versions stay packed, and are dequantised where they are multiplied by, or are kept dense. A product is linear
+in the mask, y = ((1 - m) x_low) W_low^T + (m x_high) W_high^T, where x_low and x_high are the inputs as each
+format rounds them; it is computed for masks of zeros and ones, and its gradient is that of this formula.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
