@@ -103,6 +103,7 @@ CLAIMS = {  # of the abstract, on larger models and against its own baselines
     "W3A16": "59 % and 85 % lower than weight-only methods at 1 to 3 bits",
     "W4A4": "up to 21 % lower than weight-activation methods",
 }
+WITH_ALL = ("W3.2A3.2", "W1.6A16", "W2A16")  # where channels at random, and shares by measured KL, are tried, too
 WITH_KV4 = ("diag H", "learnt")  # the methods that are tried with keys and values in 4 bits, too
 PARTS = ("settings", "kv", "options", "cost")
 SEEN = r"as the search sees them: KL ([0-9.]+)"  # in the notes of a plan
@@ -112,13 +113,16 @@ STEPS, ROUNDS = 6, 2  # of each mode whose cost is measured
 def methods(setting: str) -> dict[str, tuple[str, tuple[str, ...]]]:
     """Recipe and overrides of each method of a setting."""
     salient, learnt, more = SETTINGS[setting]
+    others = {
+        "random": (salient, ("search.by=random",)),
+        "shares by measured KL": (salient, ("search.name=shares",)),
+    }
     return {
         "low format alone": (salient, ALONE),
         "RTN, low format alone": (salient, (NEAREST, *ALONE)),
         "RTN, diag H": (salient, (NEAREST,)),
-        "random": (salient, ("search.by=random",)),
         "diag H": (salient, ()),
-        "shares by measured KL": (salient, ("search.name=shares",)),
+        **(others if setting in WITH_ALL else {}),
         "learnt": (learnt, ()),
         "RTN, learnt": (learnt, (NEAREST,)),
         **more,

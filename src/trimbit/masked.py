@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trimbit.candidates import CandidateWeights
-from trimbit.kernels.acts import round_among
+from trimbit.kernels.acts import round_among, take_channels
 from trimbit.model.head import Head, Judged, Logits, following, judge, logit_slices, loss_gradient
 from trimbit.model.layout import Weight
 from trimbit.model.load import materialize
@@ -93,7 +93,9 @@ class Inputs(nn.Module):
         return found
 
     def _rounded(self, x: Tensor, acts: ActInt | None, counted: Tensor) -> Tensor:
-        return x if acts is None else round_among(x[..., self.order], acts, counted[self.order])[..., self.back]
+        if acts is None:
+            return x
+        return take_channels(round_among(take_channels(x, self.order), acts, counted[self.order]), self.back)
 
 
 class Version(nn.Module):
@@ -114,7 +116,7 @@ class Version(nn.Module):
         if self.kept is not None:
             return self.kept.to(dtype)
         assert self.packed is not None
-        return self.packed.dense(dtype)[:, self.inputs.back]
+        return take_channels(self.packed.dense(dtype), self.inputs.back)
 
 
 class MaskedLinear(nn.Module):

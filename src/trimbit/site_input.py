@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from trimbit.kernels.acts import round_activations
+from trimbit.kernels.acts import round_activations, take_channels
 from trimbit.precision import ActRun
 
 
@@ -30,7 +30,7 @@ class _Change:
     def _changed(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         order = stored_order(self.owner)
         if order is not None:
-            x = x.index_select(-1, order.int())
+            x = take_channels(x, order)
         return round_activations(x, self.acts) if self.acts else x
 
 

@@ -3,11 +3,18 @@
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn import functional
 
 from trimbit.precision import ActInt, ActRun
+
+
+def take_channels(
+    x: Shaped[Tensor, "*batch channels"], order: Int[Tensor, " chosen"]
+) -> Shaped[Tensor, "*batch chosen"]:
+    """x[..., order], by `gather`: on the CPU several times as fast as by an index."""
+    return x.gather(-1, order.long().expand(*x.shape[:-1], -1))
 
 
 def round_activations(
