@@ -76,12 +76,12 @@ def test_gradients_are_those_of_the_formula(job, monkeypatch, acts, loss):
         return ((1 - m) * low) @ w_low.T + (m * high) @ w_high.T
 
     def nearest(x, acts, counted):
-        """Group by group, with the scale of those channels that are counted, if any is."""
-        parts, top = [], 2 ** (acts.bits - 1) - 1
-        for part, own in zip(x.split(32, -1), counted.split(32), strict=True):
-            scale = acts.clip / top * part[..., own if own.any() else ~own].abs().amax(-1, keepdim=True)
-            parts.append((part / scale).round().clamp(-top - 1, top) * scale)
-        return torch.cat(parts, -1)
+        """With the scales of the counted channels, in groups of their own; another has that of the next one."""
+        top, stored = 2 ** (acts.bits - 1) - 1, (counted if counted.any() else ~counted).nonzero()[:, 0]
+        groups = [acts.clip / top * x[..., part].abs().amax(-1, keepdim=True) for part in stored.split(32)]
+        places = [min(int((stored < channel).sum()), len(stored) - 1) for channel in range(x.shape[-1])]
+        scale = torch.cat([groups[place // 32] for place in places], -1)
+        return (x / scale).round().clamp(-top - 1, top) * scale
 
     monkeypatch.setattr(MaskedLinear, "forward", formula)
     row = model.rows[1]

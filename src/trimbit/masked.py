@@ -31,7 +31,7 @@ from trimbit.search.mixed import Masking
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Versions:
-    """A weight in both formats; its columns, and the runs of rounding, are in the site's `order`."""
+    """A weight in both formats; its columns are in the site's `order`."""
 
     low: QTensor
     high: QTensor
@@ -57,11 +57,11 @@ def of_length(rows: Int[Tensor, "rows length"], length: int) -> Int[Tensor, "pie
 
 
 class Inputs(nn.Module):
-    """A site's inputs as each version rounds them, in groups along the order of the versions' columns.
+    """A site's inputs as each version rounds them.
 
-    A group's scale is that of its channels that are in the version, as it is once they are stored apart. The weights of
-    the site read one tensor, one after the other: it is rounded for the first of them, and kept until the last. Both
-    are the input itself where neither is rounded.
+    The channels of a version are rounded as they are once stored: in groups of their own, along the order of the
+    versions' columns. The weights of the site read one tensor, one after the other: it is rounded for the first of
+    them, and kept until the last. Both are the input itself where neither is rounded.
     """
 
     order: Tensor

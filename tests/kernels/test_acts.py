@@ -67,21 +67,26 @@ def test_gradients_pass_straight_through(generator):
     assert torch.equal(x.grad, weight)
 
 
-@pytest.mark.parametrize("group", [32, None])
-def test_the_counted_channels_of_a_group_decide_its_scale(generator, group):
-    """They are rounded as if alone in their group; the others within what that scale reaches."""
+@pytest.mark.parametrize("group", [32, 128, None])
+@pytest.mark.parametrize("counted", [torch.arange(70) % 5 > 0, torch.arange(70) > 60, torch.arange(70) < 3])
+def test_counted_channels_are_rounded_as_they_are_stored(generator, group, counted):
+    """Theirs are the groups of a run of their own; another channel is rounded in the one that it would come to."""
     acts, x = ActInt(bits=4, group=group, clip=0.9), torch.randn(3, 70, generator=generator)
     x[:, ::5] *= 20
-    counted = torch.arange(70) % 5 > 0
-    found = round_among(x, acts, counted)
-    size = group or 70
-    for start in range(0, 70, size):
-        own, kept = x[:, start : start + size], counted[start : start + size]
-        scale = own[:, kept].abs().amax(-1, keepdim=True) * 0.9 / 7
-        alone = round_activations(own[:, kept], act_runs((int(kept.sum()), ActInt(bits=4, group=None, clip=0.9))))
-        torch.testing.assert_close(found[:, start : start + size][:, kept], alone)
-        others = found[:, start : start + size][:, ~kept]
-        torch.testing.assert_close(others, (own[:, ~kept] / scale).round().clamp(-8, 7) * scale)
+    found, count = round_among(x, acts, counted), int(counted.sum())
+    assert torch.equal(found[:, counted], round_activations(x[:, counted], act_runs((count, acts))))
+    stored = counted.nonzero()[:, 0].tolist()
+    size = group or count
+    for channel in (~counted).nonzero()[:, 0].tolist():
+        place = min(sum(other < channel for other in stored), count - 1)
+        members = stored[place // size * size : place // size * size + size]
+        scale = x[:, members].abs().amax(-1) * 0.9 / 7
+        want = (x[:, channel] / scale).round().clamp(-8, 7) * scale
+        torch.testing.assert_close(found[:, channel], want)
+
+
+def test_where_none_or_all_are_counted_groups_are_those_of_the_site(generator):
+    acts, x = ActInt(bits=4, group=32, clip=0.9), torch.randn(3, 70, generator=generator)
     plain = round_activations(x, act_runs((70, acts)))
     assert torch.equal(round_among(x, acts, torch.ones(70, dtype=torch.bool)), plain)
     assert torch.equal(round_among(x, acts, torch.zeros(70, dtype=torch.bool)), plain)

@@ -31,13 +31,17 @@ def round_activations(
 def round_among(
     x: Float[Tensor, "*batch channels"], precision: ActInt, counted: Bool[Tensor, " channels"]
 ) -> Float[Tensor, "*batch channels"]:
-    """As `round_activations` in one run, but that only the counted channels of a group decide its scale.
+    """As `round_activations` in one run that holds the counted channels alone; all of them if none is counted.
 
-    The others are clipped to what it reaches. In a group without a counted one all are.
+    The others are rounded in the group where they would come to stand, and clipped to what it reaches.
     """
-    group = precision.group or x.shape[-1]
-    among = functional.pad(counted, (0, -len(counted) % group)).unflatten(0, (-1, group))
-    return _nearest(x, precision, among | ~among.any(-1, keepdim=True))
+    if not counted.any():
+        counted = torch.ones_like(counted)
+    x32, group = x.float(), precision.group or x.shape[-1]
+    own = counted.nonzero()[:, 0]
+    scale = _scales(_grouped(take_channels(x32, own), group), precision).squeeze(-1)
+    place = (counted.cumsum(0) - counted.long()).clamp(max=len(own) - 1)
+    return _on_grid(x32, take_channels(scale, place // group), precision).to(x.dtype)
 
 
 def _rounded(x: Tensor, precision: ActInt | None) -> Tensor:
@@ -57,13 +61,22 @@ class _StraightThrough(torch.autograd.Function):
         return grad, None
 
 
-def _nearest(x: Tensor, precision: ActInt, counted: Tensor | None = None) -> Tensor:
-    count = x.shape[-1]
-    group = precision.group or count
-    top = 2 ** (precision.bits - 1) - 1
-    groups = functional.pad(x.float(), (0, -count % group)).unflatten(-1, (-1, group))
-    sizes = groups.abs() if counted is None else groups.abs() * counted
-    scale = sizes.amax(-1, keepdim=True) * (precision.clip / top)
-    codes = (groups / torch.where(scale == 0, 1.0, scale)).round_().clamp_(-top - 1, top)
-    rounded: Tensor = codes.mul_(scale).flatten(-2)[..., :count].to(x.dtype)
-    return rounded
+def _nearest(x: Tensor, precision: ActInt) -> Tensor:
+    groups = _grouped(x.float(), precision.group or x.shape[-1])
+    rounded = _on_grid(groups, _scales(groups, precision), precision)
+    return rounded.flatten(-2)[..., : x.shape[-1]].to(x.dtype)
+
+
+def _grouped(x: Tensor, group: int) -> Float[Tensor, "*batch groups group"]:
+    groups: Tensor = functional.pad(x, (0, -x.shape[-1] % group)).unflatten(-1, (-1, group))
+    return groups
+
+
+def _scales(groups: Tensor, precision: ActInt) -> Float[Tensor, "*batch groups 1"]:
+    half: int = 2 ** (precision.bits - 1)
+    return groups.abs().amax(-1, keepdim=True) * (precision.clip / (half - 1))
+
+
+def _on_grid(x: Tensor, scale: Tensor, precision: ActInt) -> Tensor:
+    half: int = 2 ** (precision.bits - 1)
+    return (x / torch.where(scale == 0, 1.0, scale)).round_().clamp_(-half, half - 1).mul_(scale)
