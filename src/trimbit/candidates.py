@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trimbit.apply import Compressed, Method, identity_moments, tied_moments
+from trimbit.kernels.acts import take_channels
 from trimbit.measure import format_of, menu_of, sites_of
 from trimbit.measurements import Space
 from trimbit.model import axes
@@ -129,7 +130,7 @@ class CandidateWeights:
 
     def _dense(self, weight: Weight) -> Tensor:
         dense = self.checkpoint.tensor(f"{weight.name}.weight").float()
-        return dense[:, self.orders[weight.site]] if weight.site in self.orders else dense
+        return take_channels(dense, self.orders[weight.site]) if weight.site in self.orders else dense
 
     def _bias(self, weight: Weight) -> Tensor:
         return self.checkpoint.tensor(f"{weight.name}.bias") if weight.bias else torch.zeros(weight.rows)

@@ -1,4 +1,4 @@
-"""Rounding of activations in plain PyTorch: the definition of correct for faster kernels."""
+"""Channels gathered and activations rounded in plain PyTorch: the definition of correct for faster kernels."""
 
 from typing import Any
 
