@@ -24,7 +24,8 @@ from trimbit.errors import NumericsError, PlanError, RecipeError
 from trimbit.model import axes
 from trimbit.model.head import following, judge, logit_slices
 from trimbit.model.layout import Layout, Unit, Weight
-from trimbit.model.stream import BlockStream, Chunks, computing, embed_chunks
+from trimbit.model.products import computing
+from trimbit.model.stream import BlockStream, Chunks, embed_chunks
 from trimbit.plan import Plan
 from trimbit.precision import BFloat16, Data, Run
 from trimbit.progress import Progress

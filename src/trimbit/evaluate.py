@@ -23,6 +23,7 @@ from trimbit.kv_cache import cache_for, precision_of
 from trimbit.model.cache_size import cache_nbytes
 from trimbit.model.head import kl, logit_slices
 from trimbit.model.load import materialize, open_checkpoint
+from trimbit.model.products import fast_bf16
 from trimbit.model.stream import build_skeleton
 from trimbit.plan import load_plan
 from trimbit.precision import Data, KVPrecision
@@ -153,7 +154,8 @@ def evaluate(
 @torch.inference_mode()
 def final_hidden(model: PreTrainedModel, window: Int[Tensor, " length"]) -> Tensor:
     """The head's input for each token of a window."""
-    return model.get_decoder()(input_ids=window[None], use_cache=False).last_hidden_state[0]  # type: ignore[no-any-return]
+    with fast_bf16():
+        return model.get_decoder()(input_ids=window[None], use_cache=False).last_hidden_state[0]  # type: ignore[no-any-return]
 
 
 def _require_original(path: Path, vocab_size: int, against: Path) -> None:
@@ -188,10 +190,11 @@ def read_hidden(model: PreTrainedModel, window: Int[Tensor, " length"]) -> Tenso
     if precision_of(model) is None:
         return final_hidden(model, window)
     cache, decoder = cache_for(model), model.get_decoder()
-    parts = [
-        decoder(input_ids=part[None], past_key_values=cache, use_cache=True).last_hidden_state[0]
-        for part in window.split(READ_TOKENS)
-    ]
+    with fast_bf16():
+        parts = [
+            decoder(input_ids=part[None], past_key_values=cache, use_cache=True).last_hidden_state[0]
+            for part in window.split(READ_TOKENS)
+        ]
     return torch.cat(parts)
 
 

@@ -15,7 +15,8 @@ from torch.nn import functional
 from trimbit.model import axes
 from trimbit.model.head import logit_slices
 from trimbit.model.layout import Layout, Unit
-from trimbit.model.stream import BlockStream, products_in
+from trimbit.model.products import products_in
+from trimbit.model.stream import BlockStream
 from trimbit.progress import Progress
 
 
@@ -80,7 +81,7 @@ def sweep(
             x = x.detach().requires_grad_()
             with torch.enable_grad(), products_in(stream.compute):
                 out = stream.forward(index, block, x)
-            grads = torch.autograd.grad(out, [x, *weights.values()], upstream[at])
+                grads = torch.autograd.grad(out, [x, *weights.values()], upstream[at])
             upstream[at] = grads[0]
             for one, grad in zip(found.values(), grads[1:], strict=True):
                 one.g.add_(grad, alpha=1 / len(tokens))

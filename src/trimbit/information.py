@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from trimbit.criteria.mutual_information import Config, information
 from trimbit.model.head import logit_slices
-from trimbit.model.stream import BlockStream, computing, embed_chunks
+from trimbit.model.products import computing
+from trimbit.model.stream import BlockStream, embed_chunks
 from trimbit.progress import Progress
 from trimbit.runtime import only_half
 

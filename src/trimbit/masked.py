@@ -20,7 +20,8 @@ from trimbit.kernels.acts import round_among, take_channels
 from trimbit.model.head import Head, Judged, Logits, following, judge, logit_slices, loss_gradient
 from trimbit.model.layout import Weight
 from trimbit.model.load import materialize
-from trimbit.model.stream import BlockStream, block_arguments, build_skeleton, products_in, run_block
+from trimbit.model.products import products_in
+from trimbit.model.stream import BlockStream, block_arguments, build_skeleton, run_block
 from trimbit.precision import ActInt
 from trimbit.progress import Progress
 from trimbit.quant.qtensor import QTensor

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from trimbit.errors import DataError, NumericsError
 from trimbit.evaluate import hardware, load_model, load_tokenizer
+from trimbit.model.products import fast_bf16
 from trimbit.precision import Data
 from trimbit.progress import Progress, Reporter
 
@@ -262,7 +263,8 @@ def _run(lm: Any, name: str, task: Any, limit: int | None, progress: Progress) -
     longest = max(len(lm.tok_encode("".join(request.args))) for request in task.instances)
     lm.batch_size_per_gpu = max(1, min(BATCH, LOGITS // (lm.model.config.vocab_size * longest)))
     lm.set_cache_hook(_Answers(name, len(task.instances), progress))
-    results = evaluate(lm=lm, task_dict={"tasks": {name: task}}, limit=limit, log_samples=True)
+    with fast_bf16():
+        results = evaluate(lm=lm, task_dict={"tasks": {name: task}}, limit=limit, log_samples=True)
     found = results["results"][name]
     has_norm = "acc_norm,none" in found
     headline: Literal["acc", "acc_norm"] = "acc_norm" if has_norm else "acc"

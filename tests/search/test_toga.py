@@ -99,14 +99,35 @@ def test_the_budget_is_filled_by_whole_tiles_and_never_exceeded(tmp_path_factory
     sites = Sites(task, config)
     generator = torch.Generator().manual_seed(seed)
     logits = {site: torch.randn(count, generator=generator) - 2 for site, count in sites.channels.items()}
-    plan = sites.filled(*toga.worth(logits, sites), "")
+    plan = sites.topped(logits, "")
     LAYOUT.check(plan)
     high = high_of(plan, sites)
     for site, own in high.items():
         assert len(own) % 16 == 0
         assert set(logits[site].topk(len(own)).indices.tolist()) == own
+    left = task.limit - plan.found_by.nbytes
+    means = {site: own.sort(descending=True).values.view(-1, 16).mean(-1) for site, own in logits.items()}
+    tiles = {site: len(own) // 16 for site, own in high.items()}
+    last_in = min((float(means[site][count - 1]) for site, count in tiles.items() if count), default=0.0)
+    for site, count in tiles.items():  # left out are tiles below the threshold, and those that do not fit
+        if count < len(means[site]):
+            fits = sites.site_nbytes(site, count + 1) - sites.site_nbytes(site, count) <= left
+            assert float(means[site][count]) <= last_in or not fits
     dearest = max(sites.site_nbytes(site, 2) - sites.site_nbytes(site, 1) for site in sites.channels)
     assert task.limit - dearest < plan.found_by.nbytes <= task.limit
+
+
+def test_of_two_sites_with_the_same_logits_the_larger_is_not_left_behind(tmp_path):
+    """A logit has the price of its channel in it: the threshold does not count it again."""
+    task = made(tmp_path)
+    sites = Sites(task, CONFIG)
+    logits = {site: torch.zeros(count) for site, count in sites.channels.items()}
+    wide, narrow = "blocks.0.mlp.m_in", "blocks.0.mlp.mid"
+    assert sites.rows[wide] > sites.rows[narrow]
+    logits[wide] += 1.0
+    logits[narrow] += 0.9
+    high = high_of(sites.topped(logits, ""), sites)
+    assert len(high[wide]) == sites.channels[wide]
 
 
 def test_filling_is_the_best_there_is(tmp_path):
@@ -116,20 +137,22 @@ def test_filling_is_the_best_there_is(tmp_path):
     sites = Sites(replace(task, limit=10**8), config)
     names = list(sites.channels)[:3]
     generator = torch.Generator().manual_seed(0)
-    logits = {site: torch.full((count,), -50.0) for site, count in sites.channels.items()}
-    logits |= {site: torch.rand(sites.channels[site], generator=generator) + 1 for site in names}
+    gains = {site: torch.full((count // 16,), -50.0) for site, count in sites.channels.items()}
+    gains |= {site: torch.rand(sites.channels[site] // 16, generator=generator) for site in names}
+    losses = {site: dict(enumerate([0.0, *(-own.cumsum(0)).tolist()])) for site, own in gains.items()}
+    ranked = {site: range(count) for site, count in sites.channels.items()}
     base = sum(sites.site_nbytes(site, 0) for site in sites.channels)
     sites.__dict__["limit"] = base + 3000
 
     def sums(tiles):
-        return sum(float(logits[site].sort(descending=True).values[: 16 * n].sum()) for site, n in tiles.items())
+        return -sum(losses[site][n] for site, n in tiles.items())
 
     best = 0.0
     for counts in product(*(range(sites.channels[site] // 16 + 1) for site in names)):
         tiles = dict(zip(names, counts, strict=True))
         if sum(sites.site_nbytes(s, n) - sites.site_nbytes(s, 0) for s, n in tiles.items()) <= 3000:
             best = max(best, sums(tiles))
-    found = high_of(sites.filled(*toga.worth(logits, sites), ""), sites)
+    found = high_of(sites.filled(losses, ranked, ""), sites)
     assert sums({site: len(found[site]) // 16 for site in names}) == pytest.approx(best, rel=1e-6)
 
 
@@ -141,12 +164,15 @@ def test_a_solver_that_finds_nothing_is_an_error_but_where_there_is_no_choice(tm
     monkeypatch.setattr("trimbit.search.knapsack.knapsack", lambda *_: None)
     if least:
         sites.__dict__["limit"] = 100  # as if the header left no room
-    losses = toga.worth({site: torch.zeros(count) for site, count in sites.channels.items()}, sites)
+    logits = {site: torch.zeros(count) for site, count in sites.channels.items()}
+    losses = {site: {n: -float(n) for n in range(count // 16 + 1)} for site, count in sites.channels.items()}
+    ranked = {site: range(count) for site, count in sites.channels.items()}
     if least:
-        assert "leaves no choice" in sites.filled(*losses, "").found_by.notes[0]
+        for plan in (sites.filled(losses, ranked, ""), sites.topped(logits, "")):
+            assert "leaves no choice" in plan.found_by.notes[0]
     else:
         with pytest.raises(NumericsError, match="was not solved"):
-            sites.filled(*losses, "")
+            sites.filled(losses, ranked, "")
 
 
 @pytest.mark.parametrize("share", [0.02, 0.05, 0.125, 0.2, 0.6])

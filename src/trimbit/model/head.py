@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedConfig
 
+from trimbit.model.products import fast_bf16
+
 LOGIT_TOKENS = 128  # 25 MB at a vocabulary of 49,152: below 32 MiB glibc reuses memory instead of mapping it anew
 NOTHING = -100  # follows the last token of a row
 Head = Callable[[Tensor], Tensor]
@@ -27,7 +29,8 @@ def logit_slices(head: Head, config: PreTrainedConfig, hidden: Float[Tensor, "to
     cap = getattr(config, "final_logit_softcapping", None)
     for start in range(0, hidden.shape[0], LOGIT_TOKENS):
         part = slice(start, min(start + LOGIT_TOKENS, hidden.shape[0]))
-        logits = head(hidden[part]).float()
+        with fast_bf16():
+            logits = head(hidden[part]).float()
         yield part, torch.tanh(logits / cap) * cap if cap else logits
 
 

@@ -19,6 +19,7 @@ from trimbit.model.checkpoint import Checkpoint
 from trimbit.model.head import Head
 from trimbit.model.layout import Layout
 from trimbit.model.load import materialize
+from trimbit.model.products import computing
 from trimbit.plan import Rotation
 
 CHUNK_TOKENS = 2048  # tokens run at a time: bounds activations
@@ -40,18 +41,6 @@ def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
             model._init_weights(module)
     model.eval()
     return model
-
-
-@contextmanager
-def computing(compute: torch.dtype) -> Iterator[None]:
-    """No gradients, and matrix products in `compute`."""
-    with torch.no_grad(), products_in(compute):
-        yield
-
-
-def products_in(compute: torch.dtype, device: str = "cpu") -> torch.autocast:
-    """Matrix products in `compute`."""
-    return torch.autocast(device, dtype=torch.bfloat16, enabled=compute is torch.bfloat16, cache_enabled=False)
 
 
 class _Recorder(nn.Module):

@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from trimbit.model.head import Head, Judged, following, judge, logit_slices
 from trimbit.model.load import materialize
-from trimbit.model.stream import BlockStream, Chunks, block_arguments, build_skeleton, computing, run_block
+from trimbit.model.products import computing
+from trimbit.model.stream import BlockStream, Chunks, block_arguments, build_skeleton, run_block
 
 
 class WholeModel:

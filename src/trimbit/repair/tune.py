@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from trimbit.errors import RecipeError
 from trimbit.model.head import Head, logit_slices, loss_gradient
+from trimbit.model.products import products_in
 from trimbit.precision import Data
 from trimbit.progress import Progress
 from trimbit.repair.lowrank import LowRank
@@ -193,7 +194,7 @@ def _step(
     for start in range(0, len(rows), config.micro):
         own = rows[start : start + config.micro]
         tokens, target = _padded(own)
-        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        with products_in(torch.bfloat16):
             hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
             wanted = target[:, 1:]
             student, labels = hidden[:, :-1][wanted], tokens[:, 1:][wanted]

@@ -4,7 +4,7 @@ What searches share that choose the high channels. A site stores its low channel
 by rising diag H of the site's inputs (arXiv:2310.19102 reorders like this), so that a group holds channels alike.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from heapq import heapify, heappop, heappush
@@ -94,10 +94,10 @@ class Sites:
             return {site: [-float(at) for at in range(count)] for site, count in self.channels.items()}
         return self.problem.channels.energies()
 
-    def bits(self, tiles: Mapping[str, int]) -> float:
-        """Mean nominal bits of a code."""
+    def bits(self, codes: int) -> float:
+        """Mean nominal bits of a code, so many of them in high channels."""
         low, high = self.mixed.low.bits, self.mixed.high.bits
-        return low + (high - low) * self.codes(tiles) / self.all_codes
+        return low + (high - low) * codes / self.all_codes
 
     def codes(self, tiles: Mapping[str, int]) -> int:
         """Codes in high channels."""
@@ -191,25 +191,61 @@ class Sites:
     def filled(self, losses: Mapping[str, Mapping[int, float]], ranked: High, what: str) -> Plan:
         """The plan of least summed loss within the budget, a multiple-choice knapsack.
 
-        `losses` are by site and number of high tiles, of which the first channels in `ranked` are. So near the smallest
-        budget that the header leaves no room, every site has the same share, and the plan's notes say so.
+        `losses` are by site and number of high tiles, of which the first channels in `ranked` are.
 
         Raises:
             NumericsError: if the solver finds nothing.
         """
         options = {site: sorted(own) for site, own in losses.items()}
         groups = [[(self.site_nbytes(site, n), losses[site][n]) for n in own] for site, own in options.items()]
-        limit, notes = self.limit, tuple[str, ...]()
-        while True:
+
+        def pick(limit: int) -> dict[str, int] | None:
             picked = knapsack.knapsack(groups, limit, knapsack.Config())
             if picked is not None:
-                tiles = {site: own[at] for (site, own), at in zip(options.items(), picked, strict=True)}
-            elif sum(min(nbytes for nbytes, _ in group) for group in groups) > limit:
+                return {site: own[at] for (site, own), at in zip(options.items(), picked, strict=True)}
+            if sum(min(nbytes for nbytes, _ in group) for group in groups) > limit:
+                return None
+            raise NumericsError("the knapsack over tiles of channels was not solved; give another budget")
+
+        return self._within(pick, ranked, what)
+
+    def topped(self, logits: Mapping[str, Tensor], what: str) -> Plan:
+        """The plan of the highest logits within the budget: one threshold for all sites, but for whole tiles.
+
+        A site's channels are cut into tiles by falling logit. The tile of highest mean, whatever its site, is next, as
+        long as its bytes fit.
+        """
+        ranked = {site: own.sort(descending=True, stable=True) for site, own in logits.items()}
+        means = {site: own.values.view(-1, self.mixed.tile).mean(-1).tolist() for site, own in ranked.items()}
+        queue = sorted((-mean, tile, site) for site, own in means.items() for tile, mean in enumerate(own))
+
+        def pick(limit: int) -> dict[str, int] | None:
+            tiles = dict.fromkeys(means, 0)
+            left = limit - sum(self.site_nbytes(site, 0) for site in tiles)
+            if left < 0:
+                return None
+            for _, tile, site in queue:
+                nbytes = self.site_nbytes(site, tile + 1) - self.site_nbytes(site, tile)
+                if tiles[site] == tile and nbytes <= left:
+                    tiles[site] += 1
+                    left -= nbytes
+            return tiles
+
+        return self._within(pick, {site: own.indices.tolist() for site, own in ranked.items()}, what)
+
+    def _within(self, pick: Callable[[int], dict[str, int] | None], ranked: High, what: str) -> Plan:
+        """The plan of the tiles that are picked for a limit in bytes, lowered until the files fit the budget.
+
+        So near the smallest budget that the header leaves no room, every site has the same share, and the plan's notes
+        say so.
+        """
+        limit = self.limit
+        while True:
+            tiles, notes = pick(limit), tuple[str, ...]()
+            if tiles is None:
                 tiles, notes = self.fitting, ("the same share of every site: the budget leaves no choice",)
-            else:
-                raise NumericsError("the knapsack over tiles of channels was not solved; give another budget")
             high = {site: ranked[site][: count * self.mixed.tile] for site, count in tiles.items()}
-            plan = self.plan(high, f"{self.bits(tiles):.3f} bits a code, {what}", notes)
+            plan = self.plan(high, f"{self.bits(self.codes(tiles)):.3f} bits a code, {what}", notes)
             over = plan.found_by.nbytes - self.problem.limit
             if over <= 0:
                 return plan

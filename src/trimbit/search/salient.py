@@ -40,5 +40,5 @@ def search(problem: Problem, config: Config) -> Plan:
         for site, count in tiles.items()
     }
     by = "largest diag H" if config.by == "energy" else "at random"
-    told = f"{sites.bits(tiles):.3f} bits a code, channels {by} in {config.high.name}"
+    told = f"{sites.bits(sites.codes(tiles)):.3f} bits a code, channels {by} in {config.high.name}"
     return sites.plan(high, told if any(tiles.values()) else f"{config.low.name} in all channels")

@@ -2,15 +2,14 @@
 
 The weights stay as they are, in both formats. A hypernetwork gives a logit for each channel; of a sample of the masks
 the loss of a row of text is taken, and its gradient passes through the sample to the network. To the loss comes
-weight |log(B / target)|, where B is the mean nominal bits of a code in the sample. In the end the noise is left out,
-and the tiles of highest logits fill the budget exactly, as a multiple-choice knapsack.
+weight |log(h / target)|, where h is the share of the codes that are high in the sample. In the end the noise is left
+out, and the tiles of highest logits fill the budget.
 
 Only abstract and summaries of the paper could be read: constants are those of DISP-LLM's code, whose masks these
 are, or ours.
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,7 +89,7 @@ def search(problem: Problem, config: Config) -> Plan:
     require_feasible(problem, config)
     sites = Sites(problem, config)
     logits = learn(problem, config, sites)
-    plan = sites.filled(*worth(logits, sites), f"learnt channels in {config.high.name}")
+    plan = sites.topped(logits, f"learnt channels in {config.high.name}")
     assert problem.masked is not None
     found = problem.masked(config).damage(as_masks(sites.high(plan), sites))
     notes = (
@@ -110,7 +109,7 @@ def learn(problem: Problem, config: Config, sites: Sites) -> dict[str, Float[Ten
     assert problem.masked is not None
     masked = problem.masked(config)
     tiles = sites.fitting
-    target, start = sites.bits(tiles), _start(config, sites, sites.codes(tiles) / sites.all_codes)
+    target, start = sites.codes(tiles), _start(config, sites, sites.codes(tiles) / sites.all_codes)
     network: nn.Module = (
         Hypernetwork(sites.channels, problem.seed) if config.network == "hypernetwork" else Logits(sites.channels)
     )
@@ -125,14 +124,14 @@ def learn(problem: Problem, config: Config, sites: Sites) -> dict[str, Float[Ten
             logits = {site: own + start[site] for site, own in network().items()}
             masks = {site: sample(own, config.estimator, config.heat, generator) for site, own in logits.items()}
             loss, gradients = masked.gradients({site: mask.detach() for site, mask in masks.items()}, step)
-            bits = _bits(masks, sites)
+            codes = torch.stack([sites.rows[site] * mask.sum() for site, mask in masks.items()]).sum()
             require_finite("the masks", step + 1, kept, ADVICE, loss=[torch.tensor(loss)], gradient=gradients.values())
-            penalty = config.budget_weight * (bits / target).log().abs()
+            penalty = config.budget_weight * (codes.clamp(min=1) / max(target, 1)).log().abs()
             torch.autograd.backward([*masks.values(), penalty], [*(gradients[site] for site in masks), None])
             optimizer.step()
             optimizer.zero_grad()
             require_finite("the masks", step + 1, kept, ADVICE, parameter=parameters.values())
-            log.append({"loss": loss, "bits": float(bits.detach()), "temperature": config.heat})
+            log.append({"loss": loss, "bits": sites.bits(int(codes)), "temperature": config.heat})
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                 told = {"belongs": problem.key, "curve": json.dumps(log)}
                 save_state(_state(problem), parameters, optimizer, told)
@@ -154,29 +153,6 @@ def _start(config: Config, sites: Sites, share: float) -> dict[str, Float[Tensor
         codes = sum(sites.rows[site] * float(torch.sigmoid(own + middle).sum()) for site, own in prior.items())
         low, high = (middle, high) if codes < share * sites.all_codes else (low, middle)
     return {site: own + low for site, own in prior.items()}
-
-
-def _bits(masks: Mapping[str, Tensor], sites: Sites) -> Tensor:
-    """Mean nominal bits of a code in a sample, with its gradient."""
-    low, high = sites.mixed.low.bits, sites.mixed.high.bits
-    codes = torch.stack([sites.rows[site] * mask.sum() for site, mask in masks.items()]).sum()
-    return low + (high - low) * codes / sites.all_codes
-
-
-def worth(
-    logits: Mapping[str, Float[Tensor, " channels"]], sites: Sites
-) -> tuple[dict[str, dict[int, float]], dict[str, tuple[int, ...]]]:
-    """For each site by its number of high tiles what it loses: minus the sum of their logits; and channels by rank.
-
-    A logit counts from where every channel is worth its cost, so that the budget is filled.
-    """
-    ranked = {site: own.double().sort(descending=True, stable=True) for site, own in logits.items()}
-    price = max(0.0, *(float(-own.values[-1]) / sites.rows[site] for site, own in ranked.items()))
-    losses = {}
-    for site, own in ranked.items():
-        tiles = (own.values + price * sites.rows[site]).view(-1, sites.mixed.tile).sum(-1).cumsum(0).tolist()
-        losses[site] = {count: -value for count, value in enumerate([0.0, *tiles])}
-    return losses, {site: tuple(own.indices.tolist()) for site, own in ranked.items()}
 
 
 def _state(problem: Problem) -> Path:

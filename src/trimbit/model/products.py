@@ -1,0 +1,60 @@
+"""Matrix products in the dtype that is asked for, by the instructions that the CPU has.
+
+Without bf16 instructions PyTorch multiplies bf16 matrices several times slower than fp32 ones. There they are
+multiplied as fp32, and the result is rounded: the same product, summed in another order.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_ATEN = torch.ops.aten
+_PRODUCTS = {
+    getattr(_ATEN, name).default for name in ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul")
+}  # the last two are whole only in inference mode
+
+
+@contextmanager
+def computing(compute: torch.dtype) -> Iterator[None]:
+    """No gradients, and matrix products in `compute`."""
+    with torch.no_grad(), products_in(compute):
+        yield
+
+
+@contextmanager
+def products_in(compute: torch.dtype, device: str = "cpu") -> Iterator[None]:
+    """Matrix products in `compute`, those of gradients too where they are taken inside."""
+    enabled = compute is torch.bfloat16
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=enabled, cache_enabled=False), fast_bf16():
+        yield
+
+
+def fast_bf16() -> AbstractContextManager[Any]:
+    """Products of bf16 matrices as fast as the CPU can."""
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        return RoundedProducts()  # type: ignore[no-untyped-call]
+    return nullcontext()
+
+
+class RoundedProducts(TorchDispatchMode):
+    """Products of bf16 matrices on the CPU as those of fp32 ones, rounded."""
+
+    def __torch_dispatch__(
+        self,
+        func: Any,  # noqa: ANN401
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        """Run one operation."""
+        kwargs = kwargs or {}
+        if func not in _PRODUCTS or not all(_is_bf16(one) for one in args if one is not None):
+            return func(*args, **kwargs)
+        return func(*(one if one is None else one.float() for one in args), **kwargs).to(torch.bfloat16)
+
+
+def _is_bf16(one: torch.Tensor) -> bool:
+    return one.dtype is torch.bfloat16 and one.device.type == "cpu"
