@@ -9,12 +9,16 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 _ATEN = torch.ops.aten
 _PRODUCTS = {
-    getattr(_ATEN, name).default for name in ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul")
-}  # the last two are whole only in inference mode
+    *(getattr(_ATEN, name).default for name in ("mm", "addmm", "bmm", "baddbmm")),
+    *(_ATEN.linear.default, _ATEN.matmul.default),  # whole in inference mode alone
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default,  # forwards, it is as fast in bf16
+}
 
 
 @contextmanager
@@ -51,10 +55,11 @@ class RoundedProducts(TorchDispatchMode):
     ) -> Any:  # noqa: ANN401
         """Run one operation."""
         kwargs = kwargs or {}
-        if func not in _PRODUCTS or not all(_is_bf16(one) for one in args if one is not None):
+        if func not in _PRODUCTS or not all(_is_bf16(one) for one in args[:2]):
             return func(*args, **kwargs)
-        return func(*(one if one is None else one.float() for one in args), **kwargs).to(torch.bfloat16)
+        found = func(*(one.float() if isinstance(one, Tensor) else one for one in args), **kwargs)
+        return tree_map_only(Tensor, Tensor.bfloat16, found)
 
 
-def _is_bf16(one: torch.Tensor) -> bool:
+def _is_bf16(one: Tensor) -> bool:
     return one.dtype is torch.bfloat16 and one.device.type == "cpu"
