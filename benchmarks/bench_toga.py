@@ -84,11 +84,12 @@ CACHES = {"exact": "null", "4 bits, a head": "{bits: 4}", "4 bits, group 32": "{
 UNQUANTISED = "search={name: fixed, params: {blocks: bf16, table: bf16}}"
 OPTIONS = {  # at W1.6A16: what of the masks' training differs from the recipe
     "no prior": ("search.prior=0.0",),
+    "a penalty": ("search.budget=penalty",),
     "Gumbel": ("search.estimator=gumbel", "search.temperature=0.4"),
     "KL": ("search.loss=kl",),
     "GPTQ's versions": ("search.versions=quant",),
     "no hypernetwork": ("search.network=logits", "search.learning_rate=0.05"),
-    "from nearly all high": ("search.offset=3.0",),
+    "a penalty, from nearly all high": ("search.budget=penalty", "search.offset=3.0"),
 }
 MODES = {  # of the masks' training: what it costs, never what it finds
     "packed, blocks run twice": ("search.dense=false", "search.checkpointing=true"),

@@ -75,9 +75,11 @@ def high_of(plan, sites):
 
 @pytest.mark.parametrize("network", ["logits", "hypernetwork"])
 @pytest.mark.parametrize(("estimator", "temperature"), [("reinmax", 1.0), ("gumbel", 0.4)])
-def test_what_matters_is_found(tmp_path, network, estimator, temperature):
+@pytest.mark.parametrize("budget", ["penalty", "projection"])
+def test_what_matters_is_found(tmp_path, network, estimator, temperature, budget):
     rate = {"learning_rate": 0.05 if network == "logits" else 2e-3, "steps": 150}
-    config = CONFIG.model_copy(update={"network": network, "estimator": estimator, "temperature": temperature, **rate})
+    kind = {"network": network, "estimator": estimator, "temperature": temperature, "budget": budget}
+    config = CONFIG.model_copy(update=kind | rate)
     task = made(tmp_path, config)
     plan = toga.search(task, config)
     LAYOUT.check(plan)
@@ -305,16 +307,48 @@ def test_training_starts_at_the_budget_or_where_it_is_told(tmp_path, offset, pri
     config = CONFIG.model_copy(update={"offset": offset, "prior": prior})
     task = made(tmp_path, config)
     sites = Sites(task, config)
-    share = sites.codes(sites.fitting) / sites.all_codes
-    start = toga._start(config, sites, share)
+    target = sites.codes(sites.fitting)
+    start = toga._start(config, sites, target)
     codes = sum(sites.rows[site] * float(torch.sigmoid(own).sum()) for site, own in start.items())
     if offset is None:
-        assert codes == pytest.approx(share * sites.all_codes, rel=1e-3)
+        assert codes == pytest.approx(target, rel=1e-4)
     for site, own in start.items():
         if offset is not None:
             assert float(own.mean()) == pytest.approx(offset, abs=1e-4)
         assert float(own.std()) == pytest.approx(prior, abs=1e-4)
         assert not prior or own.argsort().tolist() == torch.tensor(energies()[site]).argsort().tolist()
+
+
+def test_projection_holds_the_budget_and_gradients_know_of_it(tmp_path):
+    sites = Sites(made(tmp_path), CONFIG)
+    target, generator = sites.codes(sites.fitting), torch.Generator().manual_seed(4)
+    logits = {s: (3 * torch.randn(n, generator=generator)).requires_grad_() for s, n in sites.channels.items()}
+    worth = {site: torch.rand(count, generator=generator) for site, count in sites.channels.items()}
+
+    def of(values):
+        """Codes that are high in the mean, and what they are worth."""
+        ps = {site: torch.sigmoid(own.double()) for site, own in toga._projected(values, sites, target).items()}
+        return (sum((each[site] * p).sum() for site, p in ps.items()) for each in (sites.rows, worth))
+
+    codes, value = of(logits)
+    assert float(codes.detach()) == pytest.approx(target, rel=1e-5)
+    of_codes = torch.autograd.grad(codes, list(logits.values()), retain_graph=True)
+    assert max(float(own.abs().max()) for own in of_codes) < 1e-3  # no move changes them
+    found = dict(zip(logits, torch.autograd.grad(value, list(logits.values())), strict=True))
+    with torch.no_grad():
+        for site in ("blocks.0.mlp.m_in", "blocks.1.mlp.mid"):
+            at = int(found[site].abs().argmax())
+            up, down = (
+                {**logits, site: logits[site].index_add(0, torch.tensor([at]), torch.tensor([by]))}
+                for by in (0.05, -0.05)
+            )
+            slope = [float(list(of(one))[1]) for one in (up, down)]
+            assert (slope[0] - slope[1]) / 0.1 == pytest.approx(float(found[site][at]), rel=0.02)
+
+
+def test_an_offset_does_not_go_with_projection():
+    with pytest.raises(ValueError, match="goes with budget=penalty alone"):
+        toga.Config(budget="projection", offset=3.0)
 
 
 @pytest.mark.parametrize("module", [toga, salient, shares])

@@ -1,9 +1,11 @@
 """Masks of precision learnt by the loss of the whole model: which channels of every site are high, all others low.
 
 The weights stay as they are, in both formats. A hypernetwork gives a logit for each channel; of a sample of the masks
-the loss of a row of text is taken, and its gradient passes through the sample to the network. To the loss comes
-weight |log(h / target)|, where h is the share of the codes that are high in the sample. In the end the noise is left
-out, and the tiles of highest logits fill the budget.
+the loss of a row of text is taken, and its gradient passes through the sample to the network. The budget is held in
+one of two ways. As a penalty, weight |log(h / target)| is added to the loss, where h is the share of the codes that are
+high in the sample. By projection, all logits are moved by one number, so that h is the target in the mean; the
+gradient knows of the move, so that what one channel gains others lose. In the end the noise is left out, and the tiles
+of highest logits fill the budget.
 
 Only abstract and summaries of the paper could be read: constants are those of DISP-LLM's code, whose masks these
 are, or ours.
@@ -51,6 +53,7 @@ class Config(Masking):
     network: Literal["hypernetwork", "logits"] = "hypernetwork"  # paper; logits: a parameter for each channel
     estimator: Estimator = "reinmax"
     temperature: float | None = Field(default=None, gt=0)  # None: code, ReinMax 1 (microsoft), Gumbel 0.4 (DISP-LLM)
+    budget: Literal["penalty", "projection"] = "penalty"  # paper; ours, after RCO, arXiv:2605.00649
     offset: float | None = None  # added to logits; code (DISP-LLM): 3, nearly all high; ours, None: by the budget
     prior: float = Field(default=0.0, ge=0)  # ours: times the standard score of log diag H in its site, added to logits
     budget_weight: float = Field(default=6.0, ge=0)  # code (DISP-LLM)
@@ -65,6 +68,12 @@ class Config(Masking):
         ):
             side = "at least" if self.estimator == "reinmax" else "at most"
             raise ValueError(f"a temperature of {self.temperature:g}, but {self.estimator} wants {side} 1")
+        return self
+
+    @model_validator(mode="after")
+    def _check_offset(self) -> "Config":
+        if self.budget == "projection" and self.offset is not None:
+            raise ValueError("projection moves all logits to the budget: an offset goes with budget=penalty alone")
         return self
 
     @property
@@ -108,8 +117,8 @@ def learn(problem: Problem, config: Config, sites: Sites) -> dict[str, Float[Ten
     """The logits of every site's channels; a run that was broken off goes on from its stored state."""
     assert problem.masked is not None
     masked = problem.masked(config)
-    tiles = sites.fitting
-    target, start = sites.codes(tiles), _start(config, sites, sites.codes(tiles) / sites.all_codes)
+    target = sites.codes(sites.fitting)
+    start = _start(config, sites, target)
     network: nn.Module = (
         Hypernetwork(sites.channels, problem.seed) if config.network == "hypernetwork" else Logits(sites.channels)
     )
@@ -122,12 +131,17 @@ def learn(problem: Problem, config: Config, sites: Sites) -> dict[str, Float[Ten
         for step in range(len(log), config.steps):
             generator = torch.Generator().manual_seed(problem.seed * 1_000_003 + step)
             logits = {site: own + start[site] for site, own in network().items()}
+            if config.budget == "projection":
+                logits = _projected(logits, sites, target)
             masks = {site: sample(own, config.estimator, config.heat, generator) for site, own in logits.items()}
             loss, gradients = masked.gradients({site: mask.detach() for site, mask in masks.items()}, step)
             codes = torch.stack([sites.rows[site] * mask.sum() for site, mask in masks.items()]).sum()
             require_finite("the masks", step + 1, kept, ADVICE, loss=[torch.tensor(loss)], gradient=gradients.values())
             penalty = config.budget_weight * (codes.clamp(min=1) / max(target, 1)).log().abs()
-            torch.autograd.backward([*masks.values(), penalty], [*(gradients[site] for site in masks), None])
+            penalties = [penalty] if config.budget == "penalty" else []
+            torch.autograd.backward(
+                [*masks.values(), *penalties], [*(gradients[site] for site in masks), *(None for _ in penalties)]
+            )
             optimizer.step()
             optimizer.zero_grad()
             require_finite("the masks", step + 1, kept, ADVICE, parameter=parameters.values())
@@ -141,18 +155,32 @@ def learn(problem: Problem, config: Config, sites: Sites) -> dict[str, Float[Ten
         return {site: own + start[site] for site, own in network().items()}
 
 
-def _start(config: Config, sites: Sites, share: float) -> dict[str, Float[Tensor, " channels"]]:
-    """What is added to the network's logits: the prior, and an offset, by which this share of the codes is high."""
+def _start(config: Config, sites: Sites, target: int) -> dict[str, Float[Tensor, " channels"]]:
+    """What is added to the network's logits: the prior, and an offset, by which as many codes are high."""
     energies = {site: torch.tensor(own).clamp(min=1e-12).log() for site, own in sites.energies.items()}
     prior = {site: config.prior * (own - own.mean()) / own.std().clamp(min=1e-6) for site, own in energies.items()}
     if config.offset is not None:
         return {site: own + config.offset for site, own in prior.items()}
-    low, high = -20.0, 20.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        codes = sum(sites.rows[site] * float(torch.sigmoid(own + middle).sum()) for site, own in prior.items())
-        low, high = (middle, high) if codes < share * sites.all_codes else (low, middle)
-    return {site: own + low for site, own in prior.items()}
+    return _projected(prior, sites, target)
+
+
+def _projected(
+    logits: dict[str, Float[Tensor, " channels"]], sites: Sites, target: int
+) -> dict[str, Float[Tensor, " channels"]]:
+    """The logits, all moved by the number at which `target` codes are high in the mean, with its gradient."""
+    flat = torch.cat(list(logits.values()))
+    rows = torch.cat([flat.new_full((len(own),), sites.rows[site]) for site, own in logits.items()])
+    with torch.no_grad():
+        low, high = -40.0 - float(flat.max()), 40.0 - float(flat.min())
+        for _ in range(60):
+            middle = (low + high) / 2
+            codes = float((rows * torch.sigmoid(flat + middle)).sum(dtype=torch.float64))
+            low, high = (middle, high) if codes < target else (low, middle)
+        p = torch.sigmoid(flat + low)
+        slope = rows * p * (1 - p)  # of the codes by each logit
+        slope /= slope.sum().clamp(min=1e-12)
+    moved = flat + low - ((slope * flat).sum() - (slope * flat).sum().detach())
+    return dict(zip(logits, moved.split([len(own) for own in logits.values()]), strict=True))
 
 
 def _state(problem: Problem) -> Path:
