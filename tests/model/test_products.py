@@ -23,7 +23,7 @@ class Seen(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in products._PRODUCTS:
-            self.dtypes.append(args[-1].dtype)
+            self.dtypes.append(args[0].dtype)
         return func(*args, **(kwargs or {}))
 
 
@@ -74,9 +74,10 @@ def test_gradients_of_attention():
     for dtype, out, mode in ((torch.float32, exact, plain), (BF16, kept, plain), (BF16, found, RoundedProducts)):
         q, k, v, up = (one.to(dtype) for one in matrices((1, 2, 6, 8), (1, 2, 6, 8), (1, 2, 6, 8), (1, 2, 6, 8)))
         q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
-        with mode():
+        with Seen() as seen, mode():
             functional.scaled_dot_product_attention(q, k, v, is_causal=True).backward(up)
         out += [one.grad for one in (q, k, v)]
+        assert set(seen.dtypes) == {BF16 if out is kept else torch.float32}
     for a, b, c in zip(exact, found, kept, strict=True):
         assert b.dtype is BF16
         assert (b - a).norm() <= 1.05 * (c - a).norm() < 0.02 * a.norm()  # no worse than PyTorch's own in bf16

@@ -119,17 +119,18 @@ def test_the_budget_is_filled_by_whole_tiles_and_never_exceeded(tmp_path_factory
     assert task.limit - dearest < plan.found_by.nbytes <= task.limit
 
 
-def test_of_two_sites_with_the_same_logits_the_larger_is_not_left_behind(tmp_path):
+def test_a_channel_that_costs_more_is_not_left_behind(tmp_path):
     """A logit has the price of its channel in it: the threshold does not count it again."""
-    task = made(tmp_path)
-    sites = Sites(task, CONFIG)
-    logits = {site: torch.zeros(count) for site, count in sites.channels.items()}
+    sites = Sites(made(tmp_path), CONFIG)
     wide, narrow = "blocks.0.mlp.m_in", "blocks.0.mlp.mid"
     assert sites.rows[wide] > sites.rows[narrow]
+    none = dict.fromkeys(sites.channels, 0)
+    sites = Sites(made(tmp_path, limit=sites.sized(none | {wide: sites.channels[wide] // 16})), CONFIG)  # holds no more
+    logits = {site: torch.zeros(count) for site, count in sites.channels.items()}
     logits[wide] += 1.0
     logits[narrow] += 0.9
     high = high_of(sites.topped(logits, ""), sites)
-    assert len(high[wide]) == sites.channels[wide]
+    assert {site: len(own) for site, own in high.items() if own} == {wide: sites.channels[wide]}
 
 
 def test_filling_is_the_best_there_is(tmp_path):
@@ -319,6 +320,22 @@ def test_training_starts_at_the_budget_or_where_it_is_told(tmp_path, offset, pri
         assert not prior or own.argsort().tolist() == torch.tensor(energies()[site]).argsort().tolist()
 
 
+def test_the_penalty_holds_the_share_that_is_high(tmp_path):
+    """Where every channel is worth more than the penalty by all bits would take, and less than that by the share."""
+    config = CONFIG.model_copy(update={"steps": 100})
+    sites = Sites(made(tmp_path, config), config)
+    target = sites.codes(sites.fitting)
+    by_share, by_bits = 6 / target, 6 / target * (1 - sites.mixed.low.bits / sites.bits(target))
+    worth = {
+        site: torch.full((count,), sites.rows[site] * (by_share + by_bits) / 2)
+        for site, count in sites.channels.items()
+    }
+    task = made(tmp_path, config, masked=Invented(worth))
+    toga.search(task, config)
+    bits = [step["bits"] for step in toga.curve(task, config)]
+    assert abs(sum(bits[-50:]) / 50 - sites.bits(target)) < 0.1
+
+
 def test_projection_holds_the_budget_and_gradients_know_of_it(tmp_path):
     sites = Sites(made(tmp_path), CONFIG)
     target, generator = sites.codes(sites.fitting), torch.Generator().manual_seed(4)
@@ -344,6 +361,16 @@ def test_projection_holds_the_budget_and_gradients_know_of_it(tmp_path):
             )
             slope = [float(list(of(one))[1]) for one in (up, down)]
             assert (slope[0] - slope[1]) / 0.1 == pytest.approx(float(found[site][at]), rel=0.02)
+
+
+def test_projection_needs_no_penalty(tmp_path):
+    found = []
+    for weight in (0.0, 6.0):
+        config = CONFIG.model_copy(update={"budget": "projection", "budget_weight": weight, "steps": 5})
+        task = made(tmp_path / str(weight), config)
+        found.append(toga.learn(task, config, Sites(task, config)))
+    for site, logits in found[0].items():
+        assert torch.equal(logits, found[1][site])
 
 
 def test_an_offset_does_not_go_with_projection():

@@ -31,8 +31,8 @@ def computing(compute: torch.dtype) -> Iterator[None]:
 @contextmanager
 def products_in(compute: torch.dtype, device: str = "cpu") -> Iterator[None]:
     """Matrix products in `compute`, those of gradients too where they are taken inside."""
-    enabled = compute is torch.bfloat16
-    with torch.autocast(device, dtype=torch.bfloat16, enabled=enabled, cache_enabled=False), fast_bf16():
+    cast = torch.autocast(device, dtype=torch.bfloat16, enabled=compute is torch.bfloat16, cache_enabled=False)
+    with cast, fast_bf16() if device == "cpu" else nullcontext():
         yield
 
 

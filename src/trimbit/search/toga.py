@@ -179,7 +179,8 @@ def _projected(
         p = torch.sigmoid(flat + low)
         slope = rows * p * (1 - p)  # of the codes by each logit
         slope /= slope.sum().clamp(min=1e-12)
-    moved = flat + low - ((slope * flat).sum() - (slope * flat).sum().detach())
+    mean = (slope * flat).sum()
+    moved = flat + low - (mean - mean.detach())
     return dict(zip(logits, moved.split([len(own) for own in logits.values()]), strict=True))
 
 
