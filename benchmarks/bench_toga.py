@@ -185,8 +185,8 @@ class Toga(Bench):
         if kv_cache is not None:
             pack_cache(model, kv_cache)
         totals = torch.zeros(3, dtype=torch.float64)
-        for at, window in enumerate(windows):
-            totals += score(model, read_hidden(model, window), window, (dense, reference[str(at)]))
+        for at, (window, hidden) in enumerate(zip(windows, read_hidden(model, windows), strict=True)):
+            totals += score(model, hidden, window, (dense, reference[str(at)]))
         nll, kl, _ = (totals / (len(windows) * (CONTEXT - 1))).tolist()
         return {"ppl@2048": math.exp(nll), "kl": kl}
 

@@ -314,15 +314,16 @@ def test_the_error_falls_with_bits():
 
 def test_evaluation_reads_through_the_cache(small):
     model = AutoModelForCausalLM.from_pretrained(small[0], dtype=torch.float32)
-    window = tokens(1, 2 * READ_TOKENS + 9)[0]
-    found, cache = read_hidden(model, window), naive_cache(model, KV4)
-    for part, read in zip(window.split(READ_TOKENS), found.split(READ_TOKENS), strict=True):
-        with torch.no_grad():
-            want = model.get_decoder()(input_ids=part[None], past_key_values=cache).last_hidden_state[0]
-        torch.testing.assert_close(read, want, rtol=0, atol=1e-5)
-    exact = final_hidden(model, window)
-    torch.testing.assert_close(found[:READ_TOKENS], exact[:READ_TOKENS], rtol=0, atol=1e-5)
-    assert (found - exact)[READ_TOKENS:].abs().max() > 1e-3
+    windows = tokens(3, 2 * READ_TOKENS + 9)
+    for window, found in zip(windows, read_hidden(model, windows), strict=True):
+        cache = naive_cache(model, KV4)
+        for part, read in zip(window.split(READ_TOKENS), found.split(READ_TOKENS), strict=True):
+            with torch.no_grad():
+                want = model.get_decoder()(input_ids=part[None], past_key_values=cache).last_hidden_state[0]
+            torch.testing.assert_close(read, want, rtol=0, atol=1e-5)
+        exact = final_hidden(model, window)
+        torch.testing.assert_close(found[:READ_TOKENS], exact[:READ_TOKENS], rtol=0, atol=1e-5)
+        assert (found - exact)[READ_TOKENS:].abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("group", [9, 64])

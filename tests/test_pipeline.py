@@ -1,5 +1,6 @@
 """Whole runs on a tiny llama: within the budget, the same each time, loadable by plain transformers."""
 
+import itertools
 import json
 import math
 import shutil
@@ -16,7 +17,7 @@ from tiny import VOCAB
 from trimbit import preparation, trials
 from trimbit.artifact import weight_nbytes
 from trimbit.errors import ArtifactError, BudgetError, DataError, PlanError, RecipeError
-from trimbit.evaluate import evaluate
+from trimbit.evaluate import evaluate, final_hidden, read_hidden, score
 from trimbit.kv_cache import precision_of
 from trimbit.measure import background_of
 from trimbit.pipeline import compress, open_session
@@ -181,6 +182,33 @@ def test_another_cache_of_keys_and_values_tries_nothing_again(job, compressed, t
     assert load_plan(tmp_path / "small" / "plan.json") == packed
     assert (tmp_path / "small" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
     assert precision_of(AutoModelForCausalLM.from_pretrained(tmp_path / "small")) == packed.kv_cache
+
+
+@pytest.mark.parametrize("together", [1, 2, 3])
+def test_windows_that_are_read_together(job, tmp_path, monkeypatch, together):
+    """Through a packed cache: the same as one after the other; the first is read by itself."""
+    out, told, read = tmp_path / "small", [], []
+    packed = {"bits": 2, "sink_tokens": 1, "recent_tokens": 8}
+    compress(session(job, f"kv_cache={json.dumps(packed)}"), Budget.parse(BUDGET), out)
+
+    def reading(model, windows):
+        read.append(len(windows))
+        return read_hidden(model, windows)
+
+    monkeypatch.setattr("trimbit.evaluate.READ_WINDOWS", together)
+    monkeypatch.setattr("trimbit.evaluate.read_hidden", reading)
+    found = evaluate(
+        out, job.text, context=48, limit=4, against=job.model, dtype=torch.float32, progress=lambda *at: told.append(at)
+    )
+    assert read == {1: [1, 1, 1, 1], 2: [1, 2, 1], 3: [1, 3]}[together]
+    assert told == [(done, 4) for done in itertools.accumulate(read)]
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    original = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
+    ids = torch.tensor([int(word[1:]) for word in job.text.read_text().split()])[: 4 * 48].view(4, 48)
+    sums = sum(
+        score(model, read_hidden(model, row[None])[0], row, (original, final_hidden(original, row))) for row in ids
+    )
+    assert [math.log(found.ppl), found.kl] == pytest.approx((sums[:2] / (4 * 47)).tolist(), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["uniform-rtn", "uniform-gptq", "knapsack-nopruning"])

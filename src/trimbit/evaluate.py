@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
@@ -31,6 +31,7 @@ from trimbit.progress import Progress
 
 log = logging.getLogger(__name__)
 READ_TOKENS = 32  # ours: half of the default `recent_tokens`
+READ_WINDOWS = 8  # ours: of so few tokens, read together: every read dequantises all weights
 
 
 class Evaluation(Data):
@@ -122,16 +123,19 @@ def evaluate(
     widths = load_plan(path / artifact.PLAN_FILE).widths if _compressed(path) else {}
     reference, peak = None, 0
     totals, seconds = torch.zeros(3, dtype=torch.float64), 0.0
-    for at, window in enumerate(windows):
+    together = READ_WINDOWS if precision is not None else 1
+    for at in (0, *range(1, len(windows), together)):
+        part = windows[at : at + together] if at else windows[:1]
         started = time.perf_counter()
-        hidden = read_hidden(model, window)
+        hidden = read_hidden(model, part)
         seconds += time.perf_counter() - started
-        if at == 0:  # before the original takes memory, too
+        if at == 0:  # of one window, and before the original takes memory, too
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             reference = load_model(against, dtype) if against is not None else None
-        beside = (reference, final_hidden(reference, window)) if reference is not None else None
-        totals += score(model, hidden, window, beside)
-        progress(at + 1, len(windows))
+        for window, own in zip(part, hidden, strict=True):
+            beside = (reference, final_hidden(reference, window)) if reference is not None else None
+            totals += score(model, own, window, beside)
+        progress(at + len(part), len(windows))
     scored = windows.shape[0] * (context - 1)
     nll, kl, top1 = (totals / scored).tolist()
     nbytes = artifact.weight_nbytes(path) if path.is_dir() else path.stat().st_size
@@ -181,21 +185,23 @@ def _config(path: Path) -> Any:  # noqa: ANN401
 
 
 @torch.inference_mode()
-def read_hidden(model: PreTrainedModel, window: Int[Tensor, " length"]) -> Tensor:
-    """The head's input for each token of a window, through the cache where that is quantised.
+def read_hidden(
+    model: PreTrainedModel, windows: Int[Tensor, "windows length"]
+) -> Float[Tensor, "windows length hidden"]:
+    """The head's input for each token of some windows, through the cache where that is quantised.
 
-    A window is then read `READ_TOKENS` at a time: next to generating, a token sees up to READ_TOKENS - 1 more of the
+    They are then read `READ_TOKENS` at a time: next to generating, a token sees up to READ_TOKENS - 1 more of the
     tokens before it unquantised.
     """
     if precision_of(model) is None:
-        return final_hidden(model, window)
+        return torch.stack([final_hidden(model, window) for window in windows])
     cache, decoder = cache_for(model), model.get_decoder()
     with fast_bf16():
         parts = [
-            decoder(input_ids=part[None], past_key_values=cache, use_cache=True).last_hidden_state[0]
-            for part in window.split(READ_TOKENS)
+            decoder(input_ids=part, past_key_values=cache, use_cache=True).last_hidden_state
+            for part in windows.split(READ_TOKENS, dim=1)
         ]
-    return torch.cat(parts)
+    return torch.cat(parts, dim=1)
 
 
 @torch.inference_mode()
