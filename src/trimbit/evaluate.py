@@ -53,7 +53,7 @@ class Evaluation(Data):
     weight_nbytes: int
     bits_per_weight: float | None  # 8 * weight_nbytes / parameters of the original
     peak_rss_nbytes: int  # of the process, without the original
-    prefill_tokens_per_second: float  # of the windows as they were read, see `read_hidden`
+    prefill_tokens_per_second: float  # of windows as they were read: through a packed cache READ_WINDOWS together
     decode_tokens_per_second: float
     dtype: str
     hardware: str

@@ -102,3 +102,12 @@ def test_only_where_there_are_no_bf16_instructions(monkeypatch, capability, dtyp
     with Seen() as seen, products_in(torch.float32):
         assert torch.equal(functional.linear(x, w), x @ w.T)
     assert set(seen.dtypes) == {torch.float32}
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+def test_not_for_a_gpu_whatever_its_host(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    x, w = matrices((6, 40), (9, 40))
+    with Seen() as seen, products_in(BF16, "cuda"):
+        x @ w.T
+    assert set(seen.dtypes) == {BF16}
