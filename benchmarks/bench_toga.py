@@ -37,9 +37,10 @@ from trimbit.model.cache_size import cache_nbytes
 from trimbit.pipeline import Session, open_session
 from trimbit.precision import KVPrecision
 from trimbit.progress import Progress, Silent
+from trimbit.quant import gptq, rtn
 from trimbit.recipe import load_recipe
 from trimbit.runtime import PackedLinear
-from trimbit.search.mixed import Sites
+from trimbit.search.mixed import Sites, as_masks
 from trimbit.search.toga import learn
 
 RESULTS = HERE / "results" / "toga.json"
@@ -88,16 +89,20 @@ OPTIONS = {  # at W1.6A16, in fewer steps: what of the masks' training differs f
     "a penalty": ("search.budget=penalty",),
     "Gumbel": ("search.estimator=gumbel", "search.temperature=0.4"),
     "KL": ("search.loss=kl",),
+    "rounded to nearest": ("search.versions=nearest",),
     "GPTQ's versions": ("search.versions=quant",),
     "no hypernetwork": ("search.network=logits", "search.learning_rate=0.05"),
     "a penalty, from nearly all high": ("search.budget=penalty", "search.offset=3.0"),
 }
-MODES = {  # of the masks' training: what it costs, never what it finds
-    "packed, blocks run twice": ("search.dense=false", "search.checkpointing=true"),
-    "packed": ("search.dense=false", "search.checkpointing=false"),
-    "dense, blocks run twice": ("search.dense=true", "search.checkpointing=true"),
-    "dense": ("search.dense=true", "search.checkpointing=false"),
-}
+FAST = ("search.dense=true", "search.checkpointing=false")  # the same masks, in more memory
+MODES = {  # of the masks' training, and what each costs
+    "expected errors, blocks run twice": ("search.checkpointing=true",),
+    "expected errors": ("search.checkpointing=false",),
+    "two roundings, packed, blocks run twice": (
+        "search.versions=nearest", "search.dense=false", "search.checkpointing=true",
+    ),
+    "two roundings, dense": ("search.versions=nearest", "search.dense=true", "search.checkpointing=false"),
+}  # fmt: skip
 CLAIMS = {  # of the abstract, on larger models and against its own baselines
     "W3.2A3.2": "up to 21 % lower than weight-activation methods",
     "W1.6A16": "59 % and 85 % lower than weight-only methods at 1 to 3 bits",
@@ -108,7 +113,7 @@ CLAIMS = {  # of the abstract, on larger models and against its own baselines
 WITH_ALL = ("W3.2A3.2", "W1.6A16", "W2A16")  # where channels at random, and shares by measured KL, are tried, too
 WITH_KV4 = ("diag H", "learnt")  # the methods that are tried with keys and values in 4 bits, too
 OPTION_STEPS = 200
-PARTS = ("settings", "kv", "options", "cost")
+PARTS = ("settings", "kv", "options", "errors", "cost")
 SEEN = r"as the search sees them: KL ([0-9.]+)"  # in the notes of a plan
 STEPS, ROUNDS = 6, 2  # of each mode whose cost is measured
 
@@ -137,7 +142,7 @@ class Toga(Bench):
 
     def opened(self, recipe: str, overrides: tuple[str, ...] = ()) -> Session:
         masked = recipe.startswith("toga") or "search.name=shares" in overrides
-        fast = MODES["dense"] if masked else ()  # the same masks
+        fast = FAST if masked else ()
         loaded = load_recipe(recipe, (*fast, *overrides, "calibration.training=150"))
         return open_session(self.off_grid(0), loaded, calibration=str(self.folder / TRAIN), seed=0)
 
@@ -202,6 +207,34 @@ class Toga(Bench):
         model = load_model(WORK / "toga", torch.bfloat16)
         return found | {"cache_nbytes": cache_nbytes(model.config, {}, precision_of(model), CONTEXT)}
 
+    def errors(self, setting: str) -> dict:
+        """E |(W - Q) x|^2 of one weight a site, GPTQ's and that of rounding to nearest, each over what is expected.
+
+        The high channels are diag H's, and x is the input in the dense model.
+        """
+        session = self.opened(SETTINGS[setting][1])
+        config, problem = session.search[1], session.problem(session.limit(None))
+        sites, masked = Sites(problem, config), session.masked(config)
+        plan = sites.plan({site: sites.largest(site, tiles) for site, tiles in sites.fitting.items()}, "diag H")
+        masks = as_masks(sites.high(plan), sites)
+        found: dict[str, dict[str, list[float]]] = {}
+        for site in sites.channels:
+            name, layer, chosen = session.layout.readers(site)[0].name, masked.layers[site][0], masks[site] > 0
+            w, h = session.checkpoint.tensor(f"{name}.weight").float(), session.stats.moments(site).h
+            means = h.diagonal().to(layer.weight)
+            expected = (layer.low.variance(means, ~chosen) + layer.high.variance(means, chosen)).double().sum()
+            order, runs = torch.tensor(plan.orders[site]), plan.weights[name]
+            moments, w = session.stats.moments(site).at(order), w[:, order]
+            made = {
+                "GPTQ": gptq.quantize(w, moments, runs, gptq.Config()),
+                "rounded to nearest": rtn.quantize(w, None, runs, rtn.Config(scales="mse")),
+            }
+            own = found.setdefault(site.split(".", 2)[2], {kind: [] for kind in made})
+            for kind, q in made.items():
+                errors = (w - q.dequantize()).double()
+                own[kind].append(round(float(((errors @ moments.h.double()) * errors).sum() / expected), 4))
+        return {"ratios": found}
+
     def cost(self) -> dict:
         """Seconds of a whole step of 512 tokens in each mode, in turns, and its peak bytes above the imports'."""
         seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
@@ -258,6 +291,7 @@ def write_page(results: dict) -> None:
         "options": lambda r: texts_table(
             r, "masks", {"diag H": "settings/W1.6A16/diag H", **{one: f"options/{one}" for one in OPTIONS}}
         ),
+        "errors": errors_table,
         "cost": cost_table,
     }
     for part, rows in parts.items():
@@ -341,7 +375,18 @@ def cost_table(results: dict) -> list[str]:
          f"{cell['peaks'][kind] / 1e6:.0f}"]
         for kind, own in each.items()
     ]  # fmt: skip
-    return table(["both versions, activations", "seconds a step, median", "range", "ratio", "peak, MB"], rows)
+    return table(["while masks are learnt", "seconds a step, median", "range", "ratio", "peak, MB"], rows)
+
+
+def errors_table(results: dict) -> list[str]:
+    """Medians over blocks, and the range."""
+    rows = []
+    for setting in WITH_ALL:
+        for site, kinds in results.get(f"errors/{setting}", {}).get("ratios", {}).items():
+            ratios = (f"{median(own):.2f} ({min(own):.2f} to {max(own):.2f})" for own in kinds.values())
+            rows.append([setting, site, *ratios])
+    heads = ["setting", "site", "GPTQ / expected", "rounded to nearest / expected"]
+    return table(heads, rows or [["not run", *[""] * (len(heads) - 1)]])
 
 
 def draw_bits(results: dict) -> None:
@@ -413,6 +458,9 @@ def main() -> None:
             bench.cell(
                 f"options/{option}", lambda o=(*own, f"search.steps={OPTION_STEPS}"): bench.run("toga-q-w1.6a16", o)
             )
+    if "errors" in options.only:
+        for setting in WITH_ALL:
+            bench.cell(f"errors/{setting}", lambda s=setting: bench.errors(s))
     if "cost" in options.only:
         bench.cell("cost", bench.cost)
     write_page(bench.results)

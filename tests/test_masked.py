@@ -5,9 +5,11 @@ import torch
 from torch.nn import functional
 
 from trimbit.errors import RecipeError
-from trimbit.masked import MaskedLinear
+from trimbit.masked.expected import squares
+from trimbit.masked.inputs import MaskedLinear
 from trimbit.pipeline import open_session
 from trimbit.plan import load_plan
+from trimbit.quant import gptq
 from trimbit.recipe import Recipe, Step
 from trimbit.search.mixed import Sites
 
@@ -29,6 +31,10 @@ def recipe(**params):
 
 def session(job, **params):
     return open_session(job.model, recipe(**params), calibration=str(job.text), seed=3)
+
+
+def gradients(model, masks, step):
+    return model.gradients(masks, step, torch.Generator().manual_seed(step))
 
 
 @pytest.mark.parametrize("acts", [{}, ACTS], ids=["weights", "activations, too"])
@@ -57,11 +63,11 @@ def test_gradients_are_those_of_the_formula(job, monkeypatch, acts, loss):
         site: (torch.rand(len(layers[0].inputs.order), generator=generator) < 0.5).float()
         for site, layers in model.layers.items()
     }
-    value, gradients = model.gradients(masks, 1)
+    value, found = gradients(model, masks, 1)
     model.checkpointing = False
-    plain_value, plain = model.gradients(masks, 1)
+    plain_value, plain = gradients(model, masks, 1)
     assert plain_value == value
-    assert all(torch.equal(plain[site], own) for site, own in gradients.items())
+    assert all(torch.equal(plain[site], own) for site, own in found.items())
     assert all(
         layer.inputs.last is None for layers in model.layers.values() for layer in layers
     )  # or checkpointing is in vain
@@ -98,8 +104,8 @@ def test_gradients_are_those_of_the_formula(job, monkeypatch, acts, loss):
     assert value == pytest.approx(float(want.detach()), rel=1e-4)
     want.backward()
     for site, leaf in leaves.items():
-        torch.testing.assert_close(gradients[site], leaf.grad, rtol=2e-3, atol=2e-6, msg=site)
-    assert len(gradients) == 12
+        torch.testing.assert_close(found[site], leaf.grad, rtol=2e-3, atol=2e-6, msg=site)
+    assert len(found) == 12
 
 
 @pytest.mark.parametrize("acts", [{}, ACTS], ids=["weights", "activations, too"])
@@ -110,13 +116,14 @@ def test_kept_dense_they_give_the_same(job, acts):
         model = made.masked(made.search[1])
         assert all((layer.low.packed is None) == dense for layers in model.layers.values() for layer in layers)
         masks = {site: torch.arange(len(own[0].inputs.order)) % 3 // 2 for site, own in model.layers.items()}
-        found.append(model.gradients({site: mask.float() for site, mask in masks.items()}, 0))
+        found.append(gradients(model, {site: mask.float() for site, mask in masks.items()}, 0))
     assert found[0][0] == found[1][0]
     assert all(torch.equal(own, found[1][1][site]) for site, own in found[0][1].items())
 
 
-def test_what_is_tried_around_a_background_is_judged_as_if_alone(job):
-    made = session(job, loss="kl")  # so that the original's answers on these rows are there
+@pytest.mark.parametrize("kind", ["nearest", "expected"])
+def test_what_is_tried_around_a_background_is_judged_as_if_alone(job, kind):
+    made = session(job, loss="kl", versions=kind)  # so that the original's answers on these rows are there
     model = made.masked(made.search[1])
     zeros = {site: torch.zeros(len(own[0].inputs.order)) for site, own in model.layers.items()}
     tried = [zeros] + [zeros | {site: torch.ones(len(zeros[site]))} for site in zeros] + [zeros]
@@ -131,16 +138,156 @@ def test_what_is_tried_around_a_background_is_judged_as_if_alone(job):
     assert len({found.kl for found in around}) == len(zeros) + 1
 
 
+def test_squares_are_a_mean_for_each_row_and_group_times_a_factor_for_each_column(generator):
+    rows = torch.rand(6, 3, generator=generator)
+    cols = torch.rand(80, generator=generator)
+    separable = (rows.repeat_interleave(32, 1)[:, :80] * cols).sqrt()
+    for group in (32, None):
+        errors = separable if group else (rows[:, :1] * cols).sqrt()
+        found = squares(errors, group)
+        torch.testing.assert_close(found.rows @ found.cols.T, errors.square())
+    errors = torch.randn(6, 80, generator=generator)
+    errors[2, :32] = errors[:, 64:] = 0  # a group without errors, in one row and in all
+    found = squares(errors, 32)
+    product = found.rows @ found.cols.T
+    torch.testing.assert_close(product.sum(0), errors.square().sum(0))
+    for part, want in zip(product.split(32, 1), errors.square().split(32, 1), strict=True):
+        torch.testing.assert_close(part.sum(1), want.sum(1))
+
+
+def expected_layer(job, **params):
+    made = session(job, versions="expected", **params)
+    model = made.masked(made.search[1])
+    layer = model.layers["blocks.1.mlp.mid"][0]
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(5, layer.weight.shape[1], generator=generator)
+    mask = (torch.rand(layer.weight.shape[1], generator=generator) < 0.5).float()
+    return made, layer, x, mask
+
+
+FORMATS = {"as they are": {}, "not sorted": {"sort": False}, "rows": {"low": "int3row", "high": "int8row"}}
+
+
+@pytest.mark.parametrize("more", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("acts", [{}, ACTS], ids=["weights", "activations, too"])
+def test_expected_errors_have_the_mean_and_the_variance_of_the_formula(job, acts, more):
+    made, layer, x, mask = expected_layer(job, **acts, **more)
+    site, name = "blocks.1.mlp.mid", made.layout.readers("blocks.1.mlp.mid")[0].name
+    weight = made.checkpoint.tensor(f"{name}.weight").float()
+    order, h = layer.inputs.order, made.stats.moments(site).h
+    ranked = h.diagonal().argsort()  # GPTQ's: all that is low, then a fourth that is high
+    high = round(0.25 * len(order))
+    left = gptq.uncompensated(h[ranked][:, ranked], (len(order) - high, high), gptq.Config())[ranked.argsort()]
+    layer.inputs.mask = mask
+    low, high = layer.inputs(x)
+    mixed, variance = torch.where(mask > 0.5, high, low), 0
+    for kind, chosen in (("low", mask < 0.5), ("high", mask > 0.5)):
+        near = session(job, versions="nearest", **acts, **more)
+        version = getattr(near.masked(near.search[1]).layers[site][0], kind).dense(torch.float32)
+        found = squares(((weight - version) * left)[:, order], None if "low" in more else 32)
+        variance = variance + (mixed * chosen).square() @ (found.rows @ found.cols[order.argsort()].T).T
+    draws = []
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3000):
+        layer.draw(generator)
+        layer.inputs.last = None
+        draws.append(layer(x))
+    draws = torch.stack(draws)
+    torch.testing.assert_close(
+        draws.mean(0), mixed @ weight.T, rtol=0, atol=5 * float(variance.max().sqrt()) / 3000**0.5
+    )
+    torch.testing.assert_close(draws.var(0), variance, rtol=0.2, atol=0)
+    assert float(draws.var(0).mean() / variance.mean()) == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("acts", [{}, ACTS], ids=["weights", "activations, too"])
+def test_gradients_of_expected_errors_are_those_of_the_formula(job, acts):
+    _, layer, x, mask = expected_layer(job, **acts)
+    layer.draw(torch.Generator().manual_seed(7))
+    xi = torch.randn(5, len(layer.weight), generator=torch.Generator().manual_seed(layer.seed))
+    weights = torch.randn(xi.shape, generator=torch.Generator().manual_seed(1))
+    leaves = [x.clone().requires_grad_(), mask.clone().requires_grad_()]
+    layer.inputs.mask = leaves[1]
+    (layer(leaves[0]) * weights).sum().backward()
+
+    plain = [x.clone().requires_grad_(), mask.clone().requires_grad_()]
+    layer.inputs.mask = mask
+    rounded = [plain[0] + (own - plain[0]).detach() for own in layer.inputs(x)]
+    shares = (1 - plain[1], plain[1])
+    mean = sum(share * own for share, own in zip(shares, rounded, strict=True)) @ layer.weight.T
+    variance = sum(
+        (share * own.square()) @ noise.cols @ noise.rows.T
+        for share, own, noise in zip(shares, rounded, (layer.low, layer.high), strict=True)
+    )
+    ((mean + xi * variance.sqrt()) * weights).sum().backward()
+    for leaf, want in zip(leaves, plain, strict=True):
+        torch.testing.assert_close(leaf.grad, want.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_no_error_has_no_noise_and_no_gradient_from_it(job):
+    """Where all channels are high, in a format without rounding."""
+    _, layer, x, mask = expected_layer(job, high="bf16")
+    layer.draw(torch.Generator().manual_seed(7))
+    layer.inputs.mask = torch.ones_like(mask).requires_grad_()
+    x.requires_grad_()
+    y = layer(x)
+    torch.testing.assert_close(y, x @ layer.weight.T)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand_as(x))
+    assert not layer.inputs.mask.grad.any()
+
+
+@pytest.mark.parametrize("kind", ["nearest", "expected"])
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_bf16_on_a_cpu_with_instructions_for_it_or_without(job, monkeypatch, kind, capability):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    found = []
+    for compute in ("bfloat16", "float32"):
+        own = recipe(versions=kind, loss="kl", **ACTS).model_copy(update={"compute": compute})
+        made = open_session(job.model, own, calibration=str(job.text), seed=3)
+        model = made.masked(made.search[1])
+        native = torch.bfloat16 if (compute, capability) == ("bfloat16", "AVX512") else torch.float32
+        assert model.layers["blocks.1.mlp.mid"][0].inputs.compute is native
+        masks = {site: (torch.arange(len(own[0].inputs.order)) % 2).float() for site, own in model.layers.items()}
+        found.append((model.damage(masks).nll, model.damage(masks, 1).nll, gradients(model, masks, 0)[0]))
+    assert found[0] == pytest.approx(found[1], rel=0.1)
+
+
+def test_noise_is_a_row_s_own_and_comes_again(job):
+    made = session(job, versions="expected", loss="kl", batch=2)
+    model = made.masked(made.search[1])
+    masks = {site: torch.zeros(len(layers[0].inputs.order)) for site, layers in model.layers.items()}
+    judged = model.damage(masks)
+    first = gradients(model, masks, 0)
+    assert model.damage(masks) == judged
+    model.checkpointing = False
+    again = gradients(model, masks, 0)
+    assert again[0] == first[0]
+    assert all(torch.equal(own, first[1][site]) for site, own in again[1].items())
+    model.rows, generator = model.rows[:1], torch.Generator().manual_seed(0)
+    twice = gradients(model, masks, 0)[0]
+    model.batch = 1
+    each = [model.gradients(masks, 0, generator)[0] for _ in range(2)]
+    assert each[0] != each[1]
+    assert twice == pytest.approx(sum(each) / 2, rel=1e-6)
+    model.held_out = model.rows[:1].expand(2, -1)
+    generators = []
+    model._draw = lambda generator: generators.append(generator.initial_seed())
+    model.damage(masks)
+    model.damage(masks, 1)
+    assert generators == [0, 1, 0, 0]  # the first is for the background
+
+
 def test_every_step_takes_the_next_rows(job):
     made = session(job, batch=2)
     model = made.masked(made.search[1])
     assert model.rows.shape == (6, 16)  # 3 rows of 32
     assert set(map(tuple, model.rows.tolist())).isdisjoint(map(tuple, made.tokens.tokens.view(-1, 16).tolist()))
     masks = {site: torch.ones(len(layers[0].inputs.order)) for site, layers in model.layers.items()}
-    values = [model.gradients(masks, step)[0] for step in range(4)]
+    values = [gradients(model, masks, step)[0] for step in range(4)]
     assert values[0] == values[3] != values[1]
     model.batch = 6
-    assert model.gradients(masks, 0)[0] == pytest.approx(sum(values[:3]) / 3, rel=1e-5)
+    assert gradients(model, masks, 0)[0] == pytest.approx(sum(values[:3]) / 3, rel=1e-5)
 
 
 def test_the_versions_are_the_quantiser_s_if_asked(job):
@@ -151,23 +298,28 @@ def test_the_versions_are_the_quantiser_s_if_asked(job):
 
 
 def replace_quant(made):
-    from trimbit.quant import gptq
-
     made.recipe = made.recipe.model_copy(update={"quant": Step(name="gptq")})
     return gptq, gptq.Config()
 
 
 @pytest.mark.parametrize("acts", [{}, ACTS], ids=["weights", "activations, too"])
-def test_the_whole_job(job, tmp_path, acts):
+@pytest.mark.parametrize("kind", ["nearest", "expected"])
+def test_the_whole_job(job, tmp_path, acts, kind):
     """Within its budget; the file is what the plan says; the packed model is near what the search saw."""
-    made = session(job, **acts)
+    own = recipe(versions=kind, **acts)
+    if kind == "expected":  # of GPTQ, on text enough for its H
+        rows = own.calibration.model_copy(update={"rows": 24})
+        own = own.model_copy(update={"quant": Step(name="gptq"), "calibration": rows})
+    made = open_session(job.model, own, calibration=str(job.text), seed=3)
     plan = made.find_plan(None)
     written = made.write(plan, tmp_path / "out")
     limit = made.limit(None)
     assert (tmp_path / "out/model.safetensors").stat().st_size == written.found_by.nbytes <= limit
     assert load_plan(tmp_path / "out/plan.json") == written
     kl = float(written.found_by.notes[0].split("KL ")[1].split(",")[0])
-    assert written.found_by.measured_damage == pytest.approx(kl, rel=0.3)  # groups restart at the high channels
+    assert written.found_by.measured_damage == pytest.approx(
+        kl, rel=0.3
+    )  # groups restart at the high channels, or GPTQ rounds
     lines = (tmp_path / "out/training.csv").read_text().splitlines()
     assert lines[0] == "step,loss,bits,temperature"
     assert len(lines) == 7
@@ -211,6 +363,7 @@ def test_what_decides_the_masks_is_in_their_key(job):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_gpu_gives_the_same_gradients(job, monkeypatch):
+    """Of rounded versions: noise is another on another kind of device."""
     made = session(job, **ACTS)
     found = []
     for gpu in (True, False):
@@ -221,6 +374,6 @@ def test_a_gpu_gives_the_same_gradients(job, monkeypatch):
             site: (torch.rand(len(layers[0].inputs.order), generator=generator) < 0.5).float()
             for site, layers in model.layers.items()
         }
-        found.append(model.gradients(masks, 0))
+        found.append(gradients(model, masks, 0))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-3)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=0.05, atol=1e-4)

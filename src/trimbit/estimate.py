@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from trimbit.model.products import fast_bf16
+from trimbit.model.products import fast_bf16, native
 from trimbit.pipeline import Session
 from trimbit.plan import Budget
 from trimbit.search.hypernetwork import HIDDEN
@@ -56,17 +56,19 @@ def estimate(session: Session, budget: Budget | None) -> list[tuple[str, str]]:
 
 
 def _masking_nbytes(session: Session) -> int:
-    """Both versions, the tables, what a row leaves for the backward pass, the hypernetwork with AdamW's moments."""
+    """Both formats or the weights, the tables, what a row leaves for the backward pass, the hypernetwork and AdamW."""
     layout, config = session.layout, session.search[1]
     tables = sum(w.rows * w.cols for w in layout.weights.values() if not layout.readers(w.site))
     codes = sum(w.rows * w.cols for w in layout.weights.values()) - tables
-    versions = codes * (config.low.bits + config.high.bits) / 8
+    each = 4 if config.dense else (config.low.bits + config.high.bits) / 8
+    if config.versions == "expected":
+        each = native(session.compute, "cuda" if torch.cuda.is_available() else "cpu").itemsize
     width = 16 * layout.sizes["hidden"] + 8 * layout.sizes["mid"]
     kept = layout.blocks * (4 * layout.sizes["hidden"] if config.checkpointing else 2 * width) + 2 * width
     channels = sum(
         layout.readers(site)[0].cols for site in {w.site for w in layout.weights.values()} if layout.readers(site)
     )
-    nbytes: float = versions + 4 * tables + config.length * kept + 16 * 2 * HIDDEN * channels
+    nbytes: float = codes * each + 4 * tables + config.length * kept + 16 * 2 * HIDDEN * channels
     return round(nbytes)
 
 
@@ -94,9 +96,11 @@ def _seconds(session: Session, tokens: int, block: int) -> float:
         tried = search.optimiser.trials + (search.optimiser.smaller if search.engine == "bayes" else 0)
         work += tried * (judged + asked + applied + goal.steps * step)
     config = session.search[1]
-    if isinstance(config, Masking):  # forward, twice if checkpointed, and back, and the head
+    if isinstance(config, Masking):  # forward, twice if checkpointed, and back, for two versions twice, and the head
         tokens_seen = config.batch * config.length * layout.parameters
-        work += (5.0 if config.checkpointing else 4.0) * getattr(config, "steps", 0) * tokens_seen
+        work += (
+            (3.0 + config.checkpointing + (config.versions != "expected")) * getattr(config, "steps", 0) * tokens_seen
+        )
         tried = 4 * layout.blocks * len(getattr(config, "factors", ()))
         work += tried * config.rows * config.length * layout.parameters
     if session.calibration == "self":

@@ -16,6 +16,7 @@ from trimbit.judging import Judging
 from trimbit.measure import background_of, measure
 from trimbit.measurements import Background, Measurements
 from trimbit.model.load import open_checkpoint
+from trimbit.model.products import native
 from trimbit.pareto import Trial, best, picture, require_plot, table
 from trimbit.plan import Budget, Plan, digest
 from trimbit.preparation import Preparation
@@ -68,8 +69,10 @@ class Session(Preparation):
         weights: object = self.candidates.folder.name
         if isinstance(config, Masking):
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            method = self.plain(self.recipe.quant) if config.versions == "quant" else None
-            weights = [self.training.digest, method, self.plain(self.recipe.lowrank), device]
+            kind = [device, str(native(self.compute, device))]
+            sweep = self.sweep.model_dump(mode="json") if config.versions == "expected" else None
+            method = self.plain(self.recipe.quant) if config.versions == "quant" else sweep
+            weights = [self.training.digest, method, self.plain(self.recipe.lowrank), *kind]
         shared = [source_digest(), self.stats_key, weights, held_out, want]
         steps = [module.identity(config), self.plain(self.recipe.importance), self.space.model_dump(mode="json")]
         if objective is not None and objective.steps:

@@ -7,7 +7,7 @@ import importlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,7 +26,8 @@ from trimbit.distillation import original_of
 from trimbit.errors import ArtifactError, DataError, RecipeError
 from trimbit.information import layer_information
 from trimbit.instructions import from_instructions, from_rows
-from trimbit.masked import MaskedModel, both_versions, of_length
+from trimbit.masked.layers import Layers
+from trimbit.masked.model import MaskedModel, of_length
 from trimbit.measurements import Objective, Space
 from trimbit.model.checkpoint import Checkpoint
 from trimbit.model.layout import Layout, build_layout
@@ -35,7 +36,7 @@ from trimbit.model.whole import WholeModel
 from trimbit.plan import ModelRef, digest
 from trimbit.progress import Progress, Reporter, Silent
 from trimbit.prune import kept_widths, protected
-from trimbit.quant import rtn
+from trimbit.quant import gptq, rtn
 from trimbit.ranking import by_gradients, by_moments, require_samples
 from trimbit.recipe import Recipe, Step, step_config
 from trimbit.recovery import Recovery
@@ -396,6 +397,12 @@ class Preparation:
             refits=self.repair is not None,
         )
 
+    @property
+    def sweep(self) -> gptq.Config:
+        """The GPTQ whose errors a search expects: the recipe's, or one as it comes."""
+        module, config = self.quant
+        return config if module is gptq else gptq.Config()
+
     def masked(self, config: Masking) -> MaskedModel:
         """The model with a search's two formats in every weight."""
         if self._masked is None or self._masked[0] != config:
@@ -411,7 +418,7 @@ class Preparation:
         }
         code = source_digest("quant", "kernels", "candidates.py", "apply.py", "linalg.py")
         quant = self.plain(self.recipe.quant) if config.versions == "quant" else None
-        key = digest([code, self.stats_key, config.versions, config.sort, quant])
+        key = digest([code, self.stats_key, config.sort, quant])
         candidates = CandidateWeights(
             self.stream.checkpoint, self.layout, self.stats, method, self.cache / "candidates" / key, {}, None,
             orders=orders,
@@ -420,9 +427,9 @@ class Preparation:
         with self.reporter.stage("the original's answers") as progress:
             distilled = [*held_out, *(rows if config.loss == "kl" else rows[: config.rows])]
             original = original_of(self.original, distilled, self.originals, progress)
-        with self.reporter.stage("both versions of the weights") as progress:
-            versions = partial(both_versions, candidates, config, orders)
-            return MaskedModel(self.stream, versions, rows, held_out, original, config, progress)
+        with self.reporter.stage("both formats of the weights") as progress:
+            layers = Layers(candidates, config, orders, self.sweep)
+            return MaskedModel(self.stream, layers, rows, held_out, original, config, progress)
 
     @property
     def originals(self) -> Path:

@@ -65,6 +65,26 @@ def test_a_correlated_h_trades_weight_error_for_output_error(formats, act_order,
     assert (q - w).square().sum() > (r - w).square().sum()
 
 
+@pytest.mark.parametrize("name", ["int3g32", "int4row", "ternaryg32"])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_what_is_left_of_the_errors_foretells_the_output_s(name, act_order, generator):
+    w, h, formats = (
+        torch.randn(300, 80, generator=generator),
+        correlated(80, generator),
+        runs((72, name), (8, "int8row")),
+    )
+    config = gptq.Config(act_order=act_order, weighted_scales=False)
+    q, r = gptq.quantize(w, moments(h), formats, config), rtn.quantize(w, None, formats, rtn.Config(scales="mse"))
+    left = gptq.uncompensated(h, (72, 8), config)
+    assert bool((left <= 1).all())
+    expected = float((((w - r.dequantize()) * left).double().square().sum(0) * h.diagonal()).sum())
+    assert output_error(w - q.dequantize(), h) == pytest.approx(expected, rel=0.3)
+    assert output_error(w - r.dequantize(), h) > 1.7 * expected
+    alone = gptq.uncompensated(torch.diag(h.diagonal()), (72, 8), config)
+    torch.testing.assert_close(alone, torch.ones(80))
+    torch.testing.assert_close(gptq.uncompensated(torch.zeros(80, 80), (72, 8), config), torch.ones(80))
+
+
 @pytest.mark.parametrize("formats", FORMATS)
 @pytest.mark.parametrize("act_order", [False, True])
 def test_the_block_size_changes_nothing(formats, act_order, generator):

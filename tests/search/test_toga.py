@@ -41,13 +41,14 @@ class Invented:
     fails_at: int | None = None
     steps: list[int] = field(default_factory=list)
 
-    def gradients(self, masks, step):
+    def gradients(self, masks, step, generator):
         self.steps.append(step)
+        torch.rand(3, generator=generator)  # as if for noise
         loss = sum(float((self.worth[site] * (1 - mask)).sum()) for site, mask in masks.items())
         return loss, {site: -self.worth[site] for site in masks}
 
     def damage(self, masks, rows=None):
-        return Judged(kl=self.gradients(masks, -1)[0], nll=1.0)
+        return Judged(kl=self.gradients(masks, -1, torch.Generator())[0], nll=1.0)
 
 
 def worths(seed=1):
@@ -231,11 +232,11 @@ def test_a_run_that_was_broken_off_goes_on(tmp_path, stop):
     whole = toga.search(made(tmp_path / "whole"), CONFIG)
 
     class Broken(Invented):
-        def gradients(self, masks, step):
+        def gradients(self, masks, step, generator):
             if step == stop and not self.steps.count(stop):
                 self.steps.append(step)
                 raise KeyboardInterrupt
-            return super().gradients(masks, step)
+            return super().gradients(masks, step, generator)
 
     masked = Broken(worths())
     task = made(tmp_path / "parts", masked=masked)
@@ -246,6 +247,20 @@ def test_a_run_that_was_broken_off_goes_on(tmp_path, stop):
     assert again.content == whole.content
     assert toga.curve(task, CONFIG) == toga.curve(made(tmp_path / "whole"), CONFIG)
     assert len(toga.curve(task, CONFIG)) == 60
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_the_rate_stays_or_falls_to_zero(tmp_path, monkeypatch, schedule):
+    rates, step = [], torch.optim.AdamW.step
+
+    def noted(self, *args):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    config = CONFIG.model_copy(update={"schedule": schedule, "steps": 4})
+    toga.search(made(tmp_path, config), config)
+    assert rates == pytest.approx([0.05] * 4 if schedule == "constant" else [0.05, 0.0375, 0.025, 0.0125])
 
 
 def test_a_finished_run_is_taken_up(tmp_path):
@@ -270,8 +285,8 @@ def test_what_is_not_finite_stops_and_the_last_state_stays(tmp_path, what, estim
     class Failing(Invented):
         """At one step the loss, or the gradients of a site, are not finite; the loss of the others is."""
 
-        def gradients(self, masks, step):
-            loss, found = super().gradients(masks, step)
+        def gradients(self, masks, step, generator):
+            loss, found = super().gradients(masks, step, generator)
             if step != self.fails_at:
                 return loss, found
             if what == "loss":

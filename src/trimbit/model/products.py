@@ -32,13 +32,22 @@ def computing(compute: torch.dtype) -> Iterator[None]:
 def products_in(compute: torch.dtype, device: str = "cpu") -> Iterator[None]:
     """Matrix products in `compute`, those of gradients too where they are taken inside."""
     cast = torch.autocast(device, dtype=torch.bfloat16, enabled=compute is torch.bfloat16, cache_enabled=False)
-    with cast, fast_bf16() if device == "cpu" else nullcontext():
+    with cast, fast_bf16() if device == "cpu" and compute is torch.bfloat16 else nullcontext():
         yield
+
+
+def native(compute: torch.dtype, device: str) -> torch.dtype:
+    """fp32 in the place of bf16 on a CPU without instructions for it, to store what is multiplied often."""
+    return torch.float32 if compute is torch.bfloat16 and device == "cpu" and _without_bf16() else compute
+
+
+def _without_bf16() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def fast_bf16() -> AbstractContextManager[Any]:
     """Products of bf16 matrices as fast as the CPU can."""
-    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+    if _without_bf16():
         return RoundedProducts()  # type: ignore[no-untyped-call]
     return nullcontext()
 

@@ -70,6 +70,23 @@ def quantize_all(
     return [concat_rows(own) for own in pieces]
 
 
+def uncompensated(h: Float[Tensor, "cols cols"], counts: Sequence[int], config: Config) -> Float[Tensor, " cols"]:
+    """How much of the rounding of each column GPTQ leaves in the output: 1 / (U_jj sqrt(H_jj)), at most 1.
+
+    The error of the output is the sum of (w_j - q_j) / U_jj z_j, and z = U x is uncorrelated and of variance 1. So it
+    is as large as if the columns of x were uncorrelated, and each counted by what those swept after it do not explain.
+    `counts` are the columns of each run.
+
+    Raises:
+        NumericsError: if the damped H is not positive definite; says the damping that would work.
+    """
+    h = h.double()
+    order = _order(h.diagonal(), counts) if config.act_order else torch.arange(len(h))
+    u = inverse_factor(h[order][:, order], config.damping)
+    variances = h.diagonal() + config.damping * h.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    return (1 / torch.empty_like(variances).scatter_(0, order, u.diagonal()) / variances.sqrt()).float()
+
+
 def _batches(ws: Sequence[Tensor]) -> list[list[tuple[int, slice]]]:
     """Pieces of the weights, (which, rows), in batches of at most `CHUNK` elements: bounds memory."""
     limit = max(1, CHUNK // ws[0].shape[1])

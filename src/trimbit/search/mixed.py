@@ -22,6 +22,7 @@ from trimbit.search import knapsack
 from trimbit.search.problem import Problem
 
 High = Mapping[str, Sequence[int]]  # site -> its high channels
+Versions = Literal["nearest", "quant", "expected"]
 
 
 class Mixed(Data):
@@ -39,16 +40,20 @@ class Mixed(Data):
 
 
 class Masking(Mixed):
-    """Which model the masks are tried in, and on what; its embedding and head are dense, whatever `table` is."""
+    """Which model the masks are tried in, and on what; its embedding and head are dense, whatever `table` is.
+
+    `versions` is what a format does to a weight meanwhile: it rounds it to nearest; as the quantiser does; or not at
+    all, but adds noise to the output, as large as the error that GPTQ is expected to leave (ours).
+    """
 
     share: float = Field(default=0.125, gt=0, le=1)
-    versions: Literal["nearest", "quant"] = "nearest"  # rounded to nearest while masks are tried, or by the quantiser
+    versions: Versions = "nearest"
     loss: Literal["lm", "kl"] = "lm"  # paper: of the next token; ours: KL(original || model)
     batch: int = Field(default=1, ge=1)  # paper: rows of a step
     length: int = Field(default=2048, ge=16)  # paper: tokens of a row
     rows: int = Field(default=0, ge=0)  # that damage is measured on, the first of the training text
     checkpointing: bool = True  # keep each block's input alone, and run the block again for its gradients
-    dense: bool = False  # keep both versions ready to multiply by, 4 bytes a weight, not packed: faster, else the same
+    dense: bool = False  # keep what is rounded ready to multiply by, 4 bytes a weight: faster, else the same
 
 
 @dataclass(frozen=True)

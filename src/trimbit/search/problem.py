@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Generator, Tensor
 
 from trimbit.errors import BudgetError
 from trimbit.measure import format_of, menu_of, sites_of, widths_of
@@ -49,10 +49,15 @@ class Channels(Protocol):
 
 @runtime_checkable
 class Masked(Protocol):
-    """The frozen model whose every weight holds a low and a high version, of which masks choose for each channel."""
+    """The frozen model with a low and a high format in every layer, of which masks choose for each channel."""
 
-    def gradients(self, masks: Mapping[str, Tensor], step: int) -> tuple[float, dict[str, Tensor]]:
-        """The loss of a step's tokens, in nats a token, for masks of zeros and ones by site, and its gradients."""
+    def gradients(
+        self, masks: Mapping[str, Tensor], step: int, generator: Generator
+    ) -> tuple[float, dict[str, Tensor]]:
+        """The loss of a step's tokens, in nats a token, for masks of zeros and ones by site, and its gradients.
+
+        What is left to chance, beside the masks, is drawn from the generator.
+        """
 
     def damage(self, masks: Mapping[str, Tensor], rows: int | None = None) -> Judged:
         """KL to the original and loss, in nats a token, on the first rows that are learnt from; None: held-out ones."""

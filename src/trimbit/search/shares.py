@@ -11,7 +11,7 @@ from pydantic import Field
 
 from trimbit.journal import Journal
 from trimbit.plan import Plan
-from trimbit.search.mixed import Masking, Sites, as_masks, default_limit, require_feasible
+from trimbit.search.mixed import Masking, Sites, Versions, as_masks, default_limit, require_feasible
 from trimbit.search.problem import Problem
 
 PAPER = "this project; HiGHS through scipy.optimize.milp"
@@ -25,6 +25,7 @@ class Config(Masking):
     """The formats, and what is measured."""
 
     factors: tuple[float, ...] = (0.0, 0.5, 1.5, 2.0, 3.0, 4.0)  # ours: on the share that fits everywhere
+    versions: Versions = "expected"  # ours
     rows: int = Field(default=4, ge=1)  # ours
     length: int = Field(default=512, ge=16)  # ours
 

@@ -1,6 +1,6 @@
 """Masks of precision learnt by the loss of the whole model: which channels of every site are high, all others low.
 
-The weights stay as they are, in both formats. A hypernetwork gives a logit for each channel; of a sample of the masks
+The weights stay as they are. A hypernetwork gives a logit for each channel; of a sample of the masks
 the loss of a row of text is taken, and its gradient passes through the sample to the network. The budget is held in
 one of two ways. As a penalty, weight |log(h / target)| is added to the loss, where h is the share of the codes that are
 high in the sample. By projection, all logits are moved by one number, so that h is the target in the mean; the
@@ -58,6 +58,7 @@ class Config(Masking):
     prior: float = Field(default=0.0, ge=0)  # ours: times the standard score of log diag H in its site, added to logits
     budget_weight: float = Field(default=6.0, ge=0)  # code (DISP-LLM)
     learning_rate: float = Field(default=1e-3, gt=0, lt=1e3)  # code (DISP-LLM)
+    schedule: Literal["constant", "linear"] = "constant"  # code (DISP-LLM); ours: falling to 0 in a straight line
     weight_decay: float = Field(default=0.05, ge=0)  # code (DISP-LLM)
     save_every: int = Field(default=50, ge=1)  # steps between two stored states
 
@@ -134,7 +135,8 @@ def learn(problem: Problem, config: Config, sites: Sites) -> dict[str, Float[Ten
             if config.budget == "projection":
                 logits = _projected(logits, sites, target)
             masks = {site: sample(own, config.estimator, config.heat, generator) for site, own in logits.items()}
-            loss, gradients = masked.gradients({site: mask.detach() for site, mask in masks.items()}, step)
+            detached = {site: mask.detach() for site, mask in masks.items()}
+            loss, gradients = masked.gradients(detached, step, generator)
             codes = torch.stack([sites.rows[site] * mask.sum() for site, mask in masks.items()]).sum()
             require_finite("the masks", step + 1, kept, ADVICE, loss=[torch.tensor(loss)], gradient=gradients.values())
             penalty = config.budget_weight * (codes.clamp(min=1) / max(target, 1)).log().abs()
@@ -142,6 +144,8 @@ def learn(problem: Problem, config: Config, sites: Sites) -> dict[str, Float[Ten
             torch.autograd.backward(
                 [*masks.values(), *penalties], [*(gradients[site] for site in masks), *(None for _ in penalties)]
             )
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * (1 - step / config.steps if config.schedule == "linear" else 1)
             optimizer.step()
             optimizer.zero_grad()
             require_finite("the masks", step + 1, kept, ADVICE, parameter=parameters.values())
