@@ -146,7 +146,7 @@ def test_squares_are_a_mean_for_each_row_and_group_times_a_factor_for_each_colum
         errors = separable if group else (rows[:, :1] * cols).sqrt()
         found = squares(errors, group)
         torch.testing.assert_close(found.rows @ found.cols.T, errors.square())
-    errors = torch.randn(6, 80, generator=generator)
+    errors = 0.01 * torch.randn(6, 80, generator=generator)
     errors[2, :32] = errors[:, 64:] = 0  # a group without errors, in one row and in all
     found = squares(errors, 32)
     product = found.rows @ found.cols.T
@@ -359,6 +359,15 @@ def test_what_decides_the_masks_is_in_their_key(job):
     }
     assert keys["quantiser"] == keys["base"]
     assert len(set(keys.values())) == 4
+
+
+def test_what_errors_are_expected_of_is_in_the_key(job):
+    def key(**quant):
+        own = recipe(versions="expected").model_copy(update={"quant": Step(**quant)})
+        return open_session(job.model, own, calibration=str(job.text), seed=3).problem(40_000).key
+
+    assert key(name="rtn") == key(name="gptq") == key(name="gptq", params={"damping": 0.01})
+    assert key(name="gptq") != key(name="gptq", params={"damping": 0.1})
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
