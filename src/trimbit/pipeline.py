@@ -70,9 +70,10 @@ class Session(Preparation):
         if isinstance(config, Masking):
             device = "cuda" if torch.cuda.is_available() else "cpu"
             kind = [device, str(native(self.compute, device))]
-            sweep = self.sweep.model_dump(mode="json") if config.versions == "expected" else None
-            method = self.plain(self.recipe.quant) if config.versions == "quant" else sweep
-            weights = [self.training.digest, method, self.plain(self.recipe.lowrank), *kind]
+            rounding = {
+                "nearest": None, "quant": self.plain(self.recipe.quant), "expected": self.sweep.model_dump(mode="json"),
+            }  # fmt: skip
+            weights = [self.training.digest, rounding[config.versions], self.plain(self.recipe.lowrank), *kind]
         shared = [source_digest(), self.stats_key, weights, held_out, want]
         steps = [module.identity(config), self.plain(self.recipe.importance), self.space.model_dump(mode="json")]
         if objective is not None and objective.steps:

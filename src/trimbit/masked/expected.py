@@ -66,34 +66,11 @@ class Noise(nn.Module):
         return of_variance @ self.rows @ self.cols.T
 
 
-class ExpectedLinear(MaskedLinear):
-    """y = W x + b and noise of the variance that the error of the packed layer is expected to have."""
-
-    weight: Tensor
-
-    def __init__(
-        self, weight: Float[Tensor, "rows cols"], low: Squares, high: Squares, inputs: Inputs, bias: Tensor | None
-    ) -> None:
-        super().__init__(inputs, bias)
-        self.register_buffer("weight", weight.to(inputs.compute))
-        self.low, self.high = Noise(low, inputs), Noise(high, inputs)
-        self.seed = 0
-
-    def draw(self, generator: torch.Generator) -> None:
-        """Other noise from now on, the same whenever the layer is run."""
-        self.seed = int(torch.randint(2**62, (), generator=generator))
-
-    def product(self, x: Tensor, low: Tensor, high: Tensor, mask: Tensor) -> Tensor:
-        """Of the whole weight, with noise."""
-        y: Tensor = _NoisyProduct.apply(x, low, high, mask, self)  # type: ignore[no-untyped-call]
-        return y
-
-
 class _NoisyProduct(torch.autograd.Function):
     """Gradients pass to the input straight through its rounding, and through the variance."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, low: Tensor, high: Tensor, mask: Tensor, layer: ExpectedLinear) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, x: Tensor, low: Tensor, high: Tensor, mask: Tensor, layer: "ExpectedLinear") -> Tensor:  # noqa: ANN401
         chosen = mask > 0.5
         mixed = low if low is high else torch.where(chosen, high, low)
         squared = mixed.square()
@@ -116,3 +93,22 @@ class _NoisyProduct(torch.autograd.Function):
             of_mask += ((high - low) * through).flatten(0, -2).sum(0, dtype=torch.float32)
         of_x = through + 2 * torch.where(chosen, high * of_high, low * of_low)
         return of_x.to(ctx.dtype), None, None, of_mask, None
+
+
+class ExpectedLinear(MaskedLinear):
+    """y = W x + b and noise of the variance that the error of the packed layer is expected to have."""
+
+    function = _NoisyProduct
+    weight: Tensor
+
+    def __init__(
+        self, weight: Float[Tensor, "rows cols"], low: Squares, high: Squares, inputs: Inputs, bias: Tensor | None
+    ) -> None:
+        super().__init__(inputs, bias)
+        self.register_buffer("weight", weight.to(inputs.compute))
+        self.low, self.high = Noise(low, inputs), Noise(high, inputs)
+        self.seed = 0
+
+    def draw(self, generator: torch.Generator) -> None:
+        """Other noise from now on, the same whenever the layer is run."""
+        self.seed = int(torch.randint(2**62, (), generator=generator))

@@ -1,8 +1,11 @@
 """What a site's layers share under a mask: the inputs, as each of its two formats rounds them."""
 
+from typing import ClassVar
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from trimbit.kernels.acts import round_among, take_channels
 from trimbit.precision import ActInt
@@ -55,6 +58,7 @@ class Inputs(nn.Module):
 class MaskedLinear(nn.Module):
     """A linear layer whose input channels are low or high, as the mask of its site says."""
 
+    function: ClassVar[type[Function]]  # of x, its low and its high rounding, the mask and the layer: the product
     bias: Tensor | None
 
     def __init__(self, inputs: Inputs, bias: Tensor | None) -> None:
@@ -65,14 +69,8 @@ class MaskedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch cols"]) -> Float[Tensor, "*batch rows"]:
         """Round, mix and multiply."""
-        assert self.inputs.mask is not None, "the masks were not set"
-        low, high = self.inputs(x)
-        y = self.product(x, low, high, self.inputs.mask)
+        y: Tensor = self.function.apply(x, *self.inputs(x), self.inputs.mask, self)
         return y if self.bias is None else y + self.bias
-
-    def product(self, x: Tensor, low: Tensor, high: Tensor, mask: Tensor) -> Tensor:
-        """Of the rounded inputs; gradients pass to x straight through the rounding, and to the mask."""
-        raise NotImplementedError
 
     def draw(self, generator: torch.Generator) -> None:
         """Draw anew what is left to chance."""

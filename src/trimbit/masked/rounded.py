@@ -38,24 +38,11 @@ class Version(nn.Module):
         return take_channels(self.packed.dense(dtype), self.inputs.back)
 
 
-class RoundedLinear(MaskedLinear):
-    """y = W x + b with W mixed of two versions, their columns in the inputs' order, by the mask."""
-
-    def __init__(self, low: QTensor, high: QTensor, inputs: Inputs, bias: Tensor | None, *, dense: bool) -> None:
-        super().__init__(inputs, bias)
-        self.low, self.high = (Version(own, inputs, dense) for own in (low, high))
-
-    def product(self, x: Tensor, low: Tensor, high: Tensor, mask: Tensor) -> Tensor:
-        """With the columns of the versions that the mask says."""
-        y: Tensor = _MixedProduct.apply(x, low, high, mask, self)  # type: ignore[no-untyped-call]
-        return y
-
-
 class _MixedProduct(torch.autograd.Function):
     """The product of the rounded inputs; gradients pass to the input straight through the rounding."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, low: Tensor, high: Tensor, mask: Tensor, layer: RoundedLinear) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, x: Tensor, low: Tensor, high: Tensor, mask: Tensor, layer: "RoundedLinear") -> Tensor:  # noqa: ANN401
         chosen = mask > 0.5
         ctx.layer, ctx.dtype, ctx.alike = layer, x.dtype, low is high
         ctx.save_for_backward(low, high, chosen)
@@ -74,3 +61,13 @@ class _MixedProduct(torch.autograd.Function):
             of_mask += ((high - low) * to_low).flatten(0, -2).sum(0, dtype=torch.float32)
         of_x = torch.where(chosen, to_low + more, to_low).to(ctx.dtype)
         return of_x, None, None, of_mask, None
+
+
+class RoundedLinear(MaskedLinear):
+    """y = W x + b with W mixed of two versions, their columns in the inputs' order, by the mask."""
+
+    function = _MixedProduct
+
+    def __init__(self, low: QTensor, high: QTensor, inputs: Inputs, bias: Tensor | None, *, dense: bool) -> None:
+        super().__init__(inputs, bias)
+        self.low, self.high = (Version(own, inputs, dense) for own in (low, high))

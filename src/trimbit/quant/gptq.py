@@ -54,9 +54,9 @@ def quantize_all(
     counts = [run.count for run in runs[0]]
     if any([run.count for run in other] != counts for other in runs):  # columns go in another order
         return [quantize(w, moments, own, config) for w, own in zip(ws, runs, strict=True)]
-    order = _order(h.diagonal(), counts) if config.act_order else torch.arange(h.shape[0])
+    order, u = _factor(h, counts, config)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
-    u = inverse_factor(h[order][:, order], config.damping).float()
+    u = u.float()
     weighting = h.diagonal().float().clamp(min=1e-12) if config.weighted_scales else None
     pieces: list[list[QTensor]] = [[] for _ in ws]
     for batch in _batches(ws):
@@ -81,8 +81,7 @@ def uncompensated(h: Float[Tensor, "cols cols"], counts: Sequence[int], config: 
         NumericsError: if the damped H is not positive definite; says the damping that would work.
     """
     h = h.double()
-    order = _order(h.diagonal(), counts) if config.act_order else torch.arange(len(h))
-    u = inverse_factor(h[order][:, order], config.damping)
+    order, u = _factor(h, counts, config)
     variances = h.diagonal() + config.damping * h.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     return (1 / torch.empty_like(variances).scatter_(0, order, u.diagonal()) / variances.sqrt()).float()
 
@@ -103,6 +102,12 @@ def _batches(ws: Sequence[Tensor]) -> list[list[tuple[int, slice]]]:
             room -= stop - start
             start = stop
     return batches
+
+
+def _factor(h: Tensor, counts: Sequence[int], config: Config) -> tuple[Tensor, Tensor]:
+    """The order in which columns are swept, and U in that order."""
+    order = _order(h.diagonal(), counts) if config.act_order else torch.arange(len(h))
+    return order, inverse_factor(h[order][:, order], config.damping)
 
 
 def _order(diagonal: Tensor, counts: Sequence[int]) -> Tensor:
