@@ -56,7 +56,7 @@ def estimate(session: Session, budget: Budget | None) -> list[tuple[str, str]]:
 
 
 def _masking_nbytes(session: Session) -> int:
-    """Both formats or the weights, the tables, what a row leaves for the backward pass, the hypernetwork and AdamW."""
+    """Both formats or the weights, the tables, what a row leaves for the backward pass, what is learnt and AdamW."""
     layout, config = session.layout, session.search[1]
     tables = sum(w.rows * w.cols for w in layout.weights.values() if not layout.readers(w.site))
     codes = sum(w.rows * w.cols for w in layout.weights.values()) - tables
@@ -68,7 +68,8 @@ def _masking_nbytes(session: Session) -> int:
     channels = sum(
         layout.readers(site)[0].cols for site in {w.site for w in layout.weights.values()} if layout.readers(site)
     )
-    nbytes: float = codes * each + 4 * tables + config.length * kept + 16 * 2 * HIDDEN * channels
+    learnt = {"hypernetwork": 16 * 2 * HIDDEN, "logits": 16}.get(getattr(config, "network", ""), 0)  # with AdamW's own
+    nbytes: float = codes * each + 4 * tables + config.length * kept + learnt * channels
     return round(nbytes)
 
 

@@ -1,4 +1,4 @@
-"""The state of a training that may be broken off: its parameters, AdamW's moments, and what is told beside them."""
+"""The state of a training that may be broken off: its parameters, those of AdamW, and what is told beside them."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ from torch import Tensor
 from trimbit.cache import save_whole
 from trimbit.errors import ArtifactError, NumericsError
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of AdamW; plain SGD has none
 
 
 def save_state(
@@ -19,7 +19,8 @@ def save_state(
 ) -> None:
     """Write the state; the file appears whole."""
     tensors = {name: p.detach() for name, p in parameters.items()}
-    tensors |= {f"{name}.{part}": optimizer.state[p][part] for name, p in parameters.items() for part in MOMENTS}
+    parts = _parts(optimizer)
+    tensors |= {f"{name}.{part}": optimizer.state[p][part] for name, p in parameters.items() for part in parts}
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_whole(path, lambda beside: save_file(whole, beside, dict(told)))
 
@@ -38,16 +39,20 @@ def load_state(
     """
     if not path.exists():
         return None
-    told = read_told(path)
+    told, parts = read_told(path), _parts(optimizer)
     with safe_open(path, framework="pt") as file:
-        want = {*parameters, *(f"{name}.{part}" for name in parameters for part in MOMENTS)}
+        want = {*parameters, *(f"{name}.{part}" for name in parameters for part in parts)}
         if told.get("belongs") != belongs or set(file.keys()) != want:
             raise ArtifactError(f"{path}: the stored state of another {what}; remove it and run again")
         for name, p in parameters.items():
             with torch.no_grad():
                 p.copy_(file.get_tensor(name))
-            optimizer.state[p] = {part: file.get_tensor(f"{name}.{part}") for part in MOMENTS}
+            optimizer.state[p] = {part: file.get_tensor(f"{name}.{part}") for part in parts}
     return told
+
+
+def _parts(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    return MOMENTS if isinstance(optimizer, torch.optim.AdamW) else ()
 
 
 def require_finite(what: str, step: int, kept: int, advice: str, **found: Iterable[Tensor]) -> None:

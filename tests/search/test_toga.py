@@ -227,9 +227,12 @@ def test_no_high_channels_whatever_the_budget(tmp_path):
     }
 
 
-@pytest.mark.parametrize("stop", [1, 7, 8, 30, 59])
-def test_a_run_that_was_broken_off_goes_on(tmp_path, stop):
-    whole = toga.search(made(tmp_path / "whole"), CONFIG)
+@pytest.mark.parametrize(
+    ("stop", "optimizer"), [(1, "adamw"), (7, "adamw"), (8, "adamw"), (30, "adamw"), (59, "adamw"), (30, "sgd")]
+)
+def test_a_run_that_was_broken_off_goes_on(tmp_path, stop, optimizer):
+    config = CONFIG.model_copy(update={"optimizer": optimizer})
+    whole = toga.search(made(tmp_path / "whole"), config)
 
     class Broken(Invented):
         def gradients(self, masks, step, generator):
@@ -241,12 +244,43 @@ def test_a_run_that_was_broken_off_goes_on(tmp_path, stop):
     masked = Broken(worths())
     task = made(tmp_path / "parts", masked=masked)
     with pytest.raises(KeyboardInterrupt):
-        toga.search(task, CONFIG)
-    again = toga.search(task, CONFIG)
+        toga.search(task, config)
+    again = toga.search(task, config)
     assert masked.steps[stop + 1] == stop // 7 * 7  # from the last stored state
     assert again.content == whole.content
-    assert toga.curve(task, CONFIG) == toga.curve(made(tmp_path / "whole"), CONFIG)
-    assert len(toga.curve(task, CONFIG)) == 60
+    assert toga.curve(task, config) == toga.curve(made(tmp_path / "whole"), config)
+    assert len(toga.curve(task, config)) == 60
+
+
+@pytest.mark.parametrize("network", ["logits", "hypernetwork"])
+def test_steps_along_the_gradient_find_what_matters(tmp_path, network):
+    rate = {"learning_rate": 20.0 if network == "logits" else 1.0, "steps": 150}
+    config = CONFIG.model_copy(update={"optimizer": "sgd", "budget": "projection", "network": network} | rate)
+    task = made(tmp_path, config)
+    sites, worth = Sites(task, config), worths()
+    kept = {
+        name: sum(float(worth[site][sorted(own)].sum()) for site, own in high_of(plan, sites).items())
+        for name, plan in (
+            ("learnt", toga.search(task, config)),
+            ("diag H", salient.search(task, salient.Config(**SMALL))),
+        )
+    }
+    assert kept["learnt"] > 1.5 * kept["diag H"]
+
+
+def test_a_step_along_the_gradient_is_as_long_as_the_rate_whatever_the_loss(tmp_path):
+    config = CONFIG.model_copy(update={"optimizer": "sgd", "budget": "projection", "learning_rate": 3.0, "steps": 1})
+    moved = {}
+    for scale in (1.0, 1e-4, 0.0):
+        worth = {site: scale * own for site, own in worths().items()}
+        task = made(tmp_path / str(scale), config, masked=Invented(worth))
+        sites = Sites(task, config)
+        start = toga._start(config, sites, sites.codes(sites.fitting))
+        learnt = toga.learn(task, config, sites)
+        moved[scale] = torch.cat([own - start[site] for site, own in learnt.items()])
+    assert moved[1.0].norm() == pytest.approx(3.0, rel=1e-4)
+    torch.testing.assert_close(moved[1e-4], moved[1.0], rtol=1e-3, atol=1e-5)
+    assert not moved[0.0].any()
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear"])

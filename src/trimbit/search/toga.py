@@ -12,6 +12,7 @@ are, or ours.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,9 +58,10 @@ class Config(Masking):
     offset: float | None = None  # added to logits; code (DISP-LLM): 3, nearly all high; ours, None: by the budget
     prior: float = Field(default=0.0, ge=0)  # ours: times the standard score of log diag H in its site, added to logits
     budget_weight: float = Field(default=6.0, ge=0)  # code (DISP-LLM)
+    optimizer: Literal["adamw", "sgd"] = "adamw"  # code (DISP-LLM); ours: along the gradient, scaled to length 1
     learning_rate: float = Field(default=1e-3, gt=0, lt=1e3)  # code (DISP-LLM)
     schedule: Literal["constant", "linear"] = "constant"  # code (DISP-LLM); ours: falling to 0 in a straight line
-    weight_decay: float = Field(default=0.05, ge=0)  # code (DISP-LLM)
+    weight_decay: float = Field(default=0.05, ge=0)  # code (DISP-LLM); of adamw alone
     save_every: int = Field(default=50, ge=1)  # steps between two stored states
 
     @model_validator(mode="after")
@@ -124,7 +126,7 @@ def learn(problem: Problem, config: Config, sites: Sites) -> dict[str, Float[Ten
         Hypernetwork(sites.channels, problem.seed) if config.network == "hypernetwork" else Logits(sites.channels)
     )
     parameters = dict(network.named_parameters())
-    optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = _optimizer(parameters.values(), config)
     told = load_state(_state(problem), parameters, optimizer, "search", problem.key)
     log: list[dict[str, float]] = json.loads(told["curve"]) if told else []
     kept = len(log)
@@ -146,6 +148,8 @@ def learn(problem: Problem, config: Config, sites: Sites) -> dict[str, Float[Ten
             )
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * (1 - step / config.steps if config.schedule == "linear" else 1)
+            if config.optimizer == "sgd":
+                _normalize(parameters.values())
             optimizer.step()
             optimizer.zero_grad()
             require_finite("the masks", step + 1, kept, ADVICE, parameter=parameters.values())
@@ -157,6 +161,20 @@ def learn(problem: Problem, config: Config, sites: Sites) -> dict[str, Float[Ten
             progress(step + 1, config.steps)
     with torch.no_grad():
         return {site: own + start[site] for site, own in network().items()}
+
+
+def _optimizer(parameters: Iterable[Tensor], config: Config) -> torch.optim.Optimizer:
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=config.learning_rate)
+    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+def _normalize(parameters: Iterable[Tensor]) -> None:
+    """Scale the gradient of all parameters together to length 1: no row of text counts for more than another."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    length = torch.nn.utils.get_total_norm(gradients).clamp(min=torch.finfo(torch.float32).tiny)
+    for gradient in gradients:
+        gradient /= length
 
 
 def _start(config: Config, sites: Sites, target: int) -> dict[str, Float[Tensor, " channels"]]:
