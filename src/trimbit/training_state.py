@@ -1,4 +1,4 @@
-"""The state of a training that may be broken off: its parameters, those of AdamW, and what is told beside them."""
+"""The state of a training that may be broken off: its parameters, AdamW's moments if it has any, and what is told."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
