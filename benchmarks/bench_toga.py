@@ -6,7 +6,7 @@ Each cell is stored in benchmarks/results/toga.json as soon as it is done, and a
 docs/toga.md is drawn from it at the end. The model is taken off its 4-bit grid first (benchmarks/offgrid.py), seed 0.
 All methods see the same text of WikiText-2 train: 16 rows of 2,048 tokens for second moments and GPTQ, 150 further rows
 for masks. Perplexity and KL are at context 2048, on the first 16 windows of WikiText-2 test and of C4. Masks are learnt
-in 600 steps of 512 tokens, those of the options in 200.
+in 600 steps of 512 tokens, those of the options in 100.
 """
 
 import math
@@ -20,10 +20,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from bench_main import CONTEXT, HERE, WINDOWS, WORK, Bench, command_line, measured_process, write_tables
@@ -85,15 +86,19 @@ CACHES = {"exact": "null", "4 bits, a head": "{bits: 4}", "4 bits, group 32": "{
 UNQUANTISED = "search={name: fixed, params: {blocks: bf16, table: bf16}}"
 OPTIONS = {  # at W1.6A16, in fewer steps: what of the masks' training differs from the recipe
     "as in the recipe": (),
+    "loss of the next token": ("search.loss=lm",),
+    "AdamW": ("search.optimizer=adamw", "search.learning_rate=0.05"),
+    "hypernetwork, AdamW": ("search.network=hypernetwork", "search.optimizer=adamw", "search.learning_rate=0.002"),
     "no prior": ("search.prior=0.0",),
-    "a penalty": ("search.budget=penalty",),
     "Gumbel": ("search.estimator=gumbel", "search.temperature=0.4"),
-    "KL": ("search.loss=kl",),
     "rounded to nearest": ("search.versions=nearest",),
     "GPTQ's versions": ("search.versions=quant",),
-    "no hypernetwork": ("search.network=logits", "search.learning_rate=0.05"),
-    "a penalty, from nearly all high": ("search.budget=penalty", "search.offset=3.0"),
-}
+    "all as DISP-LLM": (
+        "search.network=hypernetwork", "search.optimizer=adamw", "search.learning_rate=0.001",
+        "search.schedule=constant", "search.loss=lm", "search.versions=nearest", "search.prior=0.0",
+        "search.budget=penalty", "search.offset=3.0",
+    ),
+}  # fmt: skip
 FAST = ("search.dense=true", "search.checkpointing=false")  # the same masks, in more memory
 MODES = {  # of the masks' training, and what each costs
     "expected errors, blocks run twice": ("search.checkpointing=true",),
@@ -112,9 +117,10 @@ CLAIMS = {  # of the abstract, on larger models and against its own baselines
 }
 WITH_ALL = ("W3.2A3.2", "W1.6A16", "W2A16")  # where channels at random, and shares by measured KL, are tried, too
 WITH_KV4 = ("diag H", "learnt")  # the methods that are tried with keys and values in 4 bits, too
-OPTION_STEPS = 200
-PARTS = ("settings", "kv", "options", "errors", "cost")
+SHORTER = ("search.steps=100", "search.learning_rate=25.0")  # of the options: logits end with as much of chance in them
+PARTS = ("settings", "kv", "options", "errors", "agreement", "cost")
 SEEN = r"as the search sees them: KL ([0-9.]+)"  # in the notes of a plan
+ROWS = 8  # whose gradients are compared
 STEPS, ROUNDS = 6, 2  # of each mode whose cost is measured
 
 
@@ -235,6 +241,20 @@ class Toga(Bench):
                 own[kind].append(round(float(((errors @ moments.h.double()) * errors).sum() / expected), 4))
         return {"ratios": found}
 
+    def agreement(self, setting: str) -> dict:
+        """Cosines of the gradients for all masks, diag H's, of each two of some rows, by the loss."""
+        found = {}
+        for loss in ("lm", "kl"):
+            session = self.opened(SETTINGS[setting][1], (f"search.loss={loss}",))
+            config, problem = session.search[1], session.problem(session.limit(None))
+            sites, masked = Sites(problem, config), session.masked(config)
+            plan = sites.plan({site: sites.largest(site, tiles) for site, tiles in sites.fitting.items()}, "diag H")
+            masks, generator = as_masks(sites.high(plan), sites), torch.Generator().manual_seed(0)
+            gradients = [masked.gradients(masks, step, generator)[1] for step in range(ROWS)]
+            flat = functional.normalize(torch.stack([torch.cat([*own.values()]) for own in gradients]), dim=1)
+            found[loss] = [round(float(cosine), 4) for cosine in (flat @ flat.T)[*torch.triu_indices(ROWS, ROWS, 1)]]
+        return {"cosines": found}
+
     def cost(self) -> dict:
         """Seconds of a whole step of 512 tokens in each mode, in turns, and its peak bytes above the imports'."""
         seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
@@ -292,6 +312,7 @@ def write_page(results: dict) -> None:
             r, "masks", {"diag H": "settings/W1.6A16/diag H", **{one: f"options/{one}" for one in OPTIONS}}
         ),
         "errors": errors_table,
+        "agreement": agreement_table,
         "cost": cost_table,
     }
     for part, rows in parts.items():
@@ -389,6 +410,17 @@ def errors_table(results: dict) -> list[str]:
     return table(heads, rows or [["not run", *[""] * (len(heads) - 1)]])
 
 
+def agreement_table(results: dict) -> list[str]:
+    """Means over pairs of rows, and the range."""
+    rows = []
+    for setting in WITH_ALL:
+        if cell := results.get(f"agreement/{setting}"):
+            own = (f"{mean(found):.3f} ({min(found):.3f} to {max(found):.3f})" for found in cell["cosines"].values())
+            rows.append([setting, *own])
+    heads = ["setting", "cosine of two rows' gradients, next token", "KL to the original"]
+    return table(heads, rows or [["not run", *[""] * (len(heads) - 1)]])
+
+
 def draw_bits(results: dict) -> None:
     """KL and perplexity on both texts against the true bits of a weight of the blocks, a mark a method."""
     from matplotlib import pyplot
@@ -455,12 +487,13 @@ def main() -> None:
             bench.cell(f"kv/{kind}", lambda p=precision: bench.cache(p))
     if "options" in options.only:
         for option, own in OPTIONS.items():
-            bench.cell(
-                f"options/{option}", lambda o=(*own, f"search.steps={OPTION_STEPS}"): bench.run("toga-q-w1.6a16", o)
-            )
+            bench.cell(f"options/{option}", lambda o=(*SHORTER, *own): bench.run("toga-q-w1.6a16", o))
     if "errors" in options.only:
         for setting in WITH_ALL:
             bench.cell(f"errors/{setting}", lambda s=setting: bench.errors(s))
+    if "agreement" in options.only:
+        for setting in WITH_ALL:
+            bench.cell(f"agreement/{setting}", lambda s=setting: bench.agreement(s))
     if "cost" in options.only:
         bench.cell("cost", bench.cost)
     write_page(bench.results)
