@@ -57,7 +57,9 @@ class Bench:
     def off_grid(self, seed: int) -> Path:
         path = WORK / f"offgrid-{seed}"
         if not path.exists():
-            write_off_grid(self.source, path, seed)
+            beside = path.with_suffix(".partial")
+            write_off_grid(self.source, beside, seed)
+            beside.rename(path)
         return path
 
     def cell(self, key: str, run) -> None:
