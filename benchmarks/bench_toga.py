@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -152,8 +152,10 @@ class Toga(Bench):
         loaded = load_recipe(recipe, (*fast, *overrides, "calibration.training=150"))
         return open_session(self.off_grid(0), loaded, calibration=str(self.folder / TRAIN), seed=0)
 
-    def run(self, recipe: str, overrides: tuple[str, ...] = (), *, also_kv4: bool = False) -> dict:
-        """Compress, and what is left on both texts; where masks are learnt, their shares and curve, too."""
+    def run(
+        self, recipe: str, overrides: tuple[str, ...] = (), *, texts: Iterable[str] = TEXTS, also_kv4: bool = False
+    ) -> dict:
+        """Compress, and what is left on the texts; where masks are learnt, their shares and curve, too."""
         out = WORK / "toga"
         shutil.rmtree(out, ignore_errors=True)
         session = self.opened(recipe, overrides)
@@ -165,14 +167,14 @@ class Toga(Bench):
             "nbytes": weight_nbytes(out), "search_seconds": round(searched - started, 1),
             "method": plan.found_by.method,
             "apply_seconds": round(time.perf_counter() - searched, 1), "notes": list(plan.found_by.notes),
-            "held_out_kl": written.found_by.measured_damage, "texts": {text: self.on(out, text) for text in TEXTS},
+            "held_out_kl": written.found_by.measured_damage, "texts": {text: self.on(out, text) for text in texts},
         }  # fmt: skip
         layout = session.layout
         blocks = [weight for weight in layout.weights.values() if layout.readers(weight.site)]
         held = sum(s.nbytes for unit, own in layout.units_tensors(plan).items() if "." in unit for s in own.values())
         found["block_bits"] = round(8 * held / sum(weight.rows * weight.cols for weight in blocks), 4)
         if also_kv4:
-            found["texts, KV4"] = {text: self.on(out, text, KVPrecision()) for text in TEXTS}
+            found["texts, KV4"] = {text: self.on(out, text, KVPrecision()) for text in texts}
         if plan.content in session.curves:
             curve, seen = session.curves[plan.content], re.search(SEEN, plan.found_by.notes[0])
             assert seen is not None
@@ -308,9 +310,7 @@ def write_page(results: dict) -> None:
         "ratios": ratios_table,
         "search": search_table,
         "caches": lambda r: texts_table(r, "cache", {kind: f"kv/{kind}" for kind in CACHES}, "cache_nbytes"),
-        "options": lambda r: texts_table(
-            r, "masks", {"diag H": "settings/W1.6A16/diag H", **{one: f"options/{one}" for one in OPTIONS}}
-        ),
+        "options": options_table,
         "errors": errors_table,
         "agreement": agreement_table,
         "cost": cost_table,
@@ -383,6 +383,16 @@ def search_table(results: dict) -> list[str]:
             rows.append([setting, *(f"{kl:.3f}" for kl in found)])
     heads = ["setting", "as the search sees it", "packed, rounded to nearest", "packed, GPTQ"]
     return table(heads, rows or [["not run", *[""] * (len(heads) - 1)]])
+
+
+def options_table(results: dict) -> list[str]:
+    """KL on held-out rows, as the search saw it and packed."""
+    rows = []
+    for name, key in {"diag H": "settings/W1.6A16/diag H", **{one: f"options/{one}" for one in OPTIONS}}.items():
+        cell = results.get(key)
+        seen = "" if cell is None or "kl_in_search" not in cell else f"{cell['kl_in_search']:.3f}"
+        rows.append([name, *(("not run", "") if cell is None else (seen, f"{cell['held_out_kl']:.3f}"))])
+    return table(["masks", "as the search sees it", "packed, GPTQ"], rows)
 
 
 def cost_table(results: dict) -> list[str]:
@@ -487,7 +497,7 @@ def main() -> None:
             bench.cell(f"kv/{kind}", lambda p=precision: bench.cache(p))
     if "options" in options.only:
         for option, own in OPTIONS.items():
-            bench.cell(f"options/{option}", lambda o=(*SHORTER, *own): bench.run("toga-q-w1.6a16", o))
+            bench.cell(f"options/{option}", lambda o=(*SHORTER, *own): bench.run("toga-q-w1.6a16", o, texts=()))
     if "errors" in options.only:
         for setting in WITH_ALL:
             bench.cell(f"errors/{setting}", lambda s=setting: bench.errors(s))
