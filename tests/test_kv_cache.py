@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -247,6 +247,15 @@ def test_the_caller_has_the_last_word(small):
         assert torch.equal(found.sequences, exact.sequences)
     model.generation_config.use_cache = False
     assert generate(model).past_key_values is None
+    given = GenerationConfig(do_sample=False)  # which says nothing of a cache
+    assert model.generate(tokens(1, 4), given, max_new_tokens=1, return_dict_in_generate=True).past_key_values is None
+
+
+@pytest.mark.parametrize("small", ["gemma2"], indirect=True)
+def test_the_cache_that_gemma_s_files_name_is_no_wish(small):
+    model = AutoModelForCausalLM.from_pretrained(small[0], dtype=torch.float32)
+    model.generation_config.cache_implementation = "hybrid"
+    assert type(generate(model).past_key_values) is PackedCache
 
 
 def test_a_conversation_goes_on_with_its_cache(small):
@@ -333,6 +342,8 @@ def test_a_group_longer_than_a_head_is_refused(group):
     layout.check(plan.model_copy(update={"kv_cache": KVPrecision(group=8)}))
     with pytest.raises(PlanError, match=f"a group of {group} channels, but head_dim is 8"):
         layout.check(plan.model_copy(update={"kv_cache": KVPrecision(group=group)}))
+    with pytest.raises(PlanError, match=f"a group of {group} channels, but head_dim is 8"):
+        pack_cache(tiny_model("llama"), KVPrecision(group=group))
 
 
 def test_a_model_with_nothing_to_quantise_is_refused():

@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch.nn import functional
 
-from trimbit.errors import RecipeError
+from trimbit.artifact import weight_nbytes
+from trimbit.errors import NumericsError, RecipeError
 from trimbit.masked.expected import squares
 from trimbit.masked.inputs import MaskedLinear
-from trimbit.pipeline import open_session
+from trimbit.pipeline import compress, open_session
 from trimbit.plan import load_plan
 from trimbit.quant import gptq
-from trimbit.recipe import Recipe, Step
+from trimbit.recipe import Recipe, Step, load_recipe
 from trimbit.search.mixed import Sites
 
 ACTS = {"low_acts": {"bits": 4, "group": 32, "clip": 0.9}, "high_acts": {"bits": 8, "group": 32}}
@@ -331,16 +332,51 @@ def test_what_is_learnt_in_is_let_go_before_the_plan_is_applied(job):
     assert made._masked is None
 
 
+def test_more_text_than_there_is_is_refused_at_once(job):
+    with pytest.raises(RecipeError, match=r"search\.length is 64 tokens, but a row has 32"):
+        session(job, length=64)
+    search = Step(name="shares", params={"low": "int3g32", "high": "int8g32", "tile": 16, "length": 16, "rows": 7})
+    with pytest.raises(RecipeError, match=r"search\.rows: 7 of 6 rows asked"):
+        open_session(job.model, recipe().model_copy(update={"search": search}), calibration=str(job.text), seed=3)
+
+
+def test_damage_that_is_not_finite_stops_the_search(job, tmp_path):
+    search = Step(name="shares", params={"low": "int3g32", "high": "int8g32", "tile": 16, "length": 16, "rows": 2})
+    made = open_session(
+        job.model, recipe().model_copy(update={"search": search}), calibration=str(job.text), seed=3, cache=tmp_path
+    )
+    made.masked(made.search[1]).layers["blocks.1.mlp.mid"][0].weight[0] = torch.nan
+    with pytest.raises(NumericsError, match="the model under masks is not finite: KL nan"):
+        made.find_plan(None)
+    made.find_plan(None)  # what was not finite was not kept
+
+
+# As they come along, but for the size of the text and of groups, and the number of steps.
+TINY = ("calibration.rows=24", "calibration.length=32", "calibration.held_out=2", "search.tile=16", "compute=float32")
+LEARNT = ("calibration.training=3", "search.length=16", "search.steps=4")
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "low", "high"),
     [
-        ({"length": 64}, "search.length is 64 tokens, but a row has 32"),
-        ({"rows": 7}, "search.rows: 7 of 6 rows asked"),
+        ("toga-q-w3.2a3.2", "int3g32", "int8g32"),
+        ("toga-q-faithful", "binaryg32", "int4g32"),
+        ("atom-w3.2a3.2", "int3g32", "int8g32"),
+        ("ptq161-w1.6a16", "mbinaryrow", "int4g32"),
     ],
 )
-def test_more_text_than_there_is_is_refused_at_once(job, change, message):
-    with pytest.raises(RecipeError, match=message):
-        session(job, **change)
+def test_the_recipes(job, tmp_path, name, low, high):
+    masked, acts = name.startswith("toga"), "a3.2" in name
+    own = (f"search.low={low}", f"search.high={high}", *TINY, *(LEARNT if masked else ()))
+    own += ("search.low_acts.group=32", "search.high_acts.group=32") if acts else ()
+    made = open_session(job.model, load_recipe(name, own), calibration=str(job.text), seed=3)
+    plan = compress(made, None, tmp_path / "out")
+    assert weight_nbytes(tmp_path / "out") == plan.found_by.nbytes <= made.limit(None)
+    formats = {run.precision.name for runs in plan.weights.values() for run in runs}
+    assert formats >= {low, high}
+    assert bool(plan.acts) == acts
+    assert plan.found_by.measured_damage > 0
+    assert (tmp_path / "out/training.csv").exists() == masked
 
 
 def test_what_decides_the_masks_is_in_their_key(job):

@@ -7,8 +7,9 @@ import torch
 from trimbit.model.products import fast_bf16, native
 from trimbit.pipeline import Session
 from trimbit.plan import Budget
+from trimbit.search import shares
 from trimbit.search.hypernetwork import HIDDEN
-from trimbit.search.mixed import Masking
+from trimbit.search.mixed import Learning, Masking
 
 TASK_DOCUMENTS = 2000  # where no limit says how many
 TASK_TOKENS = 200  # of a document's prompts and choices
@@ -60,11 +61,12 @@ def _masking_nbytes(session: Session) -> int:
     layout, config = session.layout, session.search[1]
     tables = sum(w.rows * w.cols for w in layout.weights.values() if not layout.readers(w.site))
     codes = sum(w.rows * w.cols for w in layout.weights.values()) - tables
-    each = 4 if config.dense else (config.low.bits + config.high.bits) / 8
-    if config.versions == "expected":
-        each = native(session.compute, "cuda" if torch.cuda.is_available() else "cpu").itemsize
+    dense = native(session.compute, "cuda" if torch.cuda.is_available() else "cpu").itemsize
+    two = 2 * dense if config.dense else (config.low.bits + config.high.bits) / 8
+    each = dense if config.versions == "expected" else two
     width = 16 * layout.sizes["hidden"] + 8 * layout.sizes["mid"]
-    kept = layout.blocks * (4 * layout.sizes["hidden"] if config.checkpointing else 2 * width) + 2 * width
+    kept_whole = isinstance(config, Learning) and not config.checkpointing
+    kept = layout.blocks * (2 * width if kept_whole else 4 * layout.sizes["hidden"]) + 2 * width
     channels = sum(
         layout.readers(site)[0].cols for site in {w.site for w in layout.weights.values()} if layout.readers(site)
     )
@@ -97,12 +99,11 @@ def _seconds(session: Session, tokens: int, block: int) -> float:
         tried = search.optimiser.trials + (search.optimiser.smaller if search.engine == "bayes" else 0)
         work += tried * (judged + asked + applied + goal.steps * step)
     config = session.search[1]
-    if isinstance(config, Masking):  # forward, twice if checkpointed, and back, for two versions twice, and the head
-        tokens_seen = config.batch * config.length * layout.parameters
-        work += (
-            (3.0 + config.checkpointing + (config.versions != "expected")) * getattr(config, "steps", 0) * tokens_seen
-        )
-        tried = 4 * layout.blocks * len(getattr(config, "factors", ()))
+    if isinstance(config, Learning):  # forward, twice if checkpointed, and back, for two versions twice, and the head
+        runs = 3.0 + config.checkpointing + (config.versions != "expected") + (config.loss == "kl")
+        work += runs * config.steps * config.batch * config.length * layout.parameters
+    elif isinstance(config, shares.Config):
+        tried = 4 * layout.blocks * len(config.factors)
         work += tried * config.rows * config.length * layout.parameters
     if session.calibration == "self":
         tokens += recipe.calibration.training * recipe.calibration.length

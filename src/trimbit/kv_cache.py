@@ -17,6 +17,7 @@ from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from trimbit.kernels.kv import dequantize_tokens, quantize_tokens
+from trimbit.model.layout import check_kv_cache
 from trimbit.precision import KVPrecision
 from trimbit.runtime import NoAttention
 
@@ -143,9 +144,13 @@ class PackedCache(Cache):
     """A cache for one model; layers with a sliding window, which forget by themselves, keep it exactly.
 
     The first tokens are the first columns of a batch: padding on the left takes their place.
+
+    Raises:
+        PlanError: if a group is longer than a head, or no layer reads all tokens.
     """
 
     def __init__(self, model: PreTrainedModel, precision: KVPrecision) -> None:
+        check_kv_cache(precision, model.config)
         dropped = {module.layer_idx for module in model.modules() if isinstance(module, NoAttention)}
         layers: list[Any] = DynamicCache(config=model.config).layers
         for index, layer in enumerate(layers):
@@ -183,7 +188,12 @@ def cache_for(model: PreTrainedModel) -> Cache:
 
 
 def pack_cache(model: PreTrainedModel, precision: KVPrecision) -> None:
-    """Make `model.generate` use a packed cache, unless the caller asks for another one or for none."""
+    """Make `model.generate` use a packed cache, unless the caller asks for another one or for none.
+
+    Raises:
+        PlanError: if the model cannot have it.
+    """
+    check_kv_cache(precision, model.config)
     model.trimbit_kv_cache = precision  # type: ignore[assignment] # neither a tensor nor a module
     model.generate = MethodType(_generate, model)  # type: ignore[assignment]
 
@@ -195,8 +205,12 @@ def _generate(
     *args: Any,  # noqa: ANN401
     **kwargs: Any,  # noqa: ANN401
 ) -> Any:  # noqa: ANN401
-    told = generation_config or model.generation_config
-    use, kind = (kwargs.get(name, getattr(told, name)) for name in ("use_cache", "cache_implementation"))
-    if kwargs.get("past_key_values") is None and use is not False and kind is None:
+    def told(name: str) -> Any:  # noqa: ANN401
+        given = (kwargs.get(name), getattr(generation_config, name, None), getattr(model.generation_config, name))
+        return next((value for value in given if value is not None), None)
+
+    kind = told("cache_implementation")
+    exact = kind not in {None, "hybrid"}  # which Gemma's files say, and transformers does not heed
+    if kwargs.get("past_key_values") is None and told("use_cache") is not False and not exact:
         kwargs["past_key_values"] = cache_for(model)
     return type(model).generate(model, inputs, generation_config, *args, **kwargs)

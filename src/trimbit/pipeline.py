@@ -15,6 +15,7 @@ from trimbit.errors import BudgetError, PlanError
 from trimbit.judging import Judging
 from trimbit.measure import background_of, measure
 from trimbit.measurements import Background, Measurements
+from trimbit.model.layout import check_kv_cache
 from trimbit.model.load import open_checkpoint
 from trimbit.model.products import native
 from trimbit.pareto import Trial, best, picture, require_plot, table
@@ -94,7 +95,7 @@ class Session(Preparation):
         """
         module, config = self.search
         self.require_rotatable()
-        self.layout.check_kv_cache(self.recipe.kv_cache)
+        check_kv_cache(self.recipe.kv_cache, self.layout.config)
         if hasattr(module, "trials") or hasattr(module, "curve"):
             require_plot()
         for weight in self.layout.weights.values() if self.rank else ():

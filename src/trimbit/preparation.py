@@ -146,8 +146,8 @@ class Preparation:
                 f"search.length is {config.length} tokens, but a row has {want.length}: raise calibration.length"
             )
         rows = (want.training or want.rows) * (want.length // config.length)
-        if config.rows > rows:
-            raise RecipeError(f"search.rows: {config.rows} of {rows} rows asked; raise calibration.training")
+        if config.compared(rows) > rows:
+            raise RecipeError(f"search.rows: {config.compared(rows)} of {rows} rows asked; raise calibration.training")
 
     def _module(self, name: str, step: Step) -> tuple[ModuleType, Any]:
         stage, offers = STAGES[name]
@@ -425,7 +425,7 @@ class Preparation:
         )  # fmt: skip
         rows, held_out = of_length(self.training.tokens, config.length), self.held_out.tokens
         with self.reporter.stage("the original's answers") as progress:
-            distilled = [*held_out, *(rows if config.loss == "kl" else rows[: config.rows])]
+            distilled = [*held_out, *rows[: config.compared(len(rows))]]
             original = original_of(self.original, distilled, self.originals, progress)
         with self.reporter.stage("both formats of the weights") as progress:
             layers = Layers(candidates, config, orders, self.sweep)

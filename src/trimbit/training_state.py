@@ -70,4 +70,4 @@ def require_finite(what: str, step: int, kept: int, advice: str, **found: Iterab
 def read_told(path: Path) -> dict[str, str]:
     """What is told beside a state."""
     with safe_open(path, framework="pt") as file:
-        return dict(file.metadata())
+        return dict(file.metadata() or {})

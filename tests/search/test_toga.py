@@ -405,19 +405,21 @@ def test_projection_holds_the_budget_and_gradients_know_of_it(tmp_path):
             assert (slope[0] - slope[1]) / 0.1 == pytest.approx(float(found[site][at]), rel=0.02)
 
 
-def test_projection_needs_no_penalty(tmp_path):
-    found = []
-    for weight in (0.0, 6.0):
-        config = CONFIG.model_copy(update={"budget": "projection", "budget_weight": weight, "steps": 5})
-        task = made(tmp_path / str(weight), config)
-        found.append(toga.learn(task, config, Sites(task, config)))
-    for site, logits in found[0].items():
-        assert torch.equal(logits, found[1][site])
-
-
-def test_an_offset_does_not_go_with_projection():
-    with pytest.raises(ValueError, match="goes with budget=penalty alone"):
-        toga.Config(budget="projection", offset=3.0)
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"budget": "projection", "offset": 3.0}, "offset goes with budget=penalty alone"),
+        ({"budget": "projection", "budget_weight": 6.0}, "budget_weight goes with budget=penalty alone"),
+        ({"optimizer": "sgd", "budget": "projection", "weight_decay": 0.1}, "goes with optimizer=adamw alone"),
+        ({"optimizer": "sgd"}, "goes with budget=projection alone"),
+        ({"versions": "expected", "dense": True}, "versions=expected rounds no weight"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(fields, says):
+    with pytest.raises(ValueError, match=says):
+        toga.Config(**fields)
+    assert (toga.Config().penalty_weight, toga.Config().decay) == (6.0, 0.05)
+    assert (toga.Config(budget_weight=0.0).penalty_weight, toga.Config(weight_decay=0.0).decay) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("module", [toga, salient, shares])

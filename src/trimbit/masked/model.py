@@ -1,5 +1,6 @@
 """The model under masks: its losses, and their gradients."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from trimbit.errors import NumericsError
 from trimbit.masked.layers import Layers
 from trimbit.model.head import Head, Judged, Logits, following, judge, logit_slices, loss_gradient
 from trimbit.model.load import materialize
@@ -17,7 +19,7 @@ from trimbit.model.stream import BlockStream, block_arguments, build_skeleton, r
 from trimbit.progress import Progress
 from trimbit.repair.tune import Original
 from trimbit.runtime import set_module
-from trimbit.search.mixed import Masking
+from trimbit.search.mixed import Learning, Masking
 
 if TYPE_CHECKING:
     from trimbit.masked.inputs import MaskedLinear
@@ -47,9 +49,9 @@ class MaskedModel:
         self.rows = rows
         self.held_out = held_out
         self.original = original
-        self.distil = config.loss == "kl"
-        self.batch = config.batch
-        self.checkpointing = config.checkpointing
+        self.distil, self.batch, self.checkpointing = False, 1, False
+        if isinstance(config, Learning):
+            self.distil, self.batch, self.checkpointing = config.loss == "kl", config.batch, config.checkpointing
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.compute = native(stream.compute, self.device.type)
         self.layers: dict[str, list[MaskedLinear]] = {}  # by site
@@ -111,11 +113,17 @@ class MaskedModel:
 
         The first masks that are tried on some rows are the background of those that follow, which are run from the
         first block on whose masks are others. Noise is a row's own, and the same at each call.
+
+        Raises:
+            NumericsError: if it is not finite.
         """
         own = {site: mask.to(self.device) for site, mask in masks.items()}
         with products_in(self.compute, self.device.type):
             found = self._held_out(own) if rows is None else self._around(self._background(own, rows), own)
-        return Judged(*(sum(each) / len(found) for each in zip(*found, strict=True)))
+        judged = Judged(*(sum(each) / len(found) for each in zip(*found, strict=True)))
+        if not all(map(math.isfinite, judged)):
+            raise NumericsError(f"the model under masks is not finite: KL {judged.kl}, loss {judged.nll}")
+        return judged
 
     def _held_out(self, masks: Mapping[str, Tensor]) -> list[Judged]:
         self._set(masks)

@@ -211,26 +211,6 @@ class Layout:
         """Bytes of the weight files that a plan writes, headers included."""
         return sum(shard_nbytes(shard) for shard in shards(self.tensors(plan)))
 
-    def check_kv_cache(self, precision: KVPrecision | None) -> None:
-        """Refuse a cache that this model cannot have.
-
-        Raises:
-            PlanError: if a group is longer than a head, or no layer reads all tokens.
-        """
-        if precision is None:
-            return
-        if None not in sliding_windows(self.config):
-            raise PlanError(
-                "kv_cache: every layer of this model has a sliding window, whose cache is kept exactly; "
-                "there is nothing to quantise, leave kv_cache out"
-            )
-        head_dim = self.sizes["d"]
-        if precision.group is not None and precision.group > head_dim:
-            raise PlanError(
-                f"kv_cache: a group of {precision.group} channels, but head_dim is {head_dim}; "
-                f"give a group of at most {head_dim}, or null for a whole head"
-            )
-
     def check(self, plan: Plan) -> None:
         """Refuse a plan that does not fit this model.
 
@@ -268,7 +248,7 @@ class Layout:
                 raise PlanError(f"weight {name}: a low-rank pair of rank {rank}, but it can have 1 to {most}")
         for site in sorted({*plan.orders, *plan.acts}):
             self._check_site(site, plan, alive)
-        self.check_kv_cache(plan.kv_cache)
+        check_kv_cache(plan.kv_cache, self.config)
 
     def _check_site(self, site: str, plan: Plan, alive: Mapping[str, Unit]) -> None:
         readers = self.readers(site)
@@ -342,6 +322,27 @@ def sliding_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
     """The sliding window of each block's attention; None: it reads all tokens."""
     layers: list[Any] = DynamicCache(config=config).layers
     return tuple(layer.sliding_window if layer.is_sliding else None for layer in layers)
+
+
+def check_kv_cache(precision: KVPrecision | None, config: PreTrainedConfig) -> None:
+    """Refuse a cache that a model of this configuration cannot have.
+
+    Raises:
+        PlanError: if a group is longer than a head, or no layer reads all tokens.
+    """
+    if precision is None:
+        return
+    if None not in sliding_windows(config):
+        raise PlanError(
+            "kv_cache: every layer of this model has a sliding window, whose cache is kept exactly; "
+            "there is nothing to quantise, leave kv_cache out"
+        )
+    head_dim = sizes_of(config)["d"]
+    if precision.group is not None and precision.group > head_dim:
+        raise PlanError(
+            f"kv_cache: a group of {precision.group} channels, but head_dim is {head_dim}; "
+            f"give a group of at most {head_dim}, or null for a whole head"
+        )
 
 
 def _add_matrix(

@@ -11,7 +11,7 @@ from heapq import heapify, heappop, heappush
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from trimbit.errors import BudgetError, NumericsError, RecipeError
@@ -48,12 +48,31 @@ class Masking(Mixed):
 
     share: float = Field(default=0.125, gt=0, le=1)
     versions: Versions = "nearest"
-    loss: Literal["lm", "kl"] = "lm"  # paper: of the next token; ours: KL(original || model)
-    batch: int = Field(default=1, ge=1)  # paper: rows of a step
     length: int = Field(default=2048, ge=16)  # paper: tokens of a row
-    rows: int = Field(default=0, ge=0)  # that damage is measured on, the first of the training text
+    dense: bool = False  # keep what is rounded ready to multiply by, twice bf16 or fp32: faster, else the same
+
+    @model_validator(mode="after")
+    def _check_dense(self) -> "Masking":
+        if self.dense and self.versions == "expected":
+            raise ValueError("dense is of what is rounded, and versions=expected rounds no weight")
+        return self
+
+    def compared(self, rows: int) -> int:
+        """How many rows of the training text, of so many, are compared with the original."""
+        raise NotImplementedError
+
+
+class Learning(Masking):
+    """How masks are learnt from the training text."""
+
+    steps: int = Field(default=2000, ge=1)  # paper
+    batch: int = Field(default=1, ge=1)  # paper: rows of a step
+    loss: Literal["lm", "kl"] = "lm"  # paper: of the next token; ours: KL(original || model)
     checkpointing: bool = True  # keep each block's input alone, and run the block again for its gradients
-    dense: bool = False  # keep what is rounded ready to multiply by, 4 bytes a weight: faster, else the same
+
+    def compared(self, rows: int) -> int:
+        """All rows, or none."""
+        return rows if self.loss == "kl" else 0
 
 
 @dataclass(frozen=True)
@@ -77,7 +96,7 @@ class Sites:
         for site, channels in self.channels.items():
             if channels % self.mixed.tile:
                 raise RecipeError(
-                    f"a tile of {self.mixed.tile} channels does not divide the {channels} channels of {site}"
+                    f"a tile of {self.mixed.tile} channels does not divide the {channels} channels of {site}: set search.tile"
                 )
 
     @cached_property

@@ -26,13 +26,17 @@ class Config(Masking):
 
     factors: tuple[float, ...] = (0.0, 0.5, 1.5, 2.0, 3.0, 4.0)  # ours: on the share that fits everywhere
     versions: Versions = "expected"  # ours
-    rows: int = Field(default=4, ge=1)  # ours
+    rows: int = Field(default=4, ge=1)  # ours: the first of the training text
     length: int = Field(default=512, ge=16)  # ours
+
+    def compared(self, rows: int) -> int:
+        """Those that are measured on, however many there are."""
+        return self.rows
 
 
 def identity(config: Config) -> dict[str, Any]:
     """What of the configuration decides the measurements."""
-    return config.model_dump(mode="json", exclude={"checkpointing", "dense"})
+    return config.model_dump(mode="json", exclude={"dense"})
 
 
 def search(problem: Problem, config: Config) -> Plan:

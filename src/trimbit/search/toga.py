@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from trimbit.plan import Plan
 from trimbit.search.estimators import Estimator, sample
 from trimbit.search.hypernetwork import Hypernetwork, Logits
-from trimbit.search.mixed import Masking, Sites, as_masks, default_limit, require_feasible
+from trimbit.search.mixed import Learning, Sites, as_masks, default_limit, require_feasible
 from trimbit.search.problem import Problem
 from trimbit.training_state import load_state, read_told, require_finite, save_state
 
@@ -47,21 +47,20 @@ __all__ = [
 ]
 
 
-class Config(Masking):
+class Config(Learning):
     """The formats, and how masks are learnt."""
 
-    steps: int = Field(default=2000, ge=1)  # paper
     network: Literal["hypernetwork", "logits"] = "hypernetwork"  # paper; logits: a parameter for each channel
     estimator: Estimator = "reinmax"
     temperature: float | None = Field(default=None, gt=0)  # None: code, ReinMax 1 (microsoft), Gumbel 0.4 (DISP-LLM)
     budget: Literal["penalty", "projection"] = "penalty"  # paper; ours, after RCO, arXiv:2605.00649
     offset: float | None = None  # added to logits; code (DISP-LLM): 3, nearly all high; ours, None: by the budget
     prior: float = Field(default=0.0, ge=0)  # ours: times the standard score of log diag H in its site, added to logits
-    budget_weight: float = Field(default=6.0, ge=0)  # code (DISP-LLM)
+    budget_weight: float | None = Field(default=None, ge=0)  # of a penalty; None: code (DISP-LLM), 6
     optimizer: Literal["adamw", "sgd"] = "adamw"  # code (DISP-LLM); ours: along the gradient, scaled to length 1
     learning_rate: float = Field(default=1e-3, gt=0, lt=1e3)  # code (DISP-LLM)
     schedule: Literal["constant", "linear"] = "constant"  # code (DISP-LLM); ours: falling to 0 in a straight line
-    weight_decay: float = Field(default=0.05, ge=0)  # code (DISP-LLM); of adamw alone
+    weight_decay: float | None = Field(default=None, ge=0)  # of adamw; None: code (DISP-LLM), 0.05
     save_every: int = Field(default=50, ge=1)  # steps between two stored states
 
     @model_validator(mode="after")
@@ -74,15 +73,31 @@ class Config(Masking):
         return self
 
     @model_validator(mode="after")
-    def _check_offset(self) -> "Config":
+    def _check_what_goes_together(self) -> "Config":
         if self.budget == "projection" and self.offset is not None:
             raise ValueError("projection moves all logits to the budget: an offset goes with budget=penalty alone")
+        if self.budget == "projection" and self.budget_weight is not None:
+            raise ValueError("projection has no weight: budget_weight goes with budget=penalty alone")
+        if self.optimizer == "sgd" and self.weight_decay is not None:
+            raise ValueError("sgd does not decay: weight_decay goes with optimizer=adamw alone")
+        if self.optimizer == "sgd" and self.budget == "penalty":
+            raise ValueError("sgd scales a penalty away with the gradient: it goes with budget=projection alone")
         return self
 
     @property
     def heat(self) -> float:
         """The temperature."""
         return self.temperature if self.temperature is not None else {"reinmax": 1.0, "gumbel": 0.4}[self.estimator]
+
+    @property
+    def penalty_weight(self) -> float:
+        """Of the budget, beside a loss in nats a token."""
+        return 6.0 if self.budget_weight is None else self.budget_weight
+
+    @property
+    def decay(self) -> float:
+        """AdamW's."""
+        return 0.05 if self.weight_decay is None else self.weight_decay
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -141,8 +156,8 @@ def learn(problem: Problem, config: Config, sites: Sites) -> dict[str, Float[Ten
             loss, gradients = masked.gradients(detached, step, generator)
             codes = torch.stack([sites.rows[site] * mask.sum() for site, mask in masks.items()]).sum()
             require_finite("the masks", step + 1, kept, ADVICE, loss=[torch.tensor(loss)], gradient=gradients.values())
-            penalty = config.budget_weight * (codes.clamp(min=1) / max(target, 1)).log().abs()
-            penalties = [penalty] if config.budget == "penalty" else []
+            missed = (codes.clamp(min=1) / max(target, 1)).log().abs()
+            penalties = [config.penalty_weight * missed] if config.budget == "penalty" else []
             torch.autograd.backward(
                 [*masks.values(), *penalties], [*(gradients[site] for site in masks), *(None for _ in penalties)]
             )
@@ -166,7 +181,7 @@ def learn(problem: Problem, config: Config, sites: Sites) -> dict[str, Float[Ten
 def _optimizer(parameters: Iterable[Tensor], config: Config) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=config.learning_rate)
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.decay)
 
 
 def _normalize(parameters: Iterable[Tensor]) -> None:
