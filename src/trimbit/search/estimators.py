@@ -1,7 +1,7 @@
 """Binary samples that let gradients through: z is 1 with probability sigmoid(logit).
 
-ReinMax (arXiv:2304.08612) is exact in the mean where the loss is quadratic in each z; the Gumbel straight-through
-estimator (arXiv:1611.01144) passes on the gradient of a soft sample.
+ReinMax (arXiv:2304.08612), at temperature 1, is exact in the mean where the loss is quadratic in each z; the Gumbel
+straight-through estimator (arXiv:1611.01144) passes on the gradient of a soft sample.
 """
 
 from typing import Any, Literal

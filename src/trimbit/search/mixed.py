@@ -96,7 +96,8 @@ class Sites:
         for site, channels in self.channels.items():
             if channels % self.mixed.tile:
                 raise RecipeError(
-                    f"a tile of {self.mixed.tile} channels does not divide the {channels} channels of {site}: set search.tile"
+                    f"a tile of {self.mixed.tile} channels does not divide the {channels} channels of {site}; "
+                    "give another search.tile"
                 )
 
     @cached_property
