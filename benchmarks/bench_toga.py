@@ -24,6 +24,7 @@ from statistics import mean, median
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -34,8 +35,10 @@ from trimbit.artifact import weight_nbytes
 from trimbit.evaluate import final_hidden, load_model, load_tokenizer, read_hidden, score
 from trimbit.kv_cache import pack_cache, precision_of
 from trimbit.learning import shares
+from trimbit.masked.model import MaskedModel
 from trimbit.model.cache_size import cache_nbytes
 from trimbit.pipeline import Session, open_session
+from trimbit.plan import Plan
 from trimbit.precision import KVPrecision
 from trimbit.progress import Progress, Silent
 from trimbit.quant import gptq, rtn
@@ -228,12 +231,9 @@ class Toga(Bench):
         The high channels are diag H's, and x is the input in the dense model.
         """
         session = self.opened(SETTINGS[setting][1])
-        config, problem = session.search[1], session.problem(session.limit(None))
-        sites, masked = Sites(problem, config), session.masked(config)
-        plan = sites.plan({site: sites.largest(site, tiles) for site, tiles in sites.fitting.items()}, "diag H")
-        masks = as_masks(sites.high(plan), sites)
+        masked, plan, masks = diag_h(session)
         found: dict[str, dict[str, list[float]]] = {}
-        for site in sites.channels:
+        for site in masks:
             name, layer, chosen = session.layout.readers(site)[0].name, masked.layers[site][0], masks[site] > 0
             w, h = session.checkpoint.tensor(f"{name}.weight").float(), session.stats.moments(site).h
             means = h.diagonal().to(layer.weight)
@@ -255,11 +255,10 @@ class Toga(Bench):
         found = {}
         for loss in ("lm", "kl"):
             session = self.opened(SETTINGS[setting][1], (f"search.loss={loss}",))
-            config, problem = session.search[1], session.problem(session.limit(None))
-            sites, masked = Sites(problem, config), session.masked(config)
-            plan = sites.plan({site: sites.largest(site, tiles) for site, tiles in sites.fitting.items()}, "diag H")
-            masks, generator = as_masks(sites.high(plan), sites), torch.Generator().manual_seed(0)
-            pieces = session.recipe.calibration.length // config.length  # of a row; others would be its neighbours
+            masked, _, masks = diag_h(session)
+            generator = torch.Generator().manual_seed(0)
+            # of a row, of which one is taken: the others would be its neighbours
+            pieces = session.recipe.calibration.length // session.search[1].length
             gradients = [masked.gradients(masks, row * pieces, generator)[1] for row in range(ROWS)]
             flat = functional.normalize(torch.stack([torch.cat([*own.values()]) for own in gradients]), dim=1)
             found[loss] = [round(float(cosine), 4) for cosine in (flat @ flat.T)[*torch.triu_indices(ROWS, ROWS, 1)]]
@@ -287,6 +286,14 @@ class Toga(Bench):
             problem = replace(session.problem(session.limit(None)), journal=Path(folder) / "masks.jsonl")
             learn(problem, config, Sites(problem, config))
         return [round(b - a, 3) for a, b in pairwise(ends.at)]
+
+
+def diag_h(session: Session) -> tuple[MaskedModel, Plan, dict[str, Tensor]]:
+    """The model under masks, and the plan and masks whose high channels are those of largest diag H."""
+    config, problem = session.search[1], session.problem(session.limit(None))
+    sites = Sites(problem, config)
+    plan = sites.plan({site: sites.largest(site, tiles) for site, tiles in sites.fitting.items()}, "diag H")
+    return session.masked(config), plan, as_masks(sites.high(plan), sites)
 
 
 def keep_dense(model: PreTrainedModel) -> PreTrainedModel:

@@ -344,6 +344,8 @@ def test_a_group_longer_than_a_head_is_refused(group):
         layout.check(plan.model_copy(update={"kv_cache": KVPrecision(group=group)}))
     with pytest.raises(PlanError, match=f"a group of {group} channels, but head_dim is 8"):
         pack_cache(tiny_model("llama"), KVPrecision(group=group))
+    with pytest.raises(PlanError, match=f"a group of {group} channels, but head_dim is 8"):
+        PackedCache(tiny_model("llama"), KVPrecision(group=group))
 
 
 def test_a_model_with_nothing_to_quantise_is_refused():

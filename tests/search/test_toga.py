@@ -231,7 +231,8 @@ def test_no_high_channels_whatever_the_budget(tmp_path):
     ("stop", "optimizer"), [(1, "adamw"), (7, "adamw"), (8, "adamw"), (30, "adamw"), (59, "adamw"), (30, "sgd")]
 )
 def test_a_run_that_was_broken_off_goes_on(tmp_path, stop, optimizer):
-    config = CONFIG.model_copy(update={"optimizer": optimizer})
+    budget = {"adamw": "penalty", "sgd": "projection"}[optimizer]  # sgd goes with no penalty
+    config = CONFIG.model_copy(update={"optimizer": optimizer, "budget": budget})
     whole = toga.search(made(tmp_path / "whole"), config)
 
     class Broken(Invented):
