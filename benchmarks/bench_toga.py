@@ -6,7 +6,7 @@ Each cell is stored in benchmarks/results/toga.json as soon as it is done, and a
 docs/toga.md is drawn from it at the end. The model is taken off its 4-bit grid first (benchmarks/offgrid.py), seed 0.
 All methods see the same text of WikiText-2 train: 16 rows of 2,048 tokens for second moments and GPTQ, 150 further rows
 for masks. Perplexity and KL are at context 2048, on the first 16 windows of WikiText-2 test and of C4. Masks are learnt
-in 600 steps of 512 tokens, those of the options in 100.
+in 600 steps of 512 tokens, those of the options, of W3A16 and of W4A4 in 100.
 """
 
 import math
@@ -15,12 +15,13 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -117,6 +118,8 @@ MODES = {  # of the masks' training, and what each costs
     ),
     "two roundings, dense": ("search.versions=nearest", "search.dense=true", "search.checkpointing=false"),
 }  # fmt: skip
+FASTEST = "expected errors"
+OPERATORS = 10  # of a step's, that the page names
 WEIGHTS = "up to 59 % and 85 % lower than weight-only methods at 1 to 3 bits"
 CLAIMS = {  # of the abstract, on larger models and against its own baselines
     "W3.2A3.2": "up to 21 % lower on WikiText-2 than weight-activation methods",
@@ -128,9 +131,10 @@ CLAIMS = {  # of the abstract, on larger models and against its own baselines
 WITH_ALL = ("W3.2A3.2", "W1.6A16", "W2A16")  # where channels at random, and shares by measured KL, are tried, too
 OWN = ("learnt", "RTN, learnt")
 WITH_KV4 = ("diag H", "learnt")  # the methods that are tried with keys and values in 4 bits, too
-SHORTER = ("search.steps=100", "search.learning_rate=25.0")  # of the options: logits end with as much of chance in them
-PARTS = ("settings", "kv", "options", "errors", "agreement", "cost")
+SHORTER = ("search.steps=100", "search.learning_rate=25.0")  # logits end with as much of chance in them as in 600
+PARTS = ("settings", "noise", "kv", "options", "errors", "agreement", "cost")
 SEEN = r"as the search sees them: KL ([0-9.]+)"  # in the notes of a plan
+DRAWS = 3  # of the errors of all weights
 ROWS = 8  # of the text, of each of which the gradient of one piece is compared
 STEPS, ROUNDS = 6, 2  # of each mode whose cost is measured
 
@@ -138,6 +142,7 @@ STEPS, ROUNDS = 6, 2  # of each mode whose cost is measured
 def methods(setting: str) -> dict[str, tuple[str, tuple[str, ...]]]:
     """Recipe and overrides of each method of a setting."""
     salient, learnt, more = SETTINGS[setting]
+    steps = () if setting in WITH_ALL else SHORTER
     others = {
         "random": (salient, ("search.by=random",)),
         "shares by measured KL": (salient, ("search.name=shares",)),
@@ -148,8 +153,8 @@ def methods(setting: str) -> dict[str, tuple[str, tuple[str, ...]]]:
         "RTN, diag H": (salient, (NEAREST,)),
         "diag H": (salient, ()),
         **(others if setting in WITH_ALL else {}),
-        "learnt": (learnt, ()),
-        "RTN, learnt": (learnt, (NEAREST,)),
+        "learnt": (learnt, steps),
+        "RTN, learnt": (learnt, (NEAREST, *steps)),
         **more,
     }
 
@@ -250,6 +255,20 @@ class Toga(Bench):
                 own[kind].append(round(float(((errors @ moments.h.double()) * errors).sum() / expected), 4))
         return {"ratios": found}
 
+    def noise(self, setting: str) -> dict:
+        """KL on the held-out rows, by masks: errors drawn anew for each token, and draws that all tokens share."""
+        session = self.opened(SETTINGS[setting][1])
+        masked, _, by_size = diag_h(session)
+        sites = Sites(session.problem(session.limit(None)), session.search[1])
+        found = {}
+        for kind, masks in {"diag H": by_size, "learnt": as_masks(sites.high(session.find_plan(None)), sites)}.items():
+            shared = []
+            for seed in range(DRAWS):
+                with errors_in_weights(masked, masks, seed):
+                    shared.append(masked.damage(masks).kl)
+            found[kind] = {"own": masked.damage(masks).kl, "shared": shared}
+        return {"kl": found}
+
     def agreement(self, setting: str) -> dict:
         """Cosines of the gradients for all masks, diag H's, of each two of some rows, by the loss."""
         found = {}
@@ -275,17 +294,29 @@ class Toga(Bench):
             mode: measured_process([sys.executable, __file__, "--peak", mode, *again], None)[1] - imports
             for mode in MODES
         }
-        return {"step_seconds": seconds, "peaks": peaks}
+        return {"step_seconds": seconds, "peaks": peaks, "operators": self.operators()}
+
+    def operators(self) -> dict[str, float]:
+        """Of the time of a training's second step, the part in each operator itself, the largest first."""
+        ends = Profiled()
+        self.train(FASTEST, 2, ends)
+        own = {event.key: event.self_cpu_time_total for event in ends.profile.key_averages()}
+        whole = sum(own.values())
+        return {key: round(own[key] / whole, 4) for key in sorted(own, key=own.__getitem__, reverse=True)[:OPERATORS]}
 
     def steps(self, mode: str, count: int) -> list[float]:
         """Seconds of each step but the first of so many, of a training that begins anew."""
-        session, ends = self.opened("toga-q-w3.2a3.2", (*MODES[mode], f"search.steps={count}")), Ends()
+        ends = Ends()
+        self.train(mode, count, ends)
+        return [round(b - a, 3) for a, b in pairwise(ends.at)]
+
+    def train(self, mode: str, count: int, ends: "Ends") -> None:
+        session = self.opened("toga-q-w3.2a3.2", (*MODES[mode], f"search.steps={count}"))
         session.reporter = ends
         config = session.search[1]
         with tempfile.TemporaryDirectory() as folder:  # modes share a key, and a finished training has no more steps
             problem = replace(session.problem(session.limit(None)), journal=Path(folder) / "masks.jsonl")
             learn(problem, config, Sites(problem, config))
-        return [round(b - a, 3) for a, b in pairwise(ends.at)]
 
 
 def diag_h(session: Session) -> tuple[MaskedModel, Plan, dict[str, Tensor]]:
@@ -294,6 +325,22 @@ def diag_h(session: Session) -> tuple[MaskedModel, Plan, dict[str, Tensor]]:
     sites = Sites(problem, config)
     plan = sites.plan({site: sites.largest(site, tiles) for site, tiles in sites.fitting.items()}, "diag H")
     return session.masked(config), plan, as_masks(sites.high(plan), sites)
+
+
+@contextmanager
+def errors_in_weights(masked: MaskedModel, masks: Mapping[str, Tensor], seed: int) -> Iterator[None]:
+    """What is expected of each weight's error is drawn once, and added to the weight."""
+    generator, before = torch.Generator().manual_seed(seed), []
+    for site, layers in masked.layers.items():
+        for layer in layers:
+            before.append((layer, (layer.weight, layer.low.rows, layer.high.rows)))
+            parts = ((layer.low, masks[site] <= 0), (layer.high, masks[site] > 0))
+            variance = sum(noise.rows @ (noise.cols * chosen[:, None]).T for noise, chosen in parts)
+            layer.weight = layer.weight + variance.sqrt() * torch.randn(layer.weight.shape, generator=generator)
+            layer.low.rows, layer.high.rows = (torch.zeros_like(noise.rows) for noise, _ in parts)
+    yield
+    for layer, kept in before:
+        layer.weight, layer.low.rows, layer.high.rows = kept
 
 
 def keep_dense(model: PreTrainedModel) -> PreTrainedModel:
@@ -312,7 +359,22 @@ class Ends(Silent):
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Progress]:
-        yield lambda *_: self.at.append(time.perf_counter()) if name == "masks" else None
+        yield lambda *_: self.ended() if name == "masks" else None
+
+    def ended(self) -> None:
+        self.at.append(time.perf_counter())
+
+
+class Profiled(Ends):
+    """A profile of the second of two steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+
+    def ended(self) -> None:
+        super().ended()
+        (self.profile.start if len(self.at) == 1 else self.profile.stop)()
 
 
 def write_page(results: dict) -> None:
@@ -324,6 +386,7 @@ def write_page(results: dict) -> None:
         "settings": settings_table,
         "ratios": ratios_table,
         "search": search_table,
+        "noise": noise_table,
         "caches": lambda r: texts_table(r, "cache", {kind: f"kv/{kind}" for kind in CACHES}, "cache_nbytes"),
         "options": options_table,
         "errors": errors_table,
@@ -394,9 +457,21 @@ def search_table(results: dict) -> list[str]:
     for setting in SETTINGS:
         learnt, nearest = (results.get(f"settings/{setting}/{kind}learnt") for kind in ("", "RTN, "))
         if learnt and nearest:
-            found = (learnt["kl_in_search"], nearest["held_out_kl"], learnt["held_out_kl"])
+            found = (learnt["kl_in_search"], learnt["held_out_kl"], nearest["held_out_kl"])
             rows.append([setting, *(f"{kl:.3f}" for kl in found)])
-    heads = ["setting", "as the search sees it", "packed, rounded to nearest", "packed, GPTQ"]
+    heads = ["setting", "as the search sees it", "packed, GPTQ", "packed, rounded to nearest"]
+    return table(heads, rows or [["not run", *[""] * (len(heads) - 1)]])
+
+
+def noise_table(results: dict) -> list[str]:
+    """KL on held-out rows, by how the errors expected are drawn, and packed."""
+    rows = []
+    for setting in WITH_ALL:
+        for kind, own in results.get(f"noise/{setting}", {}).get("kl", {}).items():
+            shared, packed = own["shared"], results[f"settings/{setting}/{kind}"]["held_out_kl"]
+            draws = f"{mean(shared):.3f} ({min(shared):.3f} to {max(shared):.3f})"
+            rows.append([setting, kind, f"{own['own']:.3f}", draws, f"{packed:.3f}"])
+    heads = ["setting", "masks", "errors of each token's own", f"shared by all tokens, {DRAWS} draws", "packed, GPTQ"]
     return table(heads, rows or [["not run", *[""] * (len(heads) - 1)]])
 
 
@@ -421,7 +496,9 @@ def cost_table(results: dict) -> list[str]:
          f"{cell['peaks'][kind] / 1e6:.0f}"]
         for kind, own in each.items()
     ]  # fmt: skip
-    return table(["while masks are learnt", "seconds a step, median", "range", "ratio", "peak, MB"], rows)
+    lines = table(["while masks are learnt", "seconds a step, median", "range", "ratio", "peak, MB"], rows)
+    largest = [[f"`{name}`", f"{100 * share:.1f}"] for name, share in cell["operators"].items()]
+    return [*lines, "", *table([f"operator, while masks are learnt: {FASTEST}", "% of a step"], largest)]
 
 
 def errors_table(results: dict) -> list[str]:
@@ -450,23 +527,26 @@ def draw_bits(results: dict) -> None:
     """KL and perplexity on both texts against the true bits of a weight of the blocks, a mark a method."""
     from matplotlib import pyplot
 
-    figure, rows = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained", sharex=True, sharey="row")
+    figure, rows = pyplot.subplots(2, 2, figsize=(11, 9), layout="constrained", sharex=True, sharey="row")
+    marks: dict[str, Any] = {}
     names = list(dict.fromkeys(method for setting in SETTINGS for method in methods(setting)))
     for panels, (what, label) in zip(
         rows, (("kl", "KL to the original, nats a token"), ("ppl@2048",) * 2), strict=True
     ):
         for axes, text in zip(panels, TEXTS, strict=True):
             for at, method in enumerate(names):
-                keys = [f"settings/{setting}/{method}" for setting in SETTINGS]
-                cells = [results[key] for key in keys if key in results]
-                if cells:
-                    points = [(c["block_bits"], c["texts"][text][what]) for c in cells]
-                    axes.plot(*zip(*points, strict=True), "osD^vP*X<>h"[at % 11], color=f"C{at % 10}", label=method)
+                kind = {"marker": "osD^vP*X<>h"[at % 11], "color": f"C{at % 10}", "linestyle": ""}
+                for setting in SETTINGS:
+                    if cell := results.get(f"settings/{setting}/{method}"):
+                        filled = "full" if setting.endswith("A16") else "none"
+                        point = axes.plot(cell["block_bits"], cell["texts"][text][what], fillstyle=filled, **kind)
+                        marks[method] = point[0] if filled == "full" else marks.get(method, point[0])
             axes.set(title=text, yscale="log")
         panels[0].set_ylabel(label)
     for axes in rows[1]:
         axes.set_xlabel("bits of a weight of the blocks, scales and index lists included")
-    rows[0][1].legend(frameon=False, fontsize="small")
+    title = "filled: weights alone; hollow: activations, too"
+    figure.legend(marks.values(), marks, loc="outside lower center", ncols=6, frameon=False, title=title)
     figure.savefig(PAGE.with_name("toga-bits.png"), dpi=110)
     pyplot.close(figure)
 
@@ -482,8 +562,9 @@ def draw_masks(results: dict) -> None:
     for (left, right), (setting, cell) in zip(rows, cells.items(), strict=True):
         for site, own in cell["shares"].items():
             left.plot(range(len(own)), [100 * share for share in own], marker=".", label=site)
-        left.set(title=setting, xlabel="block", ylabel="high channels, %", ylim=(0, None))
-        left.legend(frameon=False, ncols=4, fontsize="small")
+        left.set(title=f"{setting}, {len(cell['losses'])} steps", xlabel="block", ylabel="high channels, %")
+        left.set_ylim(0, 125 * max(max(own) for own in cell["shares"].values()))  # room for the legend
+        left.legend(frameon=False, ncols=4, fontsize="small", loc="upper right")
         losses = torch.tensor(cell["losses"])
         right.plot(range(1, len(losses) + 1), losses, color="0.85", lw=0.8)
         means = losses.unfold(0, 25, 1).mean(-1)
@@ -507,6 +588,9 @@ def main() -> None:
             for method, (recipe, own) in methods(setting).items():
                 kv4 = method in WITH_KV4
                 bench.cell(f"settings/{setting}/{method}", lambda r=recipe, o=own, k=kv4: bench.run(r, o, also_kv4=k))
+    if "noise" in options.only:
+        for setting in WITH_ALL:
+            bench.cell(f"noise/{setting}", lambda s=setting: bench.noise(s))
     if "kv" in options.only:
         for kind, precision in CACHES.items():
             bench.cell(f"kv/{kind}", lambda p=precision: bench.cache(p))
