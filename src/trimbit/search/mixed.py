@@ -48,7 +48,7 @@ class Masking(Mixed):
 
     share: float = Field(default=0.125, gt=0, le=1)
     versions: Versions = "nearest"
-    length: int = Field(default=2048, ge=16)  # paper: tokens of a row
+    length: int = Field(default=2048, ge=16)  # code (DISP-LLM): tokens of a row
     dense: bool = False  # keep what is rounded ready to multiply by, twice bf16 or fp32: faster, else the same
 
     @model_validator(mode="after")

@@ -56,7 +56,7 @@ class Config(Learning):
     budget: Literal["penalty", "projection"] = "penalty"  # paper; ours, after RCO, arXiv:2605.00649
     offset: float | None = None  # added to logits; code (DISP-LLM): 3, nearly all high; ours, None: by the budget
     prior: float = Field(default=0.0, ge=0)  # ours: times the standard score of log diag H in its site, added to logits
-    budget_weight: float | None = Field(default=None, ge=0)  # of a penalty; None: code (DISP-LLM), 6
+    budget_weight: float | None = Field(default=None, ge=0)  # of a penalty; None: paper (DISP-LLM), 6
     optimizer: Literal["adamw", "sgd"] = "adamw"  # code (DISP-LLM); ours: along the gradient, scaled to length 1
     learning_rate: float = Field(default=1e-3, gt=0, lt=1e3)  # code (DISP-LLM)
     schedule: Literal["constant", "linear"] = "constant"  # code (DISP-LLM); ours: falling to 0 in a straight line
