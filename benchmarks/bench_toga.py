@@ -46,7 +46,7 @@ from trimbit.quant import gptq, rtn
 from trimbit.recipe import load_recipe
 from trimbit.runtime import PackedLinear
 from trimbit.search.mixed import Sites, as_masks
-from trimbit.search.toga import learn
+from trimbit.search.toga import Training, learn
 
 RESULTS = HERE / "results" / "toga.json"
 PAGE = HERE.parent / "docs" / "toga.md"
@@ -174,7 +174,7 @@ class Toga(Bench):
 
     def opened(self, recipe: str, overrides: tuple[str, ...] = ()) -> Session:
         fast = FAST if recipe.startswith("toga") else ()
-        loaded = load_recipe(recipe, (*fast, *overrides, "calibration.training=150"))
+        loaded = load_recipe(recipe, ("calibration.training=150", *fast, *overrides))
         return open_session(self.off_grid(0), loaded, calibration=str(self.folder / TRAIN), seed=0)
 
     def run(
@@ -286,18 +286,24 @@ class Toga(Bench):
         return found | {"own": masked.damage(masks).kl, "shared": shared}
 
     def agreement(self, setting: str) -> dict:
-        """Cosines of the gradients for all masks, diag H's, of each two of some rows, by the loss."""
-        found = {}
+        """Cosines of a first step's gradients for all logits, and of their signs, of each two of some rows, by loss."""
+        found: dict[str, dict[str, list[float]]] = {}
+        pairs = torch.triu_indices(ROWS, ROWS, 1)
         for loss in ("lm", "kl"):
-            session = self.opened(SETTINGS[setting][1], (f"search.loss={loss}",))
-            masked, _, masks = diag_h(session)
-            generator = torch.Generator().manual_seed(0)
+            session = self.opened(SETTINGS[setting][1], (f"search.loss={loss}", f"calibration.training={ROWS}"))
+            config, problem = session.search[1], session.problem(session.limit(None))
+            training = Training(problem, config, Sites(problem, config))
             # of a row, of which one is taken: the others would be its neighbours
-            pieces = session.recipe.calibration.length // session.search[1].length
-            gradients = [masked.gradients(masks, row * pieces, generator)[1] for row in range(ROWS)]
-            flat = functional.normalize(torch.stack([torch.cat([*own.values()]) for own in gradients]), dim=1)
-            found[loss] = [round(float(cosine), 4) for cosine in (flat @ flat.T)[*torch.triu_indices(ROWS, ROWS, 1)]]
-        return {"cosines": found}
+            pieces = session.recipe.calibration.length // config.length
+            rows = []
+            for row in range(ROWS):
+                training.network.zero_grad()
+                training.backward(row * pieces)
+                rows.append(torch.cat([p.grad.flatten() for p in training.network.parameters() if p.grad is not None]))
+            for kind, own in (("gradients", torch.stack(rows)), ("signs", torch.stack(rows).sign())):
+                flat = functional.normalize(own, dim=1)
+                found.setdefault(kind, {})[loss] = [round(float(cosine), 4) for cosine in (flat @ flat.T)[*pairs]]
+        return found
 
     def cost(self) -> dict:
         """Seconds of a whole step of 512 tokens in each mode, in turns, and its peak bytes above the imports'."""
@@ -541,9 +547,9 @@ def agreement_table(results: dict) -> list[str]:
     rows = []
     for setting in WITH_ALL:
         if cell := results.get(f"agreement/{setting}"):
-            own = (f"{mean(found):.3f} ({min(found):.3f} to {max(found):.3f})" for found in cell["cosines"].values())
-            rows.append([setting, *own])
-    heads = ["setting", "cosine of two rows' gradients, next token", "KL to the original"]
+            own = (cell[kind][loss] for kind in ("gradients", "signs") for loss in ("lm", "kl"))
+            rows.append([setting, *(f"{mean(found):.3f} ({min(found):.3f} to {max(found):.3f})" for found in own)])
+    heads = ["setting", *(f"{kind}, {loss}" for kind in ("gradients", "signs") for loss in ("next token", "KL"))]
     return table(heads, rows or [["not run", *[""] * (len(heads) - 1)]])
 
 

@@ -38,6 +38,7 @@ __all__ = [
     "PAPER",
     "READS",
     "Config",
+    "Training",
     "curve",
     "default_limit",
     "identity",
@@ -133,49 +134,66 @@ def curve(problem: Problem, config: Config) -> list[dict[str, float]]:
 
 def learn(problem: Problem, config: Config, sites: Sites) -> dict[str, Float[Tensor, " channels"]]:
     """The logits of every site's channels; a run that was broken off goes on from its stored state."""
-    assert problem.masked is not None
-    masked = problem.masked(config)
-    target = sites.codes(sites.fitting)
-    start = _start(config, sites, target)
-    network: nn.Module = (
-        Hypernetwork(sites.channels, problem.seed) if config.network == "hypernetwork" else Logits(sites.channels)
-    )
-    parameters = dict(network.named_parameters())
+    training = Training(problem, config, sites)
+    parameters = dict(training.network.named_parameters())
     optimizer = _optimizer(parameters.values(), config)
     told = load_state(_state(problem), parameters, optimizer, "search", problem.key)
     log: list[dict[str, float]] = json.loads(told["curve"]) if told else []
     kept = len(log)
     with problem.reporter.stage("masks") as progress:
         for step in range(len(log), config.steps):
-            generator = torch.Generator().manual_seed(problem.seed * 1_000_003 + step)
-            logits = {site: own + start[site] for site, own in network().items()}
-            if config.budget == "projection":
-                logits = _projected(logits, sites, target)
-            masks = {site: sample(own, config.estimator, config.heat, generator) for site, own in logits.items()}
-            detached = {site: mask.detach() for site, mask in masks.items()}
-            loss, gradients = masked.gradients(detached, step, generator)
-            codes = torch.stack([sites.rows[site] * mask.sum() for site, mask in masks.items()]).sum()
-            require_finite("the masks", step + 1, kept, ADVICE, loss=[torch.tensor(loss)], gradient=gradients.values())
-            missed = (codes.clamp(min=1) / max(target, 1)).log().abs()
-            penalties = [config.penalty_weight * missed] if config.budget == "penalty" else []
-            torch.autograd.backward(
-                [*masks.values(), *penalties], [*(gradients[site] for site in masks), *(None for _ in penalties)]
-            )
+            loss, codes = training.backward(step)
+            gradients = [p.grad for p in parameters.values() if p.grad is not None]
+            require_finite("the masks", step + 1, kept, ADVICE, loss=[torch.tensor(loss)], gradient=gradients)
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * (1 - step / config.steps if config.schedule == "linear" else 1)
             if config.optimizer == "sgd":
-                _normalize(parameters.values())
+                _normalize(gradients)
             optimizer.step()
             optimizer.zero_grad()
             require_finite("the masks", step + 1, kept, ADVICE, parameter=parameters.values())
-            log.append({"loss": loss, "bits": sites.bits(int(codes)), "temperature": config.heat})
+            log.append({"loss": loss, "bits": sites.bits(codes), "temperature": config.heat})
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                 told = {"belongs": problem.key, "curve": json.dumps(log)}
                 save_state(_state(problem), parameters, optimizer, told)
                 kept = step + 1
             progress(step + 1, config.steps)
     with torch.no_grad():
-        return {site: own + start[site] for site, own in network().items()}
+        return training.logits()
+
+
+class Training:
+    """The masks' network, and the gradients of its steps."""
+
+    def __init__(self, problem: Problem, config: Config, sites: Sites) -> None:
+        assert problem.masked is not None
+        self.masked, self.config, self.sites, self.seed = problem.masked(config), config, sites, problem.seed
+        self.target = sites.codes(sites.fitting)
+        self.start = _start(config, sites, self.target)
+        self.network: nn.Module = (
+            Hypernetwork(sites.channels, self.seed) if config.network == "hypernetwork" else Logits(sites.channels)
+        )
+
+    def logits(self) -> dict[str, Float[Tensor, " channels"]]:
+        """Of every site's channels, before they are moved to the budget."""
+        return {site: own + self.start[site] for site, own in self.network().items()}
+
+    def backward(self, step: int) -> tuple[float, int]:
+        """A step's loss in nats a token, and its sample's high codes; gradients go to the network's parameters."""
+        config, sites = self.config, self.sites
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        logits = self.logits()
+        if config.budget == "projection":
+            logits = _projected(logits, sites, self.target)
+        masks = {site: sample(own, config.estimator, config.heat, generator) for site, own in logits.items()}
+        loss, gradients = self.masked.gradients({site: mask.detach() for site, mask in masks.items()}, step, generator)
+        codes = torch.stack([sites.rows[site] * mask.sum() for site, mask in masks.items()]).sum()
+        missed = (codes.clamp(min=1) / max(self.target, 1)).log().abs()
+        penalties = [config.penalty_weight * missed] if config.budget == "penalty" else []
+        torch.autograd.backward(
+            [*masks.values(), *penalties], [*(gradients[site] for site in masks), *(None for _ in penalties)]
+        )
+        return loss, int(codes)
 
 
 def _optimizer(parameters: Iterable[Tensor], config: Config) -> torch.optim.Optimizer:
@@ -184,9 +202,8 @@ def _optimizer(parameters: Iterable[Tensor], config: Config) -> torch.optim.Opti
     return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.decay)
 
 
-def _normalize(parameters: Iterable[Tensor]) -> None:
-    """Scale the gradient of all parameters together to length 1: no row of text counts for more than another."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
+def _normalize(gradients: Iterable[Tensor]) -> None:
+    """Scale them together to length 1: no row of text counts for more than another."""
     length = torch.nn.utils.get_total_norm(gradients).clamp(min=torch.finfo(torch.float32).tiny)
     for gradient in gradients:
         gradient /= length
