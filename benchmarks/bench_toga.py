@@ -128,15 +128,8 @@ CLAIMS = {  # of the abstract, on larger models and against its own baselines
     "W3A16": WEIGHTS,
     "W4A4": "",
 }
-PAPERS = (
-    "diag H",
-    "QuaRot",
-    "QuaRot, W3A3",
-    "PTQ1.61's layout",
-    "SliM",
-    "GPTQ, INT2",
-    "GPTQ, INT3",
-)  # near its baselines
+# the methods that are of the kinds which the paper claims to be ahead of
+RIVALS = ("diag H", "QuaRot", "QuaRot, W3A3", "PTQ1.61's layout", "SliM", "GPTQ, INT2", "GPTQ, INT3")
 WITH_ALL = ("W3.2A3.2", "W1.6A16", "W2A16")  # where channels at random, and shares by measured KL, are tried, too
 OWN = ("learnt", "RTN, learnt")
 WITH_KV4 = ("diag H", "learnt")  # the methods that are tried with keys and values in 4 bits, too
@@ -268,17 +261,16 @@ class Toga(Bench):
     def noise(self, setting: str, kind: str) -> dict:
         """KL on the held-out rows, by masks: errors drawn anew for each token, and draws that all tokens share."""
         session = self.opened(SETTINGS[setting][1])
-        masked, plan, masks = diag_h(session)
+        masked, _, masks = diag_h(session)
         found: dict[str, Any] = {}
         if kind != "diag H":
-            sites = Sites(session.problem(session.limit(None)), session.search[1])
-            learnt = as_masks(sites.high(session.find_plan(None)), sites)
-            shares = {site: int((mask > 0).sum()) // session.search[1].tile for site, mask in learnt.items()}
-            plan = sites.plan({site: sites.largest(site, tiles) for site, tiles in shares.items()}, kind)
-            by_size = as_masks(sites.high(plan), sites)
-            alike = sum(int(((by_size[site] > 0) & (mask > 0)).sum()) for site, mask in learnt.items())
-            found["alike"] = round(alike / sum(int((mask > 0).sum()) for mask in learnt.values()), 4)
-            masks = learnt if kind == "learnt" else by_size
+            config = session.search[1]
+            sites = Sites(session.problem(session.limit(None)), config)
+            learnt = sites.high(session.find_plan(None))
+            largest = {site: sites.largest(site, len(own) // config.tile) for site, own in learnt.items()}
+            alike = sum(len({*own} & {*largest[site]}) for site, own in learnt.items())
+            found["alike"] = round(alike / sum(map(len, learnt.values())), 4)
+            masks = as_masks(learnt if kind == "learnt" else largest, sites)
         shared = []
         for seed in range(DRAWS):
             with errors_in_weights(masked, masks, seed):
@@ -333,6 +325,7 @@ class Toga(Bench):
         return [round(b - a, 3) for a, b in pairwise(ends.at)]
 
     def train(self, mode: str, count: int, ends: "Ends") -> None:
+        """So many steps of a training that begins anew."""
         session = self.opened("toga-q-w3.2a3.2", (*MODES[mode], f"search.steps={count}"))
         session.reporter = ends
         config = session.search[1]
@@ -360,9 +353,11 @@ def errors_in_weights(masked: MaskedModel, masks: Mapping[str, Tensor], seed: in
             variance = sum(noise.rows @ (noise.cols * chosen[:, None]).T for noise, chosen in parts)
             layer.weight = layer.weight + variance.sqrt() * torch.randn(layer.weight.shape, generator=generator)
             layer.low.rows, layer.high.rows = (torch.zeros_like(noise.rows) for noise, _ in parts)
-    yield
-    for layer, kept in before:
-        layer.weight, layer.low.rows, layer.high.rows = kept
+    try:
+        yield
+    finally:
+        for layer, kept in before:
+            layer.weight, layer.low.rows, layer.high.rows = kept
 
 
 def keep_dense(model: PreTrainedModel) -> PreTrainedModel:
@@ -473,7 +468,7 @@ def ratios_table(results: dict) -> list[str]:
             if own and cell and method not in OWN:
                 ratios = (own["texts"][text]["ppl@2048"] / cell["texts"][text]["ppl@2048"] for text in TEXTS)
                 bits = own["block_bits"] / cell["block_bits"]
-                said = claim if method in PAPERS else ""
+                said = claim if method in RIVALS else ""
                 rows.append([setting, method, kind, *(f"{ratio:.3g}" for ratio in ratios), f"{bits:.3f}", said])
     heads = ["setting", "against", "masks", *(f"ratio of ppl, {text}" for text in TEXTS), "ratio of bits", "the paper"]
     return table(heads, rows or [["not run", *[""] * (len(heads) - 1)]])

@@ -332,8 +332,10 @@ def test_what_is_not_finite_stops_and_the_last_state_stays(tmp_path, what, estim
 
 
 def test_parameters_that_overflow_are_seen(tmp_path):
-    config = CONFIG.model_copy(update={"network": "hypernetwork", "weight_decay": 1e38, "learning_rate": 900.0})
-    with pytest.raises(NumericsError, match="a parameter of step 1 of the masks is not finite; no state was kept yet"):
+    config = CONFIG.model_copy(update={"network": "hypernetwork", "weight_decay": 1e30})
+    with pytest.raises(
+        NumericsError, match=r"a parameter of step \d of the masks is not finite; no state was kept yet"
+    ):
         toga.search(made(tmp_path, config), config)
 
 

@@ -142,13 +142,12 @@ def learn(problem: Problem, config: Config, sites: Sites) -> dict[str, Float[Ten
     kept = len(log)
     with problem.reporter.stage("masks") as progress:
         for step in range(len(log), config.steps):
-            loss, codes = training.backward(step)
-            gradients = [p.grad for p in parameters.values() if p.grad is not None]
+            loss, codes, gradients = training.backward(step)
             require_finite("the masks", step + 1, kept, ADVICE, loss=[torch.tensor(loss)], gradient=gradients)
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * (1 - step / config.steps if config.schedule == "linear" else 1)
             if config.optimizer == "sgd":
-                _normalize(gradients)
+                _normalize(parameters.values())
             optimizer.step()
             optimizer.zero_grad()
             require_finite("the masks", step + 1, kept, ADVICE, parameter=parameters.values())
@@ -178,8 +177,11 @@ class Training:
         """Of every site's channels, before they are moved to the budget."""
         return {site: own + self.start[site] for site, own in self.network().items()}
 
-    def backward(self, step: int) -> tuple[float, int]:
-        """A step's loss in nats a token, and its sample's high codes; gradients go to the network's parameters."""
+    def backward(self, step: int) -> tuple[float, int, Iterable[Tensor]]:
+        """A step's loss in nats a token, its sample's high codes, and the gradients of its masks.
+
+        Those of the network's parameters are added to them.
+        """
         config, sites = self.config, self.sites
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         logits = self.logits()
@@ -193,7 +195,7 @@ class Training:
         torch.autograd.backward(
             [*masks.values(), *penalties], [*(gradients[site] for site in masks), *(None for _ in penalties)]
         )
-        return loss, int(codes)
+        return loss, int(codes), gradients.values()
 
 
 def _optimizer(parameters: Iterable[Tensor], config: Config) -> torch.optim.Optimizer:
@@ -202,8 +204,9 @@ def _optimizer(parameters: Iterable[Tensor], config: Config) -> torch.optim.Opti
     return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.decay)
 
 
-def _normalize(gradients: Iterable[Tensor]) -> None:
-    """Scale them together to length 1: no row of text counts for more than another."""
+def _normalize(parameters: Iterable[Tensor]) -> None:
+    """Scale the gradient of all parameters together to length 1: no row of text counts for more than another."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
     length = torch.nn.utils.get_total_norm(gradients).clamp(min=torch.finfo(torch.float32).tiny)
     for gradient in gradients:
         gradient /= length
