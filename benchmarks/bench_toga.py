@@ -293,7 +293,8 @@ class Toga(Bench):
                 training.backward(row * pieces)
                 rows.append(torch.cat([p.grad.flatten() for p in training.network.parameters() if p.grad is not None]))
             for kind, own in (("gradients", torch.stack(rows)), ("signs", torch.stack(rows).sign())):
-                flat = functional.normalize(own, dim=1)
+                # the gradients' means are 0: what moves all logits alike is taken back by the budget
+                flat = functional.normalize(own - own.mean(1, keepdim=True), dim=1)
                 found.setdefault(kind, {})[loss] = [round(float(cosine), 4) for cosine in (flat @ flat.T)[*pairs]]
         return found
 
