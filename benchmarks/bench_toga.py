@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -134,7 +134,7 @@ WITH_ALL = ("W3.2A3.2", "W1.6A16", "W2A16")  # where channels at random, and sha
 OWN = ("learnt", "RTN, learnt")
 WITH_KV4 = ("diag H", "learnt")  # the methods that are tried with keys and values in 4 bits, too
 SHORTER = ("search.steps=100", "search.learning_rate=25.0")  # logits end with as much of chance in them as in 600
-PARTS = ("settings", "noise", "kv", "options", "errors", "agreement", "cost")
+PARTS = ("settings", "noise", "gptq", "kv", "options", "errors", "agreement", "cost")
 SEEN = r"as the search sees them: KL ([0-9.]+)"  # in the notes of a plan
 MASKS = ("diag H", "diag H, learnt shares", "learnt")  # the second has as many high channels at each site as the third
 DRAWS = 3  # of the errors of all weights
@@ -260,22 +260,47 @@ class Toga(Bench):
 
     def noise(self, setting: str, kind: str) -> dict:
         """KL on the held-out rows, by masks: errors drawn anew for each token, and draws that all tokens share."""
+        _, masked, _, masks, found = self.masked(setting, kind)
+        return found | {
+            "own": masked.damage(masks).kl,
+            "shared": shared_kl(masked, masks, lambda seed: drawn_errors(masked, masks, seed)),
+        }
+
+    def gptq(self, setting: str, kind: str) -> dict:
+        """KL on the held-out rows of the errors that GPTQ makes on the dense inputs, and with random signs of rows."""
+        session, masked, plan, masks, _ = self.masked(setting, kind)
+        made = gptq_errors(session, masked, plan)
+
+        def as_made(site: str, at: int) -> Tensor:
+            return made[site, at]
+
+        def signs(seed: int) -> Errors:
+            generator = torch.Generator().manual_seed(seed)
+
+            def errors(site: str, at: int) -> Tensor:
+                own = made[site, at]
+                return own * (1 - 2 * torch.randint(0, 2, (len(own), 1), generator=generator))
+
+            return errors
+
+        with with_errors(masked, as_made):
+            kl = masked.damage(masks).kl
+        return {"kl": kl, "signs": shared_kl(masked, masks, signs)}
+
+    def masked(self, setting: str, kind: str) -> tuple[Session, MaskedModel, Plan, dict[str, Tensor], dict[str, Any]]:
+        """The model under masks of a kind, their plan, and how many channels of learnt masks diag H chooses, too."""
         session = self.opened(SETTINGS[setting][1])
-        masked, _, masks = diag_h(session)
-        found: dict[str, Any] = {}
-        if kind != "diag H":
-            config = session.search[1]
-            sites = Sites(session.problem(session.limit(None)), config)
-            learnt = sites.high(session.find_plan(None))
-            largest = {site: sites.largest(site, len(own) // config.tile) for site, own in learnt.items()}
-            alike = sum(len({*own} & {*largest[site]}) for site, own in learnt.items())
-            found["alike"] = round(alike / sum(map(len, learnt.values())), 4)
-            masks = as_masks(learnt if kind == "learnt" else largest, sites)
-        shared = []
-        for seed in range(DRAWS):
-            with errors_in_weights(masked, masks, seed):
-                shared.append(masked.damage(masks).kl)
-        return found | {"own": masked.damage(masks).kl, "shared": shared}
+        masked, plan, masks = diag_h(session)
+        if kind == "diag H":
+            return session, masked, plan, masks, {}
+        config = session.search[1]
+        sites = Sites(session.problem(session.limit(None)), config)
+        learnt = sites.high(session.find_plan(None))
+        largest = {site: sites.largest(site, len(own) // config.tile) for site, own in learnt.items()}
+        alike = sum(len({*own} & {*largest[site]}) for site, own in learnt.items())
+        high = learnt if kind == "learnt" else largest
+        found = {"alike": round(alike / sum(map(len, learnt.values())), 4)}
+        return session, masked, sites.plan(high, kind), as_masks(high, sites), found
 
     def agreement(self, setting: str) -> dict:
         """Cosines of a first step's gradients for all logits, and of their signs, of each two of some rows, by loss."""
@@ -343,22 +368,58 @@ def diag_h(session: Session) -> tuple[MaskedModel, Plan, dict[str, Tensor]]:
     return session.masked(config), plan, as_masks(sites.high(plan), sites)
 
 
-@contextmanager
-def errors_in_weights(masked: MaskedModel, masks: Mapping[str, Tensor], seed: int) -> Iterator[None]:
-    """What is expected of each weight's error is drawn once, and added to the weight."""
-    generator, before = torch.Generator().manual_seed(seed), []
+Errors = Callable[[str, int], Tensor]  # of a weight of a site, by its place among those that read there
+
+
+def drawn_errors(masked: MaskedModel, masks: Mapping[str, Tensor], seed: int) -> Errors:
+    """As large as expected, normal."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def errors(site: str, at: int) -> Tensor:
+        layer = masked.layers[site][at]
+        parts = ((layer.low, masks[site] <= 0), (layer.high, masks[site] > 0))
+        variance = sum(noise.rows @ (noise.cols * chosen[:, None]).T for noise, chosen in parts)
+        return variance.sqrt() * torch.randn(layer.weight.shape, generator=generator)
+
+    return errors
+
+
+def gptq_errors(session: Session, masked: MaskedModel, plan: Plan) -> dict[tuple[str, int], Tensor]:
+    """Those that GPTQ makes on the dense inputs, in the model's own order of channels."""
+    found = {}
     for site, layers in masked.layers.items():
-        for layer in layers:
+        order = torch.tensor(plan.orders[site])
+        moments = session.stats.moments(site).at(order)
+        for at, (weight, layer) in enumerate(zip(session.layout.readers(site), layers, strict=True)):
+            w = layer.weight.float()
+            q = gptq.quantize(w[:, order], moments, plan.weights[weight.name], gptq.Config()).dequantize()
+            found[site, at] = q[:, order.argsort()].to(w) - w
+    return found
+
+
+@contextmanager
+def with_errors(masked: MaskedModel, errors: Errors) -> Iterator[None]:
+    """The model with these errors in its weights, and no noise."""
+    before = []
+    for site, layers in masked.layers.items():
+        for at, layer in enumerate(layers):
             before.append((layer, (layer.weight, layer.low.rows, layer.high.rows)))
-            parts = ((layer.low, masks[site] <= 0), (layer.high, masks[site] > 0))
-            variance = sum(noise.rows @ (noise.cols * chosen[:, None]).T for noise, chosen in parts)
-            layer.weight = layer.weight + variance.sqrt() * torch.randn(layer.weight.shape, generator=generator)
-            layer.low.rows, layer.high.rows = (torch.zeros_like(noise.rows) for noise, _ in parts)
+            layer.weight = layer.weight + errors(site, at)
+            layer.low.rows, layer.high.rows = (torch.zeros_like(noise.rows) for noise in (layer.low, layer.high))
     try:
         yield
     finally:
         for layer, kept in before:
             layer.weight, layer.low.rows, layer.high.rows = kept
+
+
+def shared_kl(masked: MaskedModel, masks: Mapping[str, Tensor], draw: Callable[[int], Errors]) -> list[float]:
+    """KL on the held-out rows of some draws of errors in the weights."""
+    found = []
+    for seed in range(DRAWS):
+        with with_errors(masked, draw(seed)):
+            found.append(masked.damage(masks).kl)
+    return found
 
 
 def keep_dense(model: PreTrainedModel) -> PreTrainedModel:
@@ -488,17 +549,20 @@ def search_table(results: dict) -> list[str]:
 
 
 def noise_table(results: dict) -> list[str]:
-    """KL on held-out rows, by how the errors expected are drawn, and packed."""
+    """KL on held-out rows, by which errors the weights have: as expected, GPTQ's, and packed."""
     rows = []
     for setting, kind in ((setting, kind) for setting in WITH_ALL for kind in MASKS):
-        cell, packed = results.get(f"noise/{setting}/{kind}"), results.get(f"settings/{setting}/{kind}")
-        figures = ["not run", ""]
-        if cell:
-            shared = cell["shared"]
-            figures = [f"{cell['own']:.3f}", f"{mean(shared):.3f} ({min(shared):.3f} to {max(shared):.3f})"]
+        drawn, made, packed = (results.get(f"{part}/{setting}/{kind}") for part in ("noise", "gptq", "settings"))
+        figures = [f"{drawn['own']:.3f}", draws(drawn["shared"])] if drawn else ["not run", ""]
+        figures += [draws(made["signs"]), f"{made['kl']:.3f}"] if made else ["", ""]
         rows.append([setting, kind, *figures, f"{packed['held_out_kl']:.3f}" if packed else ""])
-    heads = ["setting", "masks", "errors of each token's own", f"shared by all tokens, {DRAWS} draws", "packed, GPTQ"]
-    return table(heads, rows)
+    heads = ("of each token's own", "shared by all tokens", "GPTQ's, signs at random", "GPTQ's, dense inputs", "packed")
+    return table(["setting", "masks", *heads], rows)
+
+
+def draws(found: list[float]) -> str:
+    """Mean and range."""
+    return f"{mean(found):.3f} ({min(found):.3f} to {max(found):.3f})"
 
 
 def options_table(results: dict) -> list[str]:
@@ -544,7 +608,7 @@ def agreement_table(results: dict) -> list[str]:
     for setting in WITH_ALL:
         if cell := results.get(f"agreement/{setting}"):
             own = (cell[kind][loss] for kind in ("gradients", "signs") for loss in ("lm", "kl"))
-            rows.append([setting, *(f"{mean(found):.3f} ({min(found):.3f} to {max(found):.3f})" for found in own)])
+            rows.append([setting, *map(draws, own)])
     heads = ["setting", *(f"{kind}, {loss}" for kind in ("gradients", "signs") for loss in ("next token", "KL"))]
     return table(heads, rows or [["not run", *[""] * (len(heads) - 1)]])
 
@@ -618,6 +682,10 @@ def main() -> None:
         for setting in WITH_ALL:
             for kind in MASKS:
                 bench.cell(f"noise/{setting}/{kind}", lambda s=setting, k=kind: bench.noise(s, k))
+    if "gptq" in options.only:
+        for setting in WITH_ALL:
+            for kind in ("diag H", "learnt"):
+                bench.cell(f"gptq/{setting}/{kind}", lambda s=setting, k=kind: bench.gptq(s, k))
     if "kv" in options.only:
         for kind, precision in CACHES.items():
             bench.cell(f"kv/{kind}", lambda p=precision: bench.cache(p))
