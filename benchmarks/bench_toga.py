@@ -99,11 +99,12 @@ ABLATION = {  # at W4A4, each step adds to those before it
 CACHES = {"exact": "null", "4 bits, a head": "{bits: 4}", "4 bits, group 32": "{bits: 4, group: 32}",
           "3 bits, a head": "{bits: 3}", "8 bits, a head": "{bits: 8}"}  # fmt: skip
 UNQUANTISED = "search={name: fixed, params: {blocks: bf16, table: bf16}}"
+BY_NETWORK = ("search.network=hypernetwork", "search.optimizer=adamw", "search.learning_rate=0.002")
 OPTIONS = {  # at W1.6A16, in fewer steps: what of the masks' training differs from the recipe
     "as in the recipe": (),
     "loss of the next token": ("search.loss=lm",),
     "AdamW": ("search.optimizer=adamw", "search.learning_rate=0.05"),
-    "hypernetwork, AdamW": ("search.network=hypernetwork", "search.optimizer=adamw", "search.learning_rate=0.002"),
+    "hypernetwork, AdamW": BY_NETWORK,
     "no prior": ("search.prior=0.0",),
     "Gumbel": ("search.estimator=gumbel", "search.temperature=0.4"),
     "rounded to nearest": ("search.versions=nearest", "search.dense=true"),
@@ -157,6 +158,7 @@ def methods(setting: str) -> dict[str, tuple[str, tuple[str, ...]]]:
         "diag H": (salient, ()),
         **(others if setting in WITH_ALL else {}),
         "learnt": (learnt, steps),
+        **({"learnt, hypernetwork": (learnt, BY_NETWORK)} if setting in WITH_ALL else {}),
         "RTN, learnt": (learnt, (NEAREST, *steps)),
         **more,
     }
