@@ -36,6 +36,7 @@ from trimbit.artifact import weight_nbytes
 from trimbit.evaluate import final_hidden, load_model, load_tokenizer, read_hidden, score
 from trimbit.kv_cache import pack_cache, precision_of
 from trimbit.learning import shares
+from trimbit.masked.expected import ExpectedLinear
 from trimbit.masked.model import MaskedModel
 from trimbit.model.cache_size import cache_nbytes
 from trimbit.pipeline import Session, open_session
@@ -99,17 +100,19 @@ ABLATION = {  # at W4A4, each step adds to those before it
 CACHES = {"exact": "null", "4 bits, a head": "{bits: 4}", "4 bits, group 32": "{bits: 4, group: 32}",
           "3 bits, a head": "{bits: 3}", "8 bits, a head": "{bits: 8}"}  # fmt: skip
 UNQUANTISED = "search={name: fixed, params: {blocks: bf16, table: bf16}}"
-BY_NETWORK = ("search.network=hypernetwork", "search.optimizer=adamw", "search.learning_rate=0.002")
 OPTIONS = {  # at W1.6A16, in fewer steps: what of the masks' training differs from the recipe
     "as in the recipe": (),
     "loss of the next token": ("search.loss=lm",),
-    "AdamW": ("search.optimizer=adamw", "search.learning_rate=0.05"),
-    "hypernetwork, AdamW": BY_NETWORK,
+    "a logit for each channel, AdamW": ("search.network=logits", "search.learning_rate=0.05"),
+    "a logit for each channel, along the gradient": (
+        "search.network=logits", "search.optimizer=sgd", "search.learning_rate=25.0",
+    ),
     "no prior": ("search.prior=0.0",),
     "Gumbel": ("search.estimator=gumbel", "search.temperature=0.4"),
+    "errors of rank 0": ("search.residual_rank=0",),
     "rounded to nearest": ("search.versions=nearest", "search.dense=true"),
     "GPTQ's versions": ("search.versions=quant", "search.dense=true"),
-}
+}  # fmt: skip
 FAST = ("search.checkpointing=false",)  # the same masks, in more memory
 MODES = {  # of the masks' training, and what each costs
     "expected errors, blocks run twice": ("search.checkpointing=true",),
@@ -134,11 +137,13 @@ RIVALS = ("diag H", "QuaRot", "QuaRot, W3A3", "PTQ1.61's layout", "SliM", "GPTQ,
 WITH_ALL = ("W3.2A3.2", "W1.6A16", "W2A16")  # where channels at random, and shares by measured KL, are tried, too
 OWN = ("learnt", "RTN, learnt")
 WITH_KV4 = ("diag H", "learnt")  # the methods that are tried with keys and values in 4 bits, too
-SHORTER = ("search.steps=100", "search.learning_rate=25.0")  # logits end with as much of chance in them as in 600
-PARTS = ("settings", "noise", "gptq", "kv", "options", "errors", "agreement", "cost")
+SHORTER = ("search.steps=100",)
+PARTS = ("settings", "ranks", "noise", "gptq", "kv", "options", "errors", "agreement", "cost")
 SEEN = r"as the search sees them: KL ([0-9.]+)"  # in the notes of a plan
 MASKS = ("diag H", "diag H, learnt shares", "learnt")  # the second has as many high channels at each site as the third
+RANKS = (0, 1, 4, 16, 64, 1536)  # of the last, all that is predicted
 DRAWS = 3  # of the errors of all weights
+ALL_LOGITS = ("search.network=logits",)
 ROWS = 8  # of the text, of each of which the gradient of one piece is compared
 STEPS, ROUNDS = 6, 2  # of each mode whose cost is measured
 
@@ -158,7 +163,6 @@ def methods(setting: str) -> dict[str, tuple[str, tuple[str, ...]]]:
         "diag H": (salient, ()),
         **(others if setting in WITH_ALL else {}),
         "learnt": (learnt, steps),
-        **({"learnt, hypernetwork": (learnt, BY_NETWORK)} if setting in WITH_ALL else {}),
         "RTN, learnt": (learnt, (NEAREST, *steps)),
         **more,
     }
@@ -246,8 +250,9 @@ class Toga(Bench):
         for site in masks:
             name, layer, chosen = session.layout.readers(site)[0].name, masked.layers[site][0], masks[site] > 0
             w, h = session.checkpoint.tensor(f"{name}.weight").float(), session.stats.moments(site).h
-            means = h.diagonal().to(layer.weight)
-            expected = (layer.low.variance(means, ~chosen) + layer.high.variance(means, chosen)).double().sum()
+            along, rest = expected_errors(layer, chosen)
+            r = residuals(layer).double()
+            expected = ((along.square() + rest).double() @ ((r @ h.double()) * r).sum(1)).sum()
             order, runs = torch.tensor(plan.orders[site]), plan.weights[name]
             moments, w = session.stats.moments(site).at(order), w[:, order]
             made = {
@@ -259,6 +264,11 @@ class Toga(Bench):
                 errors = (w - q.dequantize()).double()
                 own[kind].append(round(float(((errors @ moments.h.double()) * errors).sum() / expected), 4))
         return {"ratios": found}
+
+    def rank(self, rank: int) -> dict:
+        """KL on the held-out rows of diag H's masks at W2A16, with errors of this rank."""
+        masked, _, masks = diag_h(self.opened(SETTINGS["W2A16"][1], (f"search.residual_rank={rank}",)))
+        return {"kl": masked.damage(masks).kl}
 
     def noise(self, setting: str, kind: str) -> dict:
         """KL on the held-out rows, by masks: errors drawn anew for each token, and draws that all tokens share."""
@@ -309,7 +319,9 @@ class Toga(Bench):
         found: dict[str, dict[str, list[float]]] = {}
         pairs = torch.triu_indices(ROWS, ROWS, 1)
         for loss in ("lm", "kl"):
-            session = self.opened(SETTINGS[setting][1], (f"search.loss={loss}", f"calibration.training={ROWS}"))
+            session = self.opened(
+                SETTINGS[setting][1], (*ALL_LOGITS, f"search.loss={loss}", f"calibration.training={ROWS}")
+            )
             config, problem = session.search[1], session.problem(session.limit(None))
             training = Training(problem, config, Sites(problem, config))
             # of a row, of which one is taken: the others would be its neighbours
@@ -373,15 +385,26 @@ def diag_h(session: Session) -> tuple[MaskedModel, Plan, dict[str, Tensor]]:
 Errors = Callable[[str, int], Tensor]  # of a weight of a site, by its place among those that read there
 
 
+def expected_errors(layer: ExpectedLinear, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a weight, by column: what is along it, and the mean squares of the rest."""
+    parts = ((layer.low, ~chosen), (layer.high, chosen))
+    return layer.along(chosen) * layer.weight, sum(noise.rows @ (noise.cols * own[:, None]).T for noise, own in parts)
+
+
+def residuals(layer: ExpectedLinear) -> Tensor:
+    """The matrix that maps inputs to their residuals."""
+    return layer.inputs.residuals(torch.eye(layer.weight.shape[1]).to(layer.weight)).T.float()
+
+
 def drawn_errors(masked: MaskedModel, masks: Mapping[str, Tensor], seed: int) -> Errors:
-    """As large as expected, normal."""
+    """As expected, what is left to chance normal."""
     generator = torch.Generator().manual_seed(seed)
 
     def errors(site: str, at: int) -> Tensor:
         layer = masked.layers[site][at]
-        parts = ((layer.low, masks[site] <= 0), (layer.high, masks[site] > 0))
-        variance = sum(noise.rows @ (noise.cols * chosen[:, None]).T for noise, chosen in parts)
-        return variance.sqrt() * torch.randn(layer.weight.shape, generator=generator)
+        along, rest = (own.float() for own in expected_errors(layer, masks[site] > 0))
+        drawn = rest.sqrt() * torch.randn(rest.shape, generator=generator)
+        return -(along + drawn) @ residuals(layer)
 
     return errors
 
@@ -401,18 +424,21 @@ def gptq_errors(session: Session, masked: MaskedModel, plan: Plan) -> dict[tuple
 
 @contextmanager
 def with_errors(masked: MaskedModel, errors: Errors) -> Iterator[None]:
-    """The model with these errors in its weights, and no noise."""
+    """The model with these errors in its weights, and none that are expected."""
     before = []
     for site, layers in masked.layers.items():
         for at, layer in enumerate(layers):
-            before.append((layer, (layer.weight, layer.low.rows, layer.high.rows)))
-            layer.weight = layer.weight + errors(site, at)
-            layer.low.rows, layer.high.rows = (torch.zeros_like(noise.rows) for noise in (layer.low, layer.high))
+            changed = {(layer, "weight"): layer.weight + errors(site, at).to(layer.weight)}
+            for noise in (layer.low, layer.high):
+                changed |= {(noise, name): torch.zeros_like(getattr(noise, name)) for name in ("along", "rows")}
+            before += [(*key, getattr(*key)) for key in changed]
+            for key, own in changed.items():
+                setattr(*key, own)
     try:
         yield
     finally:
-        for layer, kept in before:
-            layer.weight, layer.low.rows, layer.high.rows = kept
+        for module, name, kept in before:
+            setattr(module, name, kept)
 
 
 def shared_kl(masked: MaskedModel, masks: Mapping[str, Tensor], draw: Callable[[int], Errors]) -> list[float]:
@@ -467,6 +493,7 @@ def write_page(results: dict) -> None:
         "settings": settings_table,
         "ratios": ratios_table,
         "search": search_table,
+        "ranks": ranks_table,
         "noise": noise_table,
         "caches": lambda r: texts_table(r, "cache", {kind: f"kv/{kind}" for kind in CACHES}, "cache_nbytes"),
         "options": options_table,
@@ -548,6 +575,14 @@ def search_table(results: dict) -> list[str]:
             rows.append([setting, *(f"{kl:.3f}" for kl in found)])
     heads = ["setting", "as the search sees it", "packed, GPTQ", "packed, rounded to nearest"]
     return table(heads, rows or [["not run", *[""] * (len(heads) - 1)]])
+
+
+def ranks_table(results: dict) -> list[str]:
+    """KL on held-out rows of the errors that are expected, by the rank of what is predicted."""
+    found = [results.get(f"ranks/{rank}") for rank in RANKS]
+    return table(
+        ["rank", *map(str, RANKS)], [["KL", *("not run" if one is None else f"{one['kl']:.3f}" for one in found)]]
+    )
 
 
 def noise_table(results: dict) -> list[str]:
@@ -680,6 +715,9 @@ def main() -> None:
             for method, (recipe, own) in methods(setting).items():
                 kv4 = method in WITH_KV4
                 bench.cell(f"settings/{setting}/{method}", lambda r=recipe, o=own, k=kv4: bench.run(r, o, also_kv4=k))
+    if "ranks" in options.only:
+        for rank in RANKS:
+            bench.cell(f"ranks/{rank}", lambda r=rank: bench.rank(r))
     if "noise" in options.only:
         for setting in WITH_ALL:
             for kind in MASKS:

@@ -6,8 +6,10 @@ from torch.nn import functional
 
 from trimbit.artifact import weight_nbytes
 from trimbit.errors import NumericsError, RecipeError
-from trimbit.masked.expected import squares
+from trimbit.linalg import damped
+from trimbit.masked.expected import along, squares
 from trimbit.masked.inputs import MaskedLinear
+from trimbit.masked.residuals import Residuals
 from trimbit.pipeline import compress, open_session
 from trimbit.plan import load_plan
 from trimbit.quant import gptq
@@ -156,6 +158,36 @@ def test_squares_are_a_mean_for_each_row_and_group_times_a_factor_for_each_colum
         torch.testing.assert_close(part.sum(1), want.sum(1))
 
 
+def test_what_is_along_the_weight_is_the_least_squares_factor_of_each_column(generator):
+    w, rest = torch.randn(2, 6, 8, generator=generator)
+    w[:, 3] = 0
+    rest -= w * (rest * w).sum(0) / w.square().sum(0).clamp(min=1e-9)  # of each column, at right angles to it
+    factors = torch.rand(8, generator=generator)
+    factors[3] = 0
+    torch.testing.assert_close(along(factors * w + rest, w), factors)
+
+
+@pytest.mark.parametrize("rank", [0, 20, 80, 100])
+def test_residuals_of_low_rank_have_the_mean_squares_of_all(rank, generator):
+    x = torch.randn(400, 80, generator=generator) @ torch.randn(80, 80, generator=generator)
+    h = (x.T @ x / len(x)).double()
+    exact = gptq.residuals(h, (60, 20), gptq.Config(damping=0.0))
+    found = Residuals(exact, h, rank, torch.float32)
+    r = found(x)
+    want = x.double() @ exact.T
+    torch.testing.assert_close(r.square().mean(0), want.square().mean(0).float(), rtol=1e-3, atol=0)
+    scaled = x * (want.square().mean(0) / x.square().mean(0)).sqrt()  # without any prediction
+    missed, nothing = ((own - want).square().mean() for own in (r, scaled))
+    if rank:
+        assert missed < (0.9 if rank < 80 else 1e-6) * nothing
+    else:
+        assert float(missed / nothing) == pytest.approx(1, rel=1e-4)
+    grad = torch.randn(r.shape, generator=generator)
+    leaf = x.requires_grad_()
+    (found(leaf) * grad).sum().backward()
+    torch.testing.assert_close(found.back(grad), leaf.grad)
+
+
 def expected_layer(job, **params):
     made = session(job, versions="expected", **params)
     model = made.masked(made.search[1])
@@ -178,15 +210,21 @@ def test_expected_errors_have_the_mean_and_the_variance_of_the_formula(job, acts
     order, h = layer.inputs.order, made.stats.moments(site).h
     ranked = h.diagonal().argsort()  # GPTQ's: all that is low, then a fourth that is high
     high = round(0.25 * len(order))
-    left = gptq.uncompensated(h[ranked][:, ranked], (len(order) - high, high), gptq.Config())[ranked.argsort()]
+    unranked = ranked.argsort()
+    exact = gptq.residuals(h[ranked][:, ranked], (len(order) - high, high), gptq.Config())[unranked][:, unranked]
+    reckoned = damped(h.double(), gptq.Config().damping)
+    residuals = Residuals(exact, reckoned, made.search[1].residual_rank, torch.float32)
     layer.inputs.mask = mask
-    low, high = layer.inputs(x)
+    low, high, *_ = layer.inputs(x)
     mixed, variance = torch.where(mask > 0.5, high, low), 0
+    r, mean = residuals(mixed), mixed @ weight.T
     for kind, chosen in (("low", mask < 0.5), ("high", mask > 0.5)):
         near = session(job, versions="nearest", **acts, **more)
         version = getattr(near.masked(near.search[1]).layers[site][0], kind).dense(torch.float32)
-        found = squares(((weight - version) * left)[:, order], None if "low" in more else 32)
-        variance = variance + (mixed * chosen).square() @ (found.rows @ found.cols[order.argsort()].T).T
+        a = along(weight - version, weight)
+        found = squares((weight - version - a * weight)[:, order], None if "low" in more else 32)
+        mean = mean - (a * chosen * r) @ weight.T
+        variance = variance + (r * chosen).square() @ (found.rows @ found.cols[order.argsort()].T).T
     draws = []
     generator = torch.Generator().manual_seed(0)
     for _ in range(3000):
@@ -194,9 +232,7 @@ def test_expected_errors_have_the_mean_and_the_variance_of_the_formula(job, acts
         layer.inputs.last = None
         draws.append(layer(x))
     draws = torch.stack(draws)
-    torch.testing.assert_close(
-        draws.mean(0), mixed @ weight.T, rtol=0, atol=5 * float(variance.max().sqrt()) / 3000**0.5
-    )
+    torch.testing.assert_close(draws.mean(0), mean, rtol=0, atol=5 * float(variance.max().sqrt()) / 3000**0.5)
     torch.testing.assert_close(draws.var(0), variance, rtol=0.2, atol=0)
     assert float(draws.var(0).mean() / variance.mean()) == pytest.approx(1, abs=0.01)
 
@@ -213,19 +249,20 @@ def test_gradients_of_expected_errors_are_those_of_the_formula(job, acts):
 
     plain = [x.clone().requires_grad_(), mask.clone().requires_grad_()]
     layer.inputs.mask = mask
-    rounded = [plain[0] + (own - plain[0]).detach() for own in layer.inputs(x)]
+    rounded = [plain[0] + (own - plain[0]).detach() for own in layer.inputs(x)[:2]]
     shares = (1 - plain[1], plain[1])
-    mean = sum(share * own for share, own in zip(shares, rounded, strict=True)) @ layer.weight.T
+    mixed = sum(share * own for share, own in zip(shares, rounded, strict=True))
+    r, noises = layer.inputs.residuals(mixed), (layer.low, layer.high)
+    mean = (mixed - sum(share * noise.along * r for share, noise in zip(shares, noises, strict=True))) @ layer.weight.T
     variance = sum(
-        (share * own.square()) @ noise.cols @ noise.rows.T
-        for share, own, noise in zip(shares, rounded, (layer.low, layer.high), strict=True)
+        (share * r.square()) @ noise.cols @ noise.rows.T for share, noise in zip(shares, noises, strict=True)
     )
     ((mean + xi * variance.sqrt()) * weights).sum().backward()
     for leaf, want in zip(leaves, plain, strict=True):
         torch.testing.assert_close(leaf.grad, want.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_no_error_has_no_noise_and_no_gradient_from_it(job):
+def test_no_error_has_no_noise_and_no_gradient_from_noise(job):
     """Where all channels are high, in a format without rounding."""
     _, layer, x, mask = expected_layer(job, high="bf16")
     layer.draw(torch.Generator().manual_seed(7))
@@ -235,7 +272,8 @@ def test_no_error_has_no_noise_and_no_gradient_from_it(job):
     torch.testing.assert_close(y, x @ layer.weight.T)
     y.sum().backward()
     torch.testing.assert_close(x.grad, layer.weight.sum(0).expand_as(x))
-    assert not layer.inputs.mask.grad.any()
+    shrinking = layer.low.along * layer.inputs.residuals(x.detach()) * layer.weight.sum(0)  # of what became low
+    torch.testing.assert_close(layer.inputs.mask.grad, shrinking.sum(0))
 
 
 @pytest.mark.parametrize("kind", ["nearest", "expected"])

@@ -63,15 +63,16 @@ def _masking_nbytes(session: Session) -> int:
     codes = sum(w.rows * w.cols for w in layout.weights.values()) - tables
     dense = native(session.compute, "cuda" if torch.cuda.is_available() else "cpu").itemsize
     two = 2 * dense if config.dense else (config.low.bits + config.high.bits) / 8
-    each = dense if config.versions == "expected" else two
-    width = 16 * layout.sizes["hidden"] + 8 * layout.sizes["mid"]
+    expected = config.versions == "expected"
+    each, ranks = (dense, 2 * config.residual_rank * dense) if expected else (two, 0)
+    width = (16 + 3 * expected) * layout.sizes["hidden"] + (8 + expected) * layout.sizes["mid"]
     kept_whole = isinstance(config, Learning) and not config.checkpointing
     kept = layout.blocks * (2 * width if kept_whole else 4 * layout.sizes["hidden"]) + 2 * width
     channels = sum(
         layout.readers(site)[0].cols for site in {w.site for w in layout.weights.values()} if layout.readers(site)
     )
     learnt = {"hypernetwork": 16 * 2 * HIDDEN, "logits": 16}.get(getattr(config, "network", ""), 0)  # with AdamW's own
-    nbytes: float = codes * each + 4 * tables + config.length * kept + learnt * channels
+    nbytes: float = codes * each + 4 * tables + config.length * kept + (learnt + ranks) * channels
     return round(nbytes)
 
 

@@ -7,20 +7,24 @@ from torch import Tensor
 from trimbit.errors import NumericsError
 
 
+def damped(h: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:
+    """H + damping * mean(diag H) * I."""
+    mean = h.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    return h + damping * mean * torch.eye(h.shape[0], dtype=h.dtype)
+
+
 def damped_inverse(h: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:
-    """(H + damping * mean(diag H) * I)^-1.
+    """The inverse of `damped`.
 
     Raises:
         NumericsError: if that matrix is not positive definite; says the damping that would work.
     """
     if not bool(h.isfinite().all()):
         raise NumericsError("the second moment H of a layer's inputs is not finite: the model overflows on this text")
-    mean = h.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    damped = h + damping * mean * torch.eye(h.shape[0], dtype=h.dtype)
-    factor, failed = torch.linalg.cholesky_ex(damped)
+    factor, failed = torch.linalg.cholesky_ex(damped(h, damping))
     if bool(failed):
         eigenvalues = torch.linalg.eigvalsh(h)
-        need = max(2 * float(-eigenvalues[0] / mean), 1e-6)
+        need = max(2 * float(-eigenvalues[0] / h.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)), 1e-6)
         raise NumericsError(
             f"H is not positive definite with damping {damping:g}: its eigenvalues go from {eigenvalues[0]:.3g} to "
             f"{eigenvalues[-1]:.3g}; a damping of {need:.1g} would work, and so may more calibration text"

@@ -8,6 +8,7 @@ import torch
 from plans import runs
 from points import points
 from trimbit.errors import NumericsError
+from trimbit.linalg import damped
 from trimbit.quant import gptq, rtn
 from trimbit.quant.grid import fit_grid
 from trimbit.stats import Moments
@@ -75,14 +76,30 @@ def test_what_is_left_of_the_errors_foretells_the_output_s(name, act_order, gene
     )
     config = gptq.Config(act_order=act_order, weighted_scales=False)
     q, r = gptq.quantize(w, moments(h), formats, config), rtn.quantize(w, None, formats, rtn.Config(scales="mse"))
-    left = gptq.uncompensated(h, (72, 8), config)
-    assert bool((left <= 1).all())
-    expected = float((((w - r.dequantize()) * left).double().square().sum(0) * h.diagonal()).sum())
+    left = gptq.residuals(h, (72, 8), config)
+    reckoned = damped(h, config.damping)
+    squares = ((left @ reckoned) * left).sum(1)
+    assert bool((squares <= reckoned.diagonal()).all())
+    expected = float(((w - r.dequantize()).double().square().sum(0) * squares).sum())
     assert output_error(w - q.dequantize(), h) == pytest.approx(expected, rel=0.3)
     assert output_error(w - r.dequantize(), h) > 1.7 * expected
-    alone = gptq.uncompensated(torch.diag(h.diagonal()), (72, 8), config)
-    torch.testing.assert_close(alone, torch.ones(80))
-    torch.testing.assert_close(gptq.uncompensated(torch.zeros(80, 80), (72, 8), config), torch.ones(80))
+    for nothing in (torch.diag(h.diagonal()), torch.zeros(80, 80)):
+        torch.testing.assert_close(gptq.residuals(nothing, (72, 8), config), torch.eye(80).double())
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_residuals_are_what_later_columns_do_not_predict(act_order, generator):
+    h, counts = correlated(12, generator), (8, 4)
+    left = gptq.residuals(h, counts, gptq.Config(act_order=act_order, damping=0.0))
+    by_size = lambda part: sorted(part, key=lambda j: -float(h[j, j])) if act_order else list(part)  # noqa: E731
+    order = [*by_size(range(8)), *by_size(range(8, 12))]
+    for at, j in enumerate(order):
+        later = order[at + 1 :]
+        want = torch.zeros(12, dtype=torch.float64)
+        want[j] = 1
+        if later:
+            want[later] = -torch.linalg.solve(h[later][:, later], h[later, j])
+        torch.testing.assert_close(left[j], want, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("formats", FORMATS)

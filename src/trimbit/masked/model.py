@@ -76,7 +76,7 @@ class MaskedModel:
                     old: Any = self.model.get_submodule(weight.name)
                     bias = None if old.bias is None else old.bias.detach().to(self.compute)
                     known = self.layers.setdefault(weight.site, [])
-                    inputs = known[0].inputs if known else layers.inputs(weight.site, self.compute)
+                    inputs = known[0].inputs if known else layers.inputs(weight, self.compute)
                     known.append(layers.linear(weight, inputs, bias))
                     self.block_of[weight.site] = index
                     set_module(self.model, weight.name, known[-1])

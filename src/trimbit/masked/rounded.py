@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from trimbit.kernels.acts import take_channels
-from trimbit.masked.inputs import Inputs, MaskedLinear
+from trimbit.masked.inputs import Inputs, MaskedLinear, Read
 from trimbit.quant.qtensor import QTensor
 from trimbit.runtime import Packed
 
@@ -42,15 +42,15 @@ class _MixedProduct(torch.autograd.Function):
     """The product of the rounded inputs; gradients pass to the input straight through the rounding."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, low: Tensor, high: Tensor, mask: Tensor, layer: "RoundedLinear") -> Tensor:  # noqa: ANN401
-        chosen = mask > 0.5
-        ctx.layer, ctx.dtype, ctx.alike = layer, x.dtype, low is high
-        ctx.save_for_backward(low, high, chosen)
-        w = torch.where(chosen, layer.high.dense(low.dtype), layer.low.dense(low.dtype))
-        return (low if ctx.alike else torch.where(chosen, high, low)) @ w.T
+    def forward(ctx: Any, x: Tensor, _mask: Tensor, read: Read, layer: "RoundedLinear") -> Tensor:  # noqa: ANN401
+        chosen = layer.inputs.chosen
+        ctx.layer, ctx.dtype, ctx.alike = layer, x.dtype, read.low is read.high
+        ctx.save_for_backward(read.low, read.high, chosen)
+        compute = layer.inputs.compute
+        return read.mixed @ torch.where(chosen, layer.high.dense(compute), layer.low.dense(compute)).T
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Tensor, None]:  # noqa: ANN401
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # noqa: ANN401
         low, high, chosen = ctx.saved_tensors
         layer: RoundedLinear = ctx.layer
         w_low = layer.low.dense(grad.dtype)
@@ -60,7 +60,7 @@ class _MixedProduct(torch.autograd.Function):
         if not ctx.alike:
             of_mask += ((high - low) * to_low).flatten(0, -2).sum(0, dtype=torch.float32)
         of_x = torch.where(chosen, to_low + more, to_low).to(ctx.dtype)
-        return of_x, None, None, of_mask, None
+        return of_x, of_mask, None, None
 
 
 class RoundedLinear(MaskedLinear):

@@ -70,20 +70,19 @@ def quantize_all(
     return [concat_rows(own) for own in pieces]
 
 
-def uncompensated(h: Float[Tensor, "cols cols"], counts: Sequence[int], config: Config) -> Float[Tensor, " cols"]:
-    """How much of the rounding of each column GPTQ leaves in the output: 1 / (U_jj sqrt(H_jj)), at most 1.
+def residuals(h: Float[Tensor, "cols cols"], counts: Sequence[int], config: Config) -> Float[Tensor, "cols cols"]:
+    """R, by which R x is what the columns swept after each one do not predict of it: what its error is felt on.
 
-    The error of the output is the sum of (w_j - q_j) / U_jj z_j, and z = U x is uncorrelated and of variance 1. So it
-    is as large as if the columns of x were uncorrelated, and each counted by what those swept after it do not explain.
-    `counts` are the columns of each run.
+    What is taken off the later columns for an error w_j - q_j leaves (w_j - q_j) (R x)_j of it in the output, where w_j
+    is what the column has become by its turn. R is U, each row over its diagonal, in the order of h; with
+    the damped H, R x is uncorrelated, and of mean square 1 / U_jj^2. `counts` are the columns of each run.
 
     Raises:
         NumericsError: if the damped H is not positive definite; says the damping that would work.
     """
-    h = h.double()
-    order, u = _factor(h, counts, config)
-    variances = h.diagonal() + config.damping * h.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    return (1 / torch.empty_like(variances).scatter_(0, order, u.diagonal()) / variances.sqrt()).float()
+    order, u = _factor(h.double(), counts, config)
+    back = order.argsort()
+    return (u / u.diagonal()[:, None])[back][:, back]
 
 
 def _batches(ws: Sequence[Tensor]) -> list[list[tuple[int, slice]]]:

@@ -49,6 +49,7 @@ class Masking(Mixed):
     share: float = Field(default=0.125, gt=0, le=1)
     versions: Versions = "nearest"
     length: int = Field(default=2048, ge=16)  # code (DISP-LLM): tokens of a row
+    residual_rank: int = Field(default=16, ge=0)  # ours: of what later columns predict, for expected errors
     dense: bool = False  # keep what is rounded ready to multiply by, twice bf16 or fp32: faster, else the same
 
     @model_validator(mode="after")
