@@ -363,6 +363,57 @@ def test_training_starts_at_the_budget_or_where_it_is_told(tmp_path, offset, pri
         assert not prior or own.argsort().tolist() == torch.tensor(energies()[site]).argsort().tolist()
 
 
+@dataclass
+class Recorded(Invented):
+    """An invented loss that keeps the masks of each step."""
+
+    masks: list[dict[str, torch.Tensor]] = field(default_factory=list)
+
+    def gradients(self, masks, step, generator):
+        if step >= 0:
+            self.masks.append(masks)
+        return super().gradients(masks, step, generator)
+
+
+@pytest.mark.parametrize("network", ["logits", "hypernetwork"])
+def test_whole_tiles_learn_where_one_channel_is_worth_a_tile(tmp_path, network):
+    """Half of the sites have one channel that matters, more than a tile of the others together."""
+    shape = Sites(made(tmp_path), CONFIG)
+    few = list(shape.channels)[::2]
+    each = {
+        site: torch.eye(count)[count // 2] * 24 if site in few else torch.full((count,), 0.4)
+        for site, count in shape.channels.items()
+    }
+    worth = {site: own * shape.rows[site] / 100 for site, own in each.items()}
+    rate = {"learning_rate": 0.05 if network == "logits" else 2e-3, "steps": 150}
+    taken = {}
+    for whole in (False, True):
+        masked = Recorded(worth)
+        config = CONFIG.model_copy(update={"budget": "projection", "network": network, "whole_tiles": whole, **rate})
+        task = made(tmp_path / str(whole), config, masked=masked)
+        high = high_of(toga.search(task, config), shape)
+        taken[whole] = sum(shape.channels[site] // 2 in high[site] for site in few)
+        sizes = [int(mask.sum()) for masks in masked.masks for mask in masks.values()]
+        assert whole == all(size % config.tile == 0 for size in sizes)
+        bits = [step["bits"] for step in toga.curve(task, config)]
+        assert abs(sum(bits) / len(bits) - shape.bits(shape.codes(shape.fitting))) < 0.1
+    assert taken == {False: 0, True: len(few)}
+
+
+def test_the_tiles_of_a_site_share_their_mean_and_channels_keep_their_gradients(generator):
+    logits = torch.randn(96, generator=generator).requires_grad_()
+    first = toga._tiles(logits, 32)
+    shared = toga._shared(logits, first)
+    for tile in logits.detach().argsort(descending=True).view(3, 32):
+        assert {int(own) for own in first[tile]} == {int(tile[0])}
+        torch.testing.assert_close(shared[tile].detach(), logits[tile].mean().detach().expand(32))
+    weights = torch.randn(96, generator=generator)
+    found = torch.autograd.grad((weights * shared).sum(), logits)[0]
+    of_tile = torch.stack([weights[first == tile].mean() for tile in first])
+    torch.testing.assert_close(found, weights + of_tile)
+    assert toga._tiles(logits, 1).tolist() == list(range(96))
+
+
 def test_the_penalty_holds_the_share_that_is_high(tmp_path):
     """Where every channel is worth more than the penalty by all bits would take, and less than that by the share."""
     config = CONFIG.model_copy(update={"steps": 100})

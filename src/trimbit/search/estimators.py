@@ -14,10 +14,13 @@ Estimator = Literal["reinmax", "gumbel"]
 
 
 def sample(
-    logits: Float[Tensor, " n"], estimator: Estimator, temperature: float, generator: torch.Generator
+    logits: Float[Tensor, " n"], estimator: Estimator, temperature: float, uniform: Float[Tensor, " n"]
 ) -> Float[Tensor, " n"]:
-    """Zeros and ones with gradients to the logits; `temperature` is at least 1 in ReinMax, at most 1 in Gumbel."""
-    uniform = torch.rand(logits.shape, generator=generator).clamp(1e-6, 1 - 1e-6).to(logits)
+    """Zeros and ones with gradients to the logits, by uniform numbers between 0 and 1.
+
+    `temperature` is at least 1 in ReinMax, at most 1 in Gumbel.
+    """
+    uniform = uniform.clamp(1e-6, 1 - 1e-6).to(logits)
     if estimator == "reinmax":
         z: Tensor = _ReinMax.apply(logits, temperature, uniform)  # type: ignore[no-untyped-call]
         return z

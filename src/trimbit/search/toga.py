@@ -5,7 +5,9 @@ the loss of a row of text is taken, and its gradient passes through the sample t
 one of two ways. As a penalty, weight |log(h / target)| is added to the loss, where h is the share of the codes that are
 high in the sample. By projection, all logits are moved by one number, so that h is the target in the mean; the
 gradient knows of the move, so that what one channel gains others lose. In the end the noise is left out, and the tiles
-of highest logits fill the budget.
+of highest logits fill the budget. With `whole_tiles` a sample is of whole tiles, too: those of a site are cut by its
+falling logits, and the mean of a tile's logits is that of all its channels. Without, a site that wants less than a tile
+never learns what it is worth to have one or none.
 
 Only abstract and summaries of the paper could be read: constants are those of DISP-LLM's code, whose masks these
 are, or ours.
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -55,6 +57,7 @@ class Config(Learning):
     estimator: Estimator = "reinmax"
     temperature: float | None = Field(default=None, gt=0)  # None: code, ReinMax 1 (microsoft), Gumbel 0.4 (DISP-LLM)
     budget: Literal["penalty", "projection"] = "penalty"  # paper; ours, after RCO, arXiv:2605.00649
+    whole_tiles: bool = False  # ours: the channels of a tile are drawn together
     offset: float | None = None  # added to logits; code (DISP-LLM): 3, nearly all high; ours, None: by the budget
     prior: float = Field(default=0.0, ge=0)  # ours: times the standard score of log diag H in its site, added to logits
     budget_weight: float | None = Field(default=None, ge=0)  # of a penalty; None: paper (DISP-LLM), 6
@@ -185,9 +188,14 @@ class Training:
         config, sites = self.config, self.sites
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         logits = self.logits()
+        uniform = {site: torch.rand(len(own), generator=generator) for site, own in logits.items()}
+        if config.whole_tiles:
+            first = {site: _tiles(own, config.tile) for site, own in logits.items()}
+            logits = {site: _shared(own, first[site]) for site, own in logits.items()}
+            uniform = {site: own[first[site]] for site, own in uniform.items()}
         if config.budget == "projection":
             logits = _projected(logits, sites, self.target)
-        masks = {site: sample(own, config.estimator, config.heat, generator) for site, own in logits.items()}
+        masks = {site: sample(own, config.estimator, config.heat, uniform[site]) for site, own in logits.items()}
         loss, gradients = self.masked.gradients({site: mask.detach() for site, mask in masks.items()}, step, generator)
         codes = torch.stack([sites.rows[site] * mask.sum() for site, mask in masks.items()]).sum()
         missed = (codes.clamp(min=1) / max(self.target, 1)).log().abs()
@@ -196,6 +204,18 @@ class Training:
             [*masks.values(), *penalties], [*(gradients[site] for site in masks), *(None for _ in penalties)]
         )
         return loss, int(codes), gradients.values()
+
+
+def _tiles(logits: Float[Tensor, " n"], size: int) -> Int[Tensor, " n"]:
+    """The first channel of each channel's tile; a site's channels are cut into tiles by falling logit."""
+    order = logits.detach().argsort(descending=True, stable=True)
+    return torch.empty_like(order).scatter(0, order, order[::size].repeat_interleave(size))
+
+
+def _shared(logits: Float[Tensor, " n"], tiles: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """The mean logit of each channel's tile, with gradients to it and to the channel's own, by which tiles are cut."""
+    means = torch.zeros_like(logits).scatter_reduce(0, tiles, logits, "mean", include_self=False)[tiles]
+    return means + (logits - logits.detach())
 
 
 def _optimizer(parameters: Iterable[Tensor], config: Config) -> torch.optim.Optimizer:
