@@ -71,8 +71,8 @@ SETTINGS = {  # channels by diag H, learnt masks, and what else there is at abou
         "toga-q-w2a16",
         {
             "SliM": ("slim-w2a16", ()),
-            "GPTQ, INT2": ("salient-w2a16", (*ALONE, "search.low=int2g128")),
-            "RTN, INT2": ("salient-w2a16", (NEAREST, *ALONE, "search.low=int2g128")),
+            "GPTQ, INT2": ("gptq-w2a16", ()),
+            "RTN, INT2": ("rtn-w2a16", ()),
         },
     ),
     "W3A16": (
@@ -80,8 +80,8 @@ SETTINGS = {  # channels by diag H, learnt masks, and what else there is at abou
         "toga-q-w3a16",
         {
             "SliM": ("slim-w3a16", ()),
-            "GPTQ, INT3": ("salient-w3a16", (*ALONE, "search.low=int3g128")),
-            "RTN, INT3": ("salient-w3a16", (NEAREST, *ALONE, "search.low=int3g128")),
+            "GPTQ, INT3": ("gptq-w3a16", ()),
+            "RTN, INT3": ("rtn-w3a16", ()),
         },
     ),
     "W4A4": (
@@ -138,9 +138,11 @@ WITH_ALL = ("W3.2A3.2", "W1.6A16", "W2A16")  # where channels at random, and sha
 OWN = ("learnt", "RTN, learnt")
 WITH_KV4 = ("diag H", "learnt")  # the methods that are tried with keys and values in 4 bits, too
 SHORTER = ("search.steps=100",)
-PARTS = ("settings", "ranks", "noise", "gptq", "kv", "options", "errors", "agreement", "cost")
+PARTS = ("settings", "tiles", "ranks", "noise", "gptq", "kv", "options", "errors", "agreement", "cost")
 SEEN = r"as the search sees them: KL ([0-9.]+)"  # in the notes of a plan
 MASKS = ("diag H", "diag H, learnt shares", "learnt")  # the second has as many high channels at each site as the third
+TILES = (1, 8, 16, 32)  # channels
+LEARNING = {"channel by channel": "false", "by whole tiles": "true"}  # of `search.whole_tiles`
 RANKS = (0, 1, 4, 16, 64, 1536)  # of the last, all that is predicted
 DRAWS = 3  # of the errors of all weights
 ALL_LOGITS = ("search.network=logits",)
@@ -265,6 +267,22 @@ class Toga(Bench):
                 own[kind].append(round(float(((errors @ moments.h.double()) * errors).sum() / expected), 4))
         return {"ratios": found}
 
+    def tiles(self, whole: str) -> dict:
+        """KL on the held-out rows, as the search sees it, of as many high codes by the same logits, by the tile.
+
+        At W3.2A3.2, in all steps.
+        """
+        session = self.opened(SETTINGS["W3.2A3.2"][1], (f"search.whole_tiles={whole}",))
+        config, problem = session.search[1], session.problem(session.limit(None))
+        sites, masked = Sites(problem, config), session.masked(config)
+        logits = learn(problem, config, sites)
+        highest = {tile: highest_tiles(logits, sites, tile) for tile in TILES}
+        free = [len(own) for own in highest[1].values()]
+        return {
+            "kl": {tile: masked.damage(as_masks(high, sites)).kl for tile, high in highest.items()},
+            "less than half a tile": sum(count < config.tile / 2 for count in free) / len(free),
+        }
+
     def rank(self, rank: int) -> dict:
         """KL on the held-out rows of diag H's masks at W2A16, with errors of this rank."""
         masked, _, masks = diag_h(self.opened(SETTINGS["W2A16"][1], (f"search.residual_rank={rank}",)))
@@ -372,6 +390,19 @@ class Toga(Bench):
         with tempfile.TemporaryDirectory() as folder:  # modes share a key, and a finished training has no more steps
             problem = replace(session.problem(session.limit(None)), journal=Path(folder) / "masks.jsonl")
             learn(problem, config, Sites(problem, config))
+
+
+def highest_tiles(logits: Mapping[str, Tensor], sites: Sites, tile: int) -> dict[str, list[int]]:
+    """The channels of each site that are high where tiles of this size, of the highest logits, fill the codes."""
+    orders = {site: own.argsort(descending=True, stable=True) for site, own in logits.items()}
+    means = {site: own[orders[site]].view(-1, tile).mean(-1).tolist() for site, own in logits.items()}
+    ranked = sorted((-mean, at, site) for site, own in means.items() for at, mean in enumerate(own))
+    high, left = {site: list[int]() for site in logits}, sites.codes(sites.fitting)
+    for _, at, site in ranked:
+        if (codes := sites.rows[site] * tile) <= left:
+            high[site] += orders[site][at * tile : (at + 1) * tile].tolist()
+            left -= codes
+    return high
 
 
 def diag_h(session: Session) -> tuple[MaskedModel, Plan, dict[str, Tensor]]:
@@ -493,6 +524,7 @@ def write_page(results: dict) -> None:
         "settings": settings_table,
         "ratios": ratios_table,
         "search": search_table,
+        "tiles": tiles_table,
         "ranks": ranks_table,
         "noise": noise_table,
         "caches": lambda r: texts_table(r, "cache", {kind: f"kv/{kind}" for kind in CACHES}, "cache_nbytes"),
@@ -595,6 +627,16 @@ def noise_table(results: dict) -> list[str]:
         rows.append([setting, kind, *figures, f"{packed['held_out_kl']:.3f}" if packed else ""])
     heads = ("of each token's own", "shared by all tokens", "GPTQ's, signs at random", "GPTQ's, dense inputs", "packed")
     return table(["setting", "masks", *heads], rows)
+
+
+def tiles_table(results: dict) -> list[str]:
+    """KL on held-out rows, as the search sees it, by the tile that high channels come in."""
+    rows = []
+    for kind in LEARNING:
+        cell = results.get(f"tiles/{kind}")
+        figures = [f"{kl:.3f}" for kl in cell["kl"].values()] if cell else ["not run", *[""] * (len(TILES) - 1)]
+        rows.append([kind, *figures])
+    return table(["learnt", *("single channels" if tile == 1 else f"tiles of {tile}" for tile in TILES)], rows)
 
 
 def draws(found: list[float]) -> str:
@@ -715,6 +757,9 @@ def main() -> None:
             for method, (recipe, own) in methods(setting).items():
                 kv4 = method in WITH_KV4
                 bench.cell(f"settings/{setting}/{method}", lambda r=recipe, o=own, k=kv4: bench.run(r, o, also_kv4=k))
+    if "tiles" in options.only:
+        for kind, whole in LEARNING.items():
+            bench.cell(f"tiles/{kind}", lambda w=whole: bench.tiles(w))
     if "ranks" in options.only:
         for rank in RANKS:
             bench.cell(f"ranks/{rank}", lambda r=rank: bench.rank(r))

@@ -5,6 +5,7 @@ import math
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -521,6 +522,16 @@ def test_no_space_left_or_interrupted_while_the_output_is_filled(refused, job, o
 
 
 @pytest.mark.usefixtures("untried")
+def test_a_gpu_without_memory_left_is_said(refused, job, options, tmp_path, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee more")
+
+    monkeypatch.setattr(trials, "apply_plan", full)
+    words = ["trimbit: CUDA out of memory. Tried to allocate 20.00 GiB. Finished stages are kept"]
+    refused(*compress(job.model, tmp_path / "out", options), words=words)
+
+
+@pytest.mark.usefixtures("untried")
 def test_no_space_left(refused, job, options, tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
@@ -531,7 +542,8 @@ def test_no_space_left(refused, job, options, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("module", ["stats", "candidates"])
 def test_no_space_left_for_the_cache(refused, job, options, tmp_path, monkeypatch, module):
-    def full(*_args, **_kwargs):
+    def full(_tensors, path, *_args):
+        Path(path).write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setenv("TRIMBIT_CACHE", str(tmp_path))

@@ -23,8 +23,11 @@ def source_digest(*parts: str) -> str:
 
 
 def save_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that it appears whole or not at all."""
+    """Write a file so that it appears whole or not at all; a write that fails leaves nothing beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    write(beside)
-    beside.replace(path)
+    try:
+        write(beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 A candidate has the full shape: what is cut is zero, which computes the same as being gone.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trimbit.apply import Compressed, Method, identity_moments, tied_moments
+from trimbit.cache import save_whole
 from trimbit.kernels.acts import take_channels
 from trimbit.measure import format_of, menu_of, sites_of
 from trimbit.measurements import Space
@@ -184,10 +184,8 @@ def _store(path: Path, one: Compressed, more: dict[str, Tensor]) -> None:
         if pair is None
         else {"a": pair.a.to(torch.bfloat16).contiguous(), "b": pair.b.to(torch.bfloat16).contiguous()}
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file({"codes": packed.codes, "scales": packed.scales, **zeros, **low, **more}, beside)
-    beside.replace(path)
+    tensors = {"codes": packed.codes, "scales": packed.scales, **zeros, **low, **more}
+    save_whole(path, lambda beside: save_file(tensors, beside))
 
 
 def _stored(path: Path, runs: tuple[Run, ...]) -> tuple[Compressed, dict[str, Tensor]]:

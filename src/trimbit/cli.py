@@ -433,6 +433,8 @@ def main() -> None:
     except Exception as err:
         if hasattr(err, "format_message"):  # click's own errors about the arguments; without any, it shows the help
             _fail(err.format_message(), 2) if err.format_message() else sys.exit(2)
+        if type(err).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+            _fail(f"{str(err).splitlines()[0]} Finished stages are kept in the cache and are reused", 1)
         raise
 
 

@@ -3,7 +3,6 @@
 H = E[x x^T] and the mean of x, over the calibration tokens, in fp32.
 """
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from trimbit.cache import save_whole
 from trimbit.model.stream import BlockStream, embed_chunks
 from trimbit.progress import Progress
 
@@ -177,6 +177,4 @@ def _store(path: Path, sums: Mapping[str, Accumulator]) -> None:
     for site, total in sums.items():
         moments = total.moments()
         tensors |= {f"{site}.h": moments.h, f"{site}.mean": moments.mean}
-    beside = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(tensors, beside)
-    beside.replace(path)
+    save_whole(path, lambda beside: save_file(tensors, beside))
