@@ -1,5 +1,7 @@
 """The model under masks: at the ends it is the plain quantised model, and its gradients are those of the formula."""
 
+from functools import partialmethod
+
 import pytest
 import torch
 from torch.nn import functional
@@ -9,6 +11,7 @@ from trimbit.errors import NumericsError, RecipeError
 from trimbit.linalg import damped
 from trimbit.masked.expected import along, squares
 from trimbit.masked.inputs import MaskedLinear
+from trimbit.masked.model import MaskedModel
 from trimbit.masked.residuals import Residuals
 from trimbit.pipeline import compress, open_session
 from trimbit.plan import load_plan
@@ -362,6 +365,37 @@ def test_the_whole_job(job, tmp_path, acts, kind):
     assert lines[0] == "step,loss,bits,temperature"
     assert len(lines) == 7
     assert (tmp_path / "out/training.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_job_that_was_broken_off_goes_on(job, tmp_path, monkeypatch):
+    """As the recipes learn: a hypernetwork, expected errors, bf16, whole tiles."""
+    kind = {"versions": "expected", "network": "hypernetwork", "budget": "projection", "loss": "kl"}
+    learnt = recipe(**kind, whole_tiles=True).model_copy(update={"compute": "bfloat16"})
+    steps, gradients = [], MaskedModel.gradients
+
+    def found():
+        steps.clear()
+        made = open_session(job.model, learnt, calibration=str(job.text), seed=3)
+        plan = made.find_plan(None)
+        return plan, made.curves[plan.content]
+
+    def counted(self, masks, step, generator, stop=None):
+        steps.append(step)
+        if step == stop:
+            raise KeyboardInterrupt
+        return gradients(self, masks, step, generator)
+
+    monkeypatch.setenv("TRIMBIT_CACHE", str(tmp_path / "at once"))
+    monkeypatch.setattr(MaskedModel, "gradients", counted)
+    at_once = found()
+    assert steps == list(range(6))
+    monkeypatch.setenv("TRIMBIT_CACHE", str(tmp_path / "broken off"))
+    monkeypatch.setattr(MaskedModel, "gradients", partialmethod(counted, stop=3))
+    with pytest.raises(KeyboardInterrupt):
+        found()
+    monkeypatch.setattr(MaskedModel, "gradients", counted)
+    assert found() == at_once
+    assert steps == [2, 3, 4, 5]
 
 
 def test_what_is_learnt_in_is_let_go_before_the_plan_is_applied(job):
