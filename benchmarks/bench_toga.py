@@ -333,7 +333,10 @@ class Toga(Bench):
         return session, masked, sites.plan(high, kind), as_masks(high, sites), found
 
     def agreement(self, setting: str) -> dict:
-        """Cosines of a first step's gradients for all logits, and of their signs, of each two of some rows, by loss."""
+        """Cosines of a first step's gradients for all logits, and of their signs, of each two of some rows.
+
+        By loss; each row has a sample of the masks of its own.
+        """
         found: dict[str, dict[str, list[float]]] = {}
         pairs = torch.triu_indices(ROWS, ROWS, 1)
         for loss in ("lm", "kl"):
