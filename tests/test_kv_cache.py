@@ -18,6 +18,7 @@ from trimbit.artifact import Writer
 from trimbit.errors import PlanError
 from trimbit.evaluate import READ_TOKENS, final_hidden, read_hidden
 from trimbit.kv_cache import CountingLayer, PackedCache, PackedLayer, cache_for, pack_cache, precision_of
+from trimbit.model.cache_name import CACHE
 from trimbit.model.cache_size import cache_nbytes
 from trimbit.model.layout import build_layout
 from trimbit.model.load import open_checkpoint
@@ -180,15 +181,15 @@ def generate(model, length=20, **kwargs):
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_equals_that_with_the_naive_cache(model_type, beams):
     model = tiny_model(model_type)
-    want = generate(model, past_key_values=naive_cache(model, KV4), num_beams=beams)
+    want = generate(model, **{CACHE: naive_cache(model, KV4)}, num_beams=beams)
     exact = generate(model, num_beams=beams)
     pack_cache(model, KV4)
     found = generate(model, num_beams=beams)
     assert torch.equal(found.sequences, want.sequences)
     torch.testing.assert_close(torch.stack(found.logits), torch.stack(want.logits), rtol=0, atol=1e-5)
     assert (torch.stack(found.logits)[1] - torch.stack(exact.logits)[1]).abs().max() > 1e-3
-    assert isinstance(found.past_key_values, PackedCache)
-    assert found.past_key_values.get_seq_length() == 27
+    assert isinstance(found[CACHE], PackedCache)
+    assert found[CACHE].get_seq_length() == 27
 
 
 @torch.no_grad()
@@ -196,8 +197,8 @@ def test_a_step_by_hand():
     """Every product of one decoding step of a llama written out, with keys and values of an exact prefill."""
     model, prompt = tiny_model("llama"), tokens(2, 15)
     past, cache = DynamicCache(config=model.config), PackedCache(model, KV4)
-    model(prompt[:, :14], past_key_values=past)
-    model(prompt[:, :14], past_key_values=cache)
+    model(prompt[:, :14], **{CACHE: past})
+    model(prompt[:, :14], **{CACHE: cache})
     x = model.model.embed_tokens(prompt[:, 14:])
     cos, sin = model.model.rotary_emb(x, torch.tensor([[14]]))
     for block, layer in zip(model.model.layers, past.layers, strict=True):
@@ -217,7 +218,7 @@ def test_a_step_by_hand():
         h = block.post_attention_layernorm(x)
         x = x + block.mlp.down_proj(functional.silu(block.mlp.gate_proj(h)) * block.mlp.up_proj(h))
     want = model.lm_head(model.model.norm(x))
-    found = model(prompt[:, 14:], past_key_values=cache).logits
+    found = model(prompt[:, 14:], **{CACHE: cache}).logits
     torch.testing.assert_close(found, want, rtol=0, atol=1e-5)
 
 
@@ -227,11 +228,11 @@ def test_a_compressed_model_uses_the_cache_of_its_plan(small):
     assert isinstance(model.model.layers[0].self_attn, NoAttention)
     assert precision_of(model) == KV4
     found = generate(model)
-    cache = found.past_key_values
+    cache = found[CACHE]
     assert isinstance(cache, PackedCache)
     assert type(cache.layers[0]) is CountingLayer
     assert [cache.get_seq_length(index) for index in range(3)] == [27] * 3
-    assert torch.equal(found.sequences, generate(model, past_key_values=naive_cache(model, KV4)).sequences)
+    assert torch.equal(found.sequences, generate(model, **{CACHE: naive_cache(model, KV4)}).sequences)
     if layout.config.model_type == "llama":
         assert [layer.stored[0].sink.shape[1] for layer in cache.layers[1:]] == [2, 3]  # kv heads
     assert torch.equal(generate(model, num_beams=2).sequences[:, :20], tokens(2, 20))
@@ -240,22 +241,22 @@ def test_a_compressed_model_uses_the_cache_of_its_plan(small):
 def test_the_caller_has_the_last_word(small):
     model = AutoModelForCausalLM.from_pretrained(small[0], dtype=torch.float32)
     exact = generate(model, use_cache=False)
-    assert exact.past_key_values is None
-    for asked in ({"cache_implementation": "dynamic"}, {"past_key_values": DynamicCache(config=model.config)}):
+    assert exact.get(CACHE) is None
+    for asked in ({"cache_implementation": "dynamic"}, {CACHE: DynamicCache(config=model.config)}):
         found = generate(model, **asked)
-        assert type(found.past_key_values) is DynamicCache
+        assert type(found[CACHE]) is DynamicCache
         assert torch.equal(found.sequences, exact.sequences)
     model.generation_config.use_cache = False
-    assert generate(model).past_key_values is None
+    assert generate(model).get(CACHE) is None
     given = GenerationConfig(do_sample=False)  # which says nothing of a cache
-    assert model.generate(tokens(1, 4), given, max_new_tokens=1, return_dict_in_generate=True).past_key_values is None
+    assert model.generate(tokens(1, 4), given, max_new_tokens=1, return_dict_in_generate=True).get(CACHE) is None
 
 
 @pytest.mark.parametrize("small", ["gemma2"], indirect=True)
 def test_the_cache_that_gemma_s_files_name_is_no_wish(small):
     model = AutoModelForCausalLM.from_pretrained(small[0], dtype=torch.float32)
     model.generation_config.cache_implementation = "hybrid"
-    assert type(generate(model).past_key_values) is PackedCache
+    assert type(generate(model)[CACHE]) is PackedCache
 
 
 def test_a_conversation_goes_on_with_its_cache(small):
@@ -263,11 +264,11 @@ def test_a_conversation_goes_on_with_its_cache(small):
     first = generate(model)
     more = torch.cat([first.sequences, tokens(2, 3, seed=8)], dim=1)
     found = model.generate(
-        more, attention_mask=torch.ones_like(more), past_key_values=first.past_key_values, do_sample=False,
+        more, attention_mask=torch.ones_like(more), **{CACHE: first[CACHE]}, do_sample=False,
         max_new_tokens=2, min_new_tokens=2,
     )  # fmt: skip
     assert found.shape == (2, 33)
-    assert first.past_key_values.get_seq_length() == 32
+    assert first[CACHE].get_seq_length() == 32
 
 
 def test_without_it_in_the_plan_nothing_changes(tmp_path):
@@ -276,7 +277,7 @@ def test_without_it_in_the_plan_nothing_changes(tmp_path):
     assert precision_of(model) is None
     assert "generate" not in vars(model)
     assert type(cache_for(model)) is DynamicCache
-    assert type(generate(model).past_key_values) is DynamicCache
+    assert type(generate(model)[CACHE]) is DynamicCache
 
 
 # --- sizes and errors ------------------------------------------------------------------------------------------------
@@ -288,10 +289,10 @@ def test_bytes_are_those_of_the_tensors(small, length):
     folder, layout, plan = small
     model = AutoModelForCausalLM.from_pretrained(folder)
     cache = cache_for(model)
-    model(tokens(1, length), past_key_values=cache)
+    model(tokens(1, length), **{CACHE: cache})
     assert cache.nbytes == cache_nbytes(layout.config, plan.widths, KV4, length)
     exact = DynamicCache(config=model.config)
-    model(tokens(1, length), past_key_values=exact)
+    model(tokens(1, length), **{CACHE: exact})
     held = [tensor for layer in exact.layers[1:] for tensor in (layer.keys, layer.values)]  # the first has no attention
     assert sum(t.numel() * t.element_size() for t in held) == cache_nbytes(layout.config, plan.widths, None, length)
 
@@ -316,8 +317,8 @@ def test_the_error_falls_with_bits():
     errors = []
     for bits in (2, 4, 8):
         cache = PackedCache(model, KVPrecision(bits=bits, sink_tokens=1, recent_tokens=2))
-        model(text[:, :-1], past_key_values=cache)
-        errors.append((model(text[:, -1:], past_key_values=cache).logits[:, -1] - want).square().mean().item())
+        model(text[:, :-1], **{CACHE: cache})
+        errors.append((model(text[:, -1:], **{CACHE: cache}).logits[:, -1] - want).square().mean().item())
     assert errors[0] > 4 * errors[1] > 16 * errors[2] > 0
 
 
@@ -328,7 +329,7 @@ def test_evaluation_reads_through_the_cache(small):
         cache = naive_cache(model, KV4)
         for part, read in zip(window.split(READ_TOKENS), found.split(READ_TOKENS), strict=True):
             with torch.no_grad():
-                want = model.get_decoder()(input_ids=part[None], past_key_values=cache).last_hidden_state[0]
+                want = model.get_decoder()(input_ids=part[None], **{CACHE: cache}).last_hidden_state[0]
             torch.testing.assert_close(read, want, rtol=0, atol=1e-5)
         exact = final_hidden(model, window)
         torch.testing.assert_close(found[:READ_TOKENS], exact[:READ_TOKENS], rtol=0, atol=1e-5)

@@ -16,6 +16,7 @@ from trimbit.apply import Method, apply_plan, cut_weight
 from trimbit.artifact import Writer, is_compressed, weight_nbytes
 from trimbit.errors import ArtifactError, CheckpointError
 from trimbit.kernels.reference import dequantize
+from trimbit.model.cache_name import CACHE
 from trimbit.model.layout import build_layout
 from trimbit.model.load import open_checkpoint
 from trimbit.model.stream import BlockStream
@@ -151,9 +152,9 @@ def test_the_cache_counts_tokens_where_block_0_has_no_attention(llama):
     assert isinstance(model.model.layers[0].self_attn, NoAttention)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(tokens()[:, :11], past_key_values=cache, use_cache=True)
+        model(tokens()[:, :11], **{CACHE: cache}, use_cache=True)
         assert cache.get_seq_length() == 11
-        last = model(tokens()[:, 11:], past_key_values=cache, use_cache=True).logits
+        last = model(tokens()[:, 11:], **{CACHE: cache}, use_cache=True).logits
         assert cache.get_seq_length() == 20
         torch.testing.assert_close(last, model(tokens()).logits[:, 11:], rtol=0, atol=1e-5)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from trimbit.errors import DataError, NumericsError
+from trimbit.model.cache_name import CACHE
 
 SUFFIXES = (".txt", ".md", ".raw", ".jsonl")  # each may be followed by .gz
 TEXT_KEYS = ("text", "page", "content")  # a jsonl row's text is the first of these
@@ -246,14 +247,14 @@ def _draw(
 ) -> tuple[list[int], Cache]:
     """Feeds one token a row and draws the next."""
     ids = torch.tensor(column, device=model.device)[:, None]
-    out = model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
+    out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE: past})
     logits = out.logits[:, -1].float()
     if not logits.isfinite().all():
         bad = int((~logits.isfinite()).sum())
         msg = f"{bad} of {logits.numel()} logits are not finite while sampling; check the weights"
         raise NumericsError(msg)
     drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-    return drawn[:, 0].tolist(), out.past_key_values
+    return drawn[:, 0].tolist(), out[CACHE]
 
 
 @dataclass(slots=True)

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from trimbit import artifact, data
 from trimbit.errors import ArtifactError, DataError, NumericsError
 from trimbit.kv_cache import cache_for, precision_of
+from trimbit.model.cache_name import CACHE
 from trimbit.model.cache_size import cache_nbytes
 from trimbit.model.head import kl, logit_slices
 from trimbit.model.load import materialize, open_checkpoint
@@ -198,7 +199,7 @@ def read_hidden(
     cache, decoder = cache_for(model), model.get_decoder()
     with fast_bf16():
         parts = [
-            decoder(input_ids=part, past_key_values=cache, use_cache=True).last_hidden_state
+            decoder(input_ids=part, use_cache=True, **{CACHE: cache}).last_hidden_state
             for part in windows.split(READ_TOKENS, dim=1)
         ]
     return torch.cat(parts, dim=1)
@@ -237,11 +238,12 @@ def _logits(model: PreTrainedModel, hidden: Tensor) -> Iterator[tuple[slice, Ten
 @torch.inference_mode()
 def decode_speed(model: PreTrainedModel, prompt: Int[Tensor, " length"], tokens: int = 32) -> float:
     """Tokens a second of greedy generation with a cache, one row, after a short prompt."""
-    out = model(input_ids=prompt[None], past_key_values=cache_for(model), use_cache=True, logits_to_keep=1)
+    cache = cache_for(model)
+    out = model(input_ids=prompt[None], use_cache=True, logits_to_keep=1, **{CACHE: cache})
     started = time.perf_counter()
     for _ in range(tokens):
         token = out.logits[:, -1:].argmax(-1)
-        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+        out = model(input_ids=token, use_cache=True, logits_to_keep=1, **{CACHE: cache})
     return tokens / (time.perf_counter() - started)
 
 

@@ -17,6 +17,7 @@ from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from trimbit.kernels.kv import dequantize_tokens, quantize_tokens
+from trimbit.model.cache_name import CACHE, OLD
 from trimbit.model.layout import check_kv_cache
 from trimbit.precision import KVPrecision
 from trimbit.runtime import NoAttention
@@ -211,6 +212,7 @@ def _generate(
 
     kind = told("cache_implementation")
     exact = kind not in {None, "hybrid"}  # which Gemma's files say, and transformers does not heed
-    if kwargs.get("past_key_values") is None and told("use_cache") is not False and not exact:
-        kwargs["past_key_values"] = cache_for(model)
+    given = any(kwargs.get(name) is not None for name in (CACHE, OLD))
+    if not given and told("use_cache") is not False and not exact:
+        kwargs[CACHE] = cache_for(model)
     return type(model).generate(model, inputs, generation_config, *args, **kwargs)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from trimbit.errors import ArtifactError
 from trimbit.kernels.reference import dequantize
+from trimbit.model.cache_name import CACHE
 from trimbit.model.layout import Layout, Unit
 from trimbit.plan import Plan, Rotation
 from trimbit.precision import ActRun, BFloat16, Data, KVPrecision, Run, code_row_nbytes, group_count, zero_row_nbytes
@@ -191,11 +192,12 @@ class NoAttention(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
 
-    def forward(self, hidden_states: Tensor, *_: Any, past_key_values: Any = None, **__: Any) -> tuple[Tensor, None]:  # noqa: ANN401
+    def forward(self, hidden_states: Tensor, *_: Any, **kwargs: Any) -> tuple[Tensor, None]:  # noqa: ANN401
         """Zero."""
-        if past_key_values is not None:
+        cache = kwargs.get(CACHE)
+        if cache is not None:
             empty = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
-            past_key_values.update(empty, empty, self.layer_idx)
+            cache.update(empty, empty, self.layer_idx)
         return torch.zeros_like(hidden_states), None
 
 
