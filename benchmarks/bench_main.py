@@ -74,6 +74,8 @@ class Bench:
             "torch": torch.__version__,
             "code": source_digest(),  # of the package
         }
+        if self.stored.exists():
+            self.results = json.loads(self.stored.read_text())  # with what others have stored meanwhile
         self.results[key] = found
         self.stored.parent.mkdir(exist_ok=True)
         self.stored.write_text(json.dumps(self.results, indent=1, sort_keys=True) + "\n")
@@ -202,12 +204,12 @@ def measured_process(command: list[str], cache: Path | None) -> tuple[float, int
     return time.perf_counter() - started, int(done.stdout)
 
 
-def command_line(doc: str | None, parts: Sequence[str]) -> argparse.Namespace:
-    """The model, the data, and which parts are run."""
+def command_line(doc: str | None, parts: Sequence[str], more: Sequence[str] = ()) -> argparse.Namespace:
+    """The model, the data, and which parts are run: those that are named, or all, without `more`."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--only", nargs="*", choices=parts, default=parts)
+    parser.add_argument("--only", nargs="*", choices=(*parts, *more), default=parts)
     os.environ.setdefault("TRIMBIT_CACHE", str(WORK / "cache"))
     return parser.parse_args()
 

@@ -216,7 +216,7 @@ def test_expected_errors_have_the_mean_and_the_variance_of_the_formula(job, acts
     unranked = ranked.argsort()
     exact = gptq.residuals(h[ranked][:, ranked], (len(order) - high, high), gptq.Config())[unranked][:, unranked]
     reckoned = damped(h.double(), gptq.Config().damping)
-    residuals = Residuals(exact, reckoned, made.search[1].residual_rank, torch.float32)
+    residuals = Residuals(exact, reckoned, made.search[1].rank, torch.float32)
     layer.inputs.mask = mask
     low, high, *_ = layer.inputs(x)
     mixed, variance = torch.where(mask > 0.5, high, low), 0

@@ -64,7 +64,7 @@ def _masking_nbytes(session: Session) -> int:
     dense = native(session.compute, "cuda" if torch.cuda.is_available() else "cpu").itemsize
     two = 2 * dense if config.dense else (config.low.bits + config.high.bits) / 8
     expected = config.versions == "expected"
-    each, ranks = (dense, 2 * config.residual_rank * dense) if expected else (two, 0)
+    each, ranks = (dense, 2 * config.rank * dense) if expected else (two, 0)
     width = (16 + 3 * expected) * layout.sizes["hidden"] + (8 + expected) * layout.sizes["mid"]
     kept_whole = isinstance(config, Learning) and not config.checkpointing
     kept = layout.blocks * (2 * width if kept_whole else 4 * layout.sizes["hidden"]) + 2 * width

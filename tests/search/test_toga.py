@@ -465,12 +465,13 @@ def test_projection_holds_the_budget_and_gradients_know_of_it(tmp_path):
         ({"optimizer": "sgd", "budget": "projection", "weight_decay": 0.1}, "goes with optimizer=adamw alone"),
         ({"optimizer": "sgd"}, "goes with budget=projection alone"),
         ({"versions": "expected", "dense": True}, "versions=expected rounds no weight"),
+        ({"residual_rank": 4}, "residual_rank is of errors as expected"),
     ],
 )
 def test_what_would_be_ignored_is_refused(fields, says):
     with pytest.raises(ValueError, match=says):
         toga.Config(**fields)
-    assert (toga.Config().penalty_weight, toga.Config().decay) == (6.0, 0.05)
+    assert (toga.Config().penalty_weight, toga.Config().decay, toga.Config().rank) == (6.0, 0.05, 16)
     assert (toga.Config(budget_weight=0.0).penalty_weight, toga.Config(weight_decay=0.0).decay) == (0.0, 0.0)
 
 

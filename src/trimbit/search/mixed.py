@@ -49,14 +49,21 @@ class Masking(Mixed):
     share: float = Field(default=0.125, gt=0, le=1)
     versions: Versions = "nearest"
     length: int = Field(default=2048, ge=16)  # code (DISP-LLM): tokens of a row
-    residual_rank: int = Field(default=16, ge=0)  # ours: of what later columns predict, for expected errors
+    residual_rank: int | None = Field(default=None, ge=0)  # of what later columns predict; None: ours, 16
     dense: bool = False  # keep what is rounded ready to multiply by, twice bf16 or fp32: faster, else the same
 
     @model_validator(mode="after")
     def _check_dense(self) -> "Masking":
         if self.dense and self.versions == "expected":
             raise ValueError("dense is of what is rounded, and versions=expected rounds no weight")
+        if self.residual_rank is not None and self.versions != "expected":
+            raise ValueError("residual_rank is of errors as expected: it goes with versions=expected alone")
         return self
+
+    @property
+    def rank(self) -> int:
+        """Of what later columns predict."""
+        return 16 if self.residual_rank is None else self.residual_rank
 
     def compared(self, rows: int) -> int:
         """How many rows of the training text, of so many, are compared with the original."""
