@@ -12,7 +12,6 @@ of 2,048 tokens and three seeds, is for a GPU, and is run where it is named alon
 
 import math
 import re
-import shutil
 import sys
 import tempfile
 import time
@@ -25,17 +24,19 @@ from statistics import mean, median
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from bench_main import CONTEXT, HERE, WINDOWS, WORK, Bench, command_line, measured_process, write_tables
 from bench_qpruner import table
 from trimbit import data
 from trimbit.artifact import weight_nbytes
+from trimbit.cache import save_whole
 from trimbit.evaluate import final_hidden, load_model, load_tokenizer, read_hidden, score
-from trimbit.kv_cache import pack_cache, precision_of
+from trimbit.kv_cache import pack_cache
 from trimbit.learning import shares
 from trimbit.masked.expected import ExpectedLinear
 from trimbit.masked.model import MaskedModel
@@ -64,7 +65,10 @@ SETTINGS = {  # channels by diag H, learnt masks, and what else there is at abou
         "toga-q-w1.6a16",
         {
             "PTQ1.61's layout": ("ptq161-w1.6a16", ()),
-            "learnt, faithful": ("toga-q-faithful", ("search.steps=600", "search.length=512", "search.dense=true")),
+            "learnt, faithful, 600 x 512": (
+                "toga-q-faithful",
+                ("search.steps=600", "search.length=512", "search.dense=true"),
+            ),
         },
     ),
     "W2A16": (
@@ -185,8 +189,13 @@ class Toga(Bench):
         texts: Iterable[str] = TEXTS, also_kv4: bool = False, seed: int = 0,
     ) -> dict:  # fmt: skip
         """Compress, and what is left on the texts; where masks are learnt, their shares and curve, too."""
-        out = WORK / "toga"
-        shutil.rmtree(out, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=WORK) as folder:
+            return self.compressed(Path(folder) / "model", recipe, overrides, texts, also_kv4, seed)
+
+    def compressed(
+        self, out: Path, recipe: str, overrides: tuple[str, ...], texts: Iterable[str], also_kv4: bool, seed: int
+    ) -> dict:
+        """The same, in a folder that is given."""
         session = self.opened(recipe, overrides, seed)
         started = time.perf_counter()
         plan = session.find_plan(None)
@@ -222,7 +231,8 @@ class Toga(Bench):
         )
         dense, cached = load_model(original, torch.bfloat16), WORK / f"dense-{original.name}-{text}.safetensors"
         if not cached.exists():
-            save_file({str(at): final_hidden(dense, window).clone() for at, window in enumerate(windows)}, cached)
+            hidden = {str(at): final_hidden(dense, window).clone() for at, window in enumerate(windows)}
+            save_whole(cached, lambda beside: save_file(hidden, beside))
         reference, model = load_file(cached), keep_dense(load_model(path, torch.bfloat16))
         if kv_cache is not None:
             pack_cache(model, kv_cache)
@@ -240,9 +250,12 @@ class Toga(Bench):
 
     def cache(self, precision: str) -> dict:
         """The original, its keys and values in few bits, and the bytes that they take."""
-        found = self.run("rtn-w4a4", (UNQUANTISED, f"kv_cache={precision}", "quant={name: rtn}"))
-        model = load_model(WORK / "toga", torch.bfloat16)
-        return found | {"cache_nbytes": cache_nbytes(model.config, {}, precision_of(model), CONTEXT)}
+        kept = yaml.safe_load(precision)
+        config = AutoConfig.from_pretrained(self.off_grid(0))
+        size = cache_nbytes(config, {}, None if kept is None else KVPrecision(**kept), CONTEXT)
+        return self.run("rtn-w4a4", (UNQUANTISED, f"kv_cache={precision}", "quant={name: rtn}")) | {
+            "cache_nbytes": size
+        }
 
     def errors(self, setting: str) -> dict:
         """E |(W - Q) x|^2 of one weight a site, GPTQ's and that of rounding to nearest, each over what is expected.
@@ -687,11 +700,12 @@ def errors_table(results: dict) -> list[str]:
     """Medians over blocks, and the range."""
     rows = []
     for setting in WITH_ALL:
-        for site, kinds in results.get(f"errors/{setting}", {}).get("ratios", {}).items():
+        cell = results.get(f"errors/{setting}", {"ratios": {"not run": {}}})
+        for site, kinds in cell["ratios"].items():
             ratios = (f"{median(own):.2f} ({min(own):.2f} to {max(own):.2f})" for own in kinds.values())
-            rows.append([setting, site, *ratios])
+            rows.append([setting, site, *(ratios if kinds else ("", ""))])
     heads = ["setting", "site", "GPTQ / expected", "rounded to nearest / expected"]
-    return table(heads, rows or [["not run", *[""] * (len(heads) - 1)]])
+    return table(heads, rows)
 
 
 def agreement_table(results: dict) -> list[str]:

@@ -169,10 +169,12 @@ def tensors(layer):
 # --- generation ------------------------------------------------------------------------------------------------------
 
 
-def generate(model, length=20, **kwargs):
+def generate(model, length=20, padded=0, **kwargs):
     prompt = tokens(2, length)
+    mask = torch.ones_like(prompt)
+    mask[0, :padded] = 0
     return model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, min_new_tokens=8, max_new_tokens=8,
+        prompt, attention_mask=mask, do_sample=False, min_new_tokens=8, max_new_tokens=8,
         return_dict_in_generate=True, output_logits=True, **kwargs,
     )  # fmt: skip
 
@@ -190,6 +192,17 @@ def test_generation_equals_that_with_the_naive_cache(model_type, beams):
     assert (torch.stack(found.logits)[1] - torch.stack(exact.logits)[1]).abs().max() > 1e-3
     assert isinstance(found[CACHE], PackedCache)
     assert found[CACHE].get_seq_length() == 27
+
+
+def test_a_batch_with_padding_on_the_left():
+    model = tiny_model("llama")
+    want = generate(model, padded=5, **{CACHE: naive_cache(model, KV4)})
+    plain = generate(model, **{CACHE: naive_cache(model, KV4)})
+    pack_cache(model, KV4)
+    found = generate(model, padded=5)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(want.logits), rtol=0, atol=1e-5)
+    assert torch.equal(found.sequences, want.sequences)
+    assert not torch.allclose(found.logits[0][0], plain.logits[0][0], atol=1e-3)
 
 
 @torch.no_grad()

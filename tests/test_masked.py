@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.nn import functional
 
+from tiny import MODEL_TYPES, save_tiny, tiny_model
 from trimbit.artifact import weight_nbytes
 from trimbit.errors import NumericsError, RecipeError
+from trimbit.evaluate import final_hidden, load_model
 from trimbit.linalg import damped
 from trimbit.masked.expected import along, squares
 from trimbit.masked.inputs import MaskedLinear
@@ -54,9 +56,26 @@ def test_at_both_ends_it_is_the_plain_quantised_model(job, tmp_path, acts, sort,
     high = {site: range(end * count) for site, count in sites.channels.items()}
     written = made.write(sites.plan(high, "an end"), tmp_path / "end")
     masks = {site: torch.full((count,), float(end)) for site, count in sites.channels.items()}
-    found = made.masked(config).damage(masks)
+    masked = made.masked(config)
+    found = masked.damage(masks)
     assert found.kl == pytest.approx(written.found_by.measured_damage, rel=2e-2)
     assert found.kl > (0.01 if end == 0 else 1e-6)
+    packed, row = load_model(tmp_path / "end", torch.float32), made.held_out.tokens[0]
+    with torch.no_grad():
+        torch.testing.assert_close(masked._final(row), final_hidden(packed, row), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_every_family_under_masks(job, tmp_path, model_type):
+    save_tiny(tiny_model(model_type).bfloat16(), tmp_path / "model")
+    made = open_session(tmp_path / "model", recipe(**ACTS), calibration=str(job.text), seed=3)
+    sites = Sites(made.problem(10**9), made.search[1])
+    made.write(sites.plan(dict.fromkeys(sites.channels, ()), "all low"), tmp_path / "low")
+    masked, row = made.masked(made.search[1]), made.held_out.tokens[0]
+    masked._set({site: torch.zeros(count) for site, count in sites.channels.items()})
+    packed = load_model(tmp_path / "low", torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(masked._final(row), final_hidden(packed, row), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("acts", [{}, ACTS], ids=["weights", "activations, too"])
@@ -478,16 +497,19 @@ def test_what_errors_are_expected_of_is_in_the_key(job):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_a_gpu_gives_the_same_gradients(job, monkeypatch):
-    """Of rounded versions: noise is another on another kind of device."""
-    made = session(job, **ACTS)
+@pytest.mark.parametrize(
+    "kind", [{}, {"versions": "expected", "high": "bf16", "loss": "kl"}], ids=["rounded", "expected"]
+)
+def test_a_gpu_gives_the_same_gradients(job, monkeypatch, kind):
+    """Where noise is expected all channels are exact, for it is another on another kind of device."""
+    made = session(job, **ACTS | kind)
     found = []
     for gpu in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda own=gpu: own)
         model = made._make_masked(made.search[1])
         generator = torch.Generator().manual_seed(0)
         masks = {
-            site: (torch.rand(len(layers[0].inputs.order), generator=generator) < 0.5).float()
+            site: (torch.rand(len(layers[0].inputs.order), generator=generator) < (1.0 if kind else 0.5)).float()
             for site, layers in model.layers.items()
         }
         found.append(gradients(model, masks, 0))

@@ -110,7 +110,7 @@ def test_a_rotated_model_computes_the_same(model_type, tied, tmp_path):
     stream = streams(tmp_path / "original", ROTATION)
     layout, want = stream.layout, logits(model)
 
-    runtime = build_skeleton(stream.checkpoint.config)
+    runtime = build_skeleton(stream.checkpoint.config, torch.float32)
     restructure(runtime, layout, Structure.of(rotated(make_plan(layout)), layout))
     state = {name: stream.checkpoint.tensor(name) for name, _ in runtime.named_parameters()}
     runtime.load_state_dict(state, strict=False, assign=True)

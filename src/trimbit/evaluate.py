@@ -82,7 +82,7 @@ def load_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         model.eval()
         return model
     checkpoint = open_checkpoint(path)
-    model = build_skeleton(checkpoint.config)
+    model = build_skeleton(checkpoint.config, dtype)
     if model.config.tie_word_embeddings:
         for name, module in model.named_children():
             if name != "lm_head":

@@ -81,6 +81,7 @@ class CountingLayer(DynamicLayer):
     """Stands where attention was dropped: counts tokens and stores nothing."""
 
     is_croppable = False
+    supports_early_init = False  # what is stored is of the first call's batch
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -144,7 +145,8 @@ class PackedLayer(CountingLayer):
 class PackedCache(Cache):
     """A cache for one model; layers with a sliding window, which forget by themselves, keep it exactly.
 
-    The first tokens are the first columns of a batch: padding on the left takes their place.
+    The first tokens are the first columns of a batch: padding on the left takes their place, and where there is some
+    the row's own first tokens are quantised.
 
     Raises:
         PlanError: if a group is longer than a head, or no layer reads all tokens.

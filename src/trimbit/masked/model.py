@@ -56,7 +56,7 @@ class MaskedModel:
         self.compute = native(stream.compute, self.device.type)
         self.layers: dict[str, list[MaskedLinear]] = {}  # by site
         self.block_of: dict[str, int] = {}  # of each site
-        self.model = build_skeleton(stream.checkpoint.config)
+        self.model = build_skeleton(stream.checkpoint.config, stream.compute)
         self._materialize(stream, layers, progress)
         nn.Module.to(self.model, self.device).requires_grad_(requires_grad=False)
         self.blocks: nn.ModuleList = self.model.get_decoder().layers

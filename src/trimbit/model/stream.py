@@ -6,6 +6,7 @@ stream keeps its precision.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -26,13 +27,14 @@ CHUNK_TOKENS = 2048  # tokens run at a time: bounds activations
 Chunks = list[Float[Tensor, "_ length hidden"]]  # the last may have fewer rows
 
 
-def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a config, parameters on the meta device and computed buffers (such as RoPE's) real.
 
-    Attention is sdpa where the family has it; Gemma 2 runs eager.
+    Attention is sdpa where the family has it; Gemma 2 runs eager. Buffers are as transformers has them in a model
+    of this dtype, which rounds Gemma's factor on the embedding.
     """
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype)
     for module in model.modules():
         names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         for name in names:
@@ -96,7 +98,7 @@ class BlockStream:
         self.checkpoint = checkpoint
         self.layout = layout
         self.compute = compute
-        self.skeleton = build_skeleton(checkpoint.config)
+        self.skeleton = build_skeleton(checkpoint.config, compute)
         family = layout.family
         self._embed = self.skeleton.get_submodule(family.embed)
         self.norm = self.skeleton.get_submodule(family.final_norm)

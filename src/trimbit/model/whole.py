@@ -23,7 +23,7 @@ class WholeModel:
     def __init__(self, stream: BlockStream) -> None:
         self.layout = stream.layout
         self.compute = stream.compute
-        self.model = build_skeleton(stream.checkpoint.config)
+        self.model = build_skeleton(stream.checkpoint.config, stream.compute)
         self.blocks: nn.ModuleList = self.model.get_decoder().layers
         for index, block in enumerate(self.blocks):
             materialize(block, stream.checkpoint, f"{self.layout.family.blocks}.{index}.", self.compute)

@@ -34,8 +34,8 @@ def _formats(bits: int) -> tuple[Precision, Precision, Precision]:
 
 
 def default_limit(problem: Problem, config: Config) -> int:
-    """Bytes with the mean number of bits everywhere: moving groups changes none, but for the bytes of the header."""
-    return _uniform(problem, config).found_by.nbytes + 64 * len(problem.layout.weights)
+    """Bytes with the mean number of bits everywhere: moving groups changes none."""
+    return _uniform(problem, config).found_by.nbytes
 
 
 def require_feasible(problem: Problem, config: Config) -> None:
@@ -71,9 +71,7 @@ def search(problem: Problem, config: Config) -> Plan:
             progress(at + 1, len(names))
     plan = base.model_copy(update={"weights": weights})
     method = f"SliM at {config.bits} bits: {moved} of {groups} groups have a bit more, and as many one less"
-    plan = plan.telling(nbytes=layout.file_nbytes(plan), method=method)
-    problem.require_feasible(plan)
-    return plan
+    return plan.telling(nbytes=layout.file_nbytes(plan), method=method)
 
 
 def _uniform(problem: Problem, config: Config) -> Plan:
