@@ -114,6 +114,7 @@ OPTIONS = {  # at W1.6A16, in fewer steps: what of the masks' training differs f
     ),
     "no prior": ("search.prior=0.0",),
     "Gumbel": ("search.estimator=gumbel", "search.temperature=0.4"),
+    "drawn by whole tiles": ("search.whole_tiles=true",),
     "errors of rank 0": ("search.residual_rank=0",),
     "rounded to nearest": ("search.versions=nearest", "search.dense=true"),
     "GPTQ's versions": ("search.versions=quant", "search.dense=true"),
@@ -128,6 +129,7 @@ MODES = {  # of the masks' training, and what each costs
     "two roundings, dense": ("search.versions=nearest", "search.dense=true", "search.checkpointing=false"),
 }  # fmt: skip
 FASTEST = "expected errors"
+MOST_PPL = 100_000  # of the picture: beyond it nothing is left of the model
 OPERATORS = 10  # of a step's, that the page names
 WEIGHTS = "0.41 (WikiText-2) and 0.15 (C4) at best"
 CLAIMS = {  # of the abstract, on larger models and against its own baselines
@@ -741,8 +743,11 @@ def draw_bits(results: dict) -> None:
         panels[0].set_ylabel(label)
     for axes in rows[1]:
         axes.set_xlabel("bits of a weight of the blocks, scales and index lists included")
-    title = "filled: weights alone; hollow: activations, too"
-    figure.legend(marks.values(), marks, loc="outside lower center", ncols=6, frameon=False, title=title)
+    rows[1][0].set_ylim(top=MOST_PPL)
+    title = f"filled: weights alone; hollow: activations, too; perplexities above {MOST_PPL:,} are not drawn"
+    figure.legend(
+        marks.values(), marks, loc="outside lower center", ncols=5, fontsize="small", frameon=False, title=title
+    )
     figure.savefig(PAGE.with_name("toga-bits.png"), dpi=110)
     pyplot.close(figure)
 
