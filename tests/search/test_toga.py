@@ -332,11 +332,15 @@ def test_what_is_not_finite_stops_and_the_last_state_stays(tmp_path, what, estim
 
 
 def test_parameters_that_overflow_are_seen(tmp_path):
-    config = CONFIG.model_copy(update={"network": "hypernetwork", "weight_decay": 1e30})
-    with pytest.raises(
-        NumericsError, match=r"a parameter of step \d of the masks is not finite; no state was kept yet"
-    ):
+    config = CONFIG.model_copy(update={"network": "hypernetwork", "weight_decay": 1e45})
+    with pytest.raises(NumericsError, match=r"a parameter of step 1 of the masks is not finite; no state was kept yet"):
         toga.search(made(tmp_path, config), config)
+
+
+def test_logits_that_overflow_are_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(toga.Training, "logits", lambda self: {s: o * torch.nan for s, o in self.network().items()})
+    with pytest.raises(NumericsError, match=r"a sample of step 1 of the masks is not finite; no state was kept yet"):
+        toga.search(made(tmp_path, CONFIG), CONFIG)
 
 
 @pytest.mark.parametrize(("estimator", "temperature"), [("reinmax", 0.5), ("gumbel", 2.0)])

@@ -146,7 +146,8 @@ def learn(problem: Problem, config: Config, sites: Sites) -> dict[str, Float[Ten
     with problem.reporter.stage("masks") as progress:
         for step in range(len(log), config.steps):
             loss, codes, gradients = training.backward(step)
-            require_finite("the masks", step + 1, kept, ADVICE, loss=[torch.tensor(loss)], gradient=gradients)
+            found = {"sample": [torch.tensor(codes)], "loss": [torch.tensor(loss)], "gradient": gradients}
+            require_finite("the masks", step + 1, kept, ADVICE, **found)
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * (1 - step / config.steps if config.schedule == "linear" else 1)
             if config.optimizer == "sgd":
@@ -154,7 +155,7 @@ def learn(problem: Problem, config: Config, sites: Sites) -> dict[str, Float[Ten
             optimizer.step()
             optimizer.zero_grad()
             require_finite("the masks", step + 1, kept, ADVICE, parameter=parameters.values())
-            log.append({"loss": loss, "bits": sites.bits(codes), "temperature": config.heat})
+            log.append({"loss": loss, "bits": sites.bits(int(codes)), "temperature": config.heat})
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                 told = {"belongs": problem.key, "curve": json.dumps(log)}
                 save_state(_state(problem), parameters, optimizer, told)
@@ -180,7 +181,7 @@ class Training:
         """Of every site's channels, before they are moved to the budget."""
         return {site: own + self.start[site] for site, own in self.network().items()}
 
-    def backward(self, step: int) -> tuple[float, int, Iterable[Tensor]]:
+    def backward(self, step: int) -> tuple[float, float, Iterable[Tensor]]:
         """A step's loss in nats a token, its sample's high codes, and the gradients of its masks.
 
         Those of the network's parameters are added to them.
@@ -203,7 +204,7 @@ class Training:
         torch.autograd.backward(
             [*masks.values(), *penalties], [*(gradients[site] for site in masks), *(None for _ in penalties)]
         )
-        return loss, int(codes), gradients.values()
+        return loss, codes.item(), gradients.values()
 
 
 def _tiles(logits: Float[Tensor, " n"], size: int) -> Int[Tensor, " n"]:
