@@ -53,6 +53,7 @@ class Bench:
     def __init__(self, source: Path, folder: Path, stored: Path = RESULTS) -> None:
         self.source, self.folder, self.stored = source, folder, stored
         self.results = json.loads(stored.read_text()) if stored.exists() else {}
+        WORK.mkdir(exist_ok=True)
 
     def off_grid(self, seed: int) -> Path:
         path = WORK / f"offgrid-{seed}"

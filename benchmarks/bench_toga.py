@@ -59,17 +59,18 @@ NEAREST = "quant={name: rtn, params: {scales: mse}}"
 ALONE = ("search.share=0.0", "search.sort=false")
 W3A3 = ("search.low=int3g128", "search.low_acts={bits: 3, group: 128, clip: 0.9}")
 SETTINGS = {  # channels by diag H, learnt masks, and what else there is at about the same bits
-    "W3.2A3.2": ("atom-w3.2a3.2", "toga-q-w3.2a3.2", {"QuaRot, W3A3": ("quarot-w4a4", W3A3)}),
+    "W3.2A3.2": (
+        "atom-w3.2a3.2",
+        "toga-q-w3.2a3.2",
+        {
+            "learnt, channel by channel": ("toga-q-w3.2a3.2", ("search.whole_tiles=false",)),
+            "QuaRot, W3A3": ("quarot-w4a4", W3A3),
+        },
+    ),
     "W1.6A16": (
         "salient-w1.6a16",
         "toga-q-w1.6a16",
-        {
-            "PTQ1.61's layout": ("ptq161-w1.6a16", ()),
-            "learnt, faithful, 600 x 512": (
-                "toga-q-faithful",
-                ("search.steps=600", "search.length=512", "search.dense=true"),
-            ),
-        },
+        {"PTQ1.61's layout": ("ptq161-w1.6a16", ())},
     ),
     "W2A16": (
         "salient-w2a16",
@@ -118,6 +119,10 @@ OPTIONS = {  # at W1.6A16, in fewer steps: what of the masks' training differs f
     "errors of rank 0": ("search.residual_rank=0",),
     "rounded to nearest": ("search.versions=nearest", "search.dense=true"),
     "GPTQ's versions": ("search.versions=quant", "search.dense=true"),
+    "all as in the paper, but where they start": (
+        "search.loss=lm", "search.budget=penalty", "search.prior=0.0", "search.versions=nearest", "search.dense=true",
+        "search.learning_rate=0.001", "search.schedule=constant",
+    ),
 }  # fmt: skip
 FAST = ("search.checkpointing=false",)  # the same masks, in more memory
 MODES = {  # of the masks' training, and what each costs
@@ -146,11 +151,11 @@ OWN = ("learnt", "RTN, learnt")
 WITH_KV4 = ("diag H", "learnt")  # the methods that are tried with keys and values in 4 bits, too
 SHORTER = ("search.steps=100",)
 FULL, SEEDS = ("search.steps=2000", "search.length=2048"), (0, 1, 2)  # paper's steps, DISP-LLM's tokens
+FULLS = {setting: SETTINGS[setting][1] for setting in WITH_ALL} | {"W1.6A16, faithful": "toga-q-faithful"}
 PARTS = ("settings", "tiles", "ranks", "noise", "gptq", "kv", "options", "errors", "agreement", "cost")
 SEEN = r"as the search sees them: KL ([0-9.]+)"  # in the notes of a plan
 MASKS = ("diag H", "diag H, learnt shares", "learnt")  # the second has as many high channels at each site as the third
 TILES = (1, 8, 16, 32)  # channels
-LEARNING = {"channel by channel": "false", "by whole tiles": "true"}  # of `search.whole_tiles`
 RANKS = (0, 1, 4, 16, 64, 1536)  # of the last, all that is predicted
 DRAWS = 3  # of the errors of all weights
 ALL_LOGITS = ("search.network=logits",)
@@ -285,12 +290,12 @@ class Toga(Bench):
                 own[kind].append(round(float(((errors @ moments.h.double()) * errors).sum() / expected), 4))
         return {"ratios": found}
 
-    def tiles(self, whole: str) -> dict:
+    def tiles(self) -> dict:
         """KL on the held-out rows, as the search sees it, of as many high codes by the same logits, by the tile.
 
-        At W3.2A3.2, in all steps.
+        At W3.2A3.2.
         """
-        session = self.opened(SETTINGS["W3.2A3.2"][1], (f"search.whole_tiles={whole}",))
+        session = self.opened(SETTINGS["W3.2A3.2"][1])
         config, problem = session.search[1], session.problem(session.limit(None))
         sites, masked = Sites(problem, config), session.masked(config)
         logits = learn(problem, config, sites)
@@ -604,9 +609,10 @@ def settings_table(results: dict) -> list[str]:
 
 
 def full_table(results: dict) -> list[str]:
-    """Learnt masks at full length, by seed."""
-    keys = {f"{setting}, seed {seed}": f"full/{setting}/{seed}" for setting in WITH_ALL for seed in SEEDS}
-    return texts_table(results, "learnt", keys)
+    """Learnt masks at full length, by seed, as far as they were run."""
+    keys = {f"{name}, seed {seed}": f"full/{name}/{seed}" for name in FULLS for seed in SEEDS}
+    run = {name: key for name, key in keys.items() if key in results}
+    return texts_table(results, "learnt", run) if run else ["not run"]
 
 
 def ratios_table(results: dict) -> list[str]:
@@ -659,12 +665,9 @@ def noise_table(results: dict) -> list[str]:
 
 def tiles_table(results: dict) -> list[str]:
     """KL on held-out rows, as the search sees it, by the tile that high channels come in."""
-    rows = []
-    for kind in LEARNING:
-        cell = results.get(f"tiles/{kind}")
-        figures = [f"{kl:.3f}" for kl in cell["kl"].values()] if cell else ["not run", *[""] * (len(TILES) - 1)]
-        rows.append([kind, *figures])
-    return table(["learnt", *("single channels" if tile == 1 else f"tiles of {tile}" for tile in TILES)], rows)
+    cell = results.get("tiles")
+    figures = [f"{cell['kl'][str(tile)]:.3f}" if cell else "not run" for tile in TILES]
+    return table(["single channels" if tile == 1 else f"tiles of {tile}" for tile in TILES], [figures])
 
 
 def draws(found: list[float]) -> str:
@@ -790,12 +793,11 @@ def main() -> None:
                 kv4 = method in WITH_KV4
                 bench.cell(f"settings/{setting}/{method}", lambda r=recipe, o=own, k=kv4: bench.run(r, o, also_kv4=k))
     if "full" in options.only:
-        for setting in WITH_ALL:
+        for name, recipe in FULLS.items():
             for seed in SEEDS:
-                bench.cell(f"full/{setting}/{seed}", lambda s=setting, n=seed: bench.run(SETTINGS[s][1], FULL, seed=n))
+                bench.cell(f"full/{name}/{seed}", lambda r=recipe, n=seed: bench.run(r, FULL, seed=n))
     if "tiles" in options.only:
-        for kind, whole in LEARNING.items():
-            bench.cell(f"tiles/{kind}", lambda w=whole: bench.tiles(w))
+        bench.cell("tiles", bench.tiles)
     if "ranks" in options.only:
         for rank in RANKS:
             bench.cell(f"ranks/{rank}", lambda r=rank: bench.rank(r))
