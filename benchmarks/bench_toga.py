@@ -119,6 +119,7 @@ OPTIONS = {  # at W1.6A16, in fewer steps: what of the masks' training differs f
     "errors of rank 0": ("search.residual_rank=0",),
     "rounded to nearest": ("search.versions=nearest", "search.dense=true"),
     "GPTQ's versions": ("search.versions=quant", "search.dense=true"),
+    "a penalty in place of the projection": ("search.budget=penalty",),
     "all as in the paper, but where they start": (
         "search.loss=lm", "search.budget=penalty", "search.prior=0.0", "search.versions=nearest", "search.dense=true",
         "search.learning_rate=0.001", "search.schedule=constant",
@@ -152,13 +153,17 @@ WITH_KV4 = ("diag H", "learnt")  # the methods that are tried with keys and valu
 SHORTER = ("search.steps=100",)
 FULL, SEEDS = ("search.steps=2000", "search.length=2048"), (0, 1, 2)  # paper's steps, DISP-LLM's tokens
 FULLS = {setting: SETTINGS[setting][1] for setting in WITH_ALL} | {"W1.6A16, faithful": "toga-q-faithful"}
-PARTS = ("settings", "tiles", "ranks", "noise", "gptq", "kv", "options", "errors", "agreement", "cost")
+PARTS = ("settings", "tiles", "ranks", "noise", "gptq", "rounded", "kv", "options", "errors", "agreement", "cost")
 SEEN = r"as the search sees them: KL ([0-9.]+)"  # in the notes of a plan
 MASKS = ("diag H", "diag H, learnt shares", "learnt")  # the second has as many high channels at each site as the third
 TILES = (1, 8, 16, 32)  # channels
 RANKS = (0, 1, 4, 16, 64, 1536)  # of the last, all that is predicted
 DRAWS = 3  # of the errors of all weights
 ALL_LOGITS = ("search.network=logits",)
+AGREEMENT: dict[str, tuple[str, ...]] = dict.fromkeys(WITH_ALL, ()) | {
+    "W3.2A3.2, channel by channel": ("search.whole_tiles=false",)
+}
+ROUNDED = ("search.versions=nearest", "search.dense=true")
 ROWS = 8  # of the text, of each of which the gradient of one piece is compared
 STEPS, ROUNDS = 6, 2  # of each mode whose cost is measured
 
@@ -355,7 +360,12 @@ class Toga(Bench):
         found = {"alike": round(alike / sum(map(len, learnt.values())), 4)}
         return session, masked, sites.plan(high, kind), as_masks(high, sites), found
 
-    def agreement(self, setting: str) -> dict:
+    def rounded(self, setting: str) -> dict:
+        """KL on the held-out rows of diag H's masks, as a search sees it whose versions are rounded to nearest."""
+        masked, _, masks = diag_h(self.opened(SETTINGS[setting][1], ROUNDED))
+        return {"kl": masked.damage(masks).kl}
+
+    def agreement(self, name: str) -> dict:
         """Cosines of a first step's gradients for all logits, and of their signs, of each two of some rows.
 
         By loss; each row has a sample of the masks of its own.
@@ -363,9 +373,8 @@ class Toga(Bench):
         found: dict[str, dict[str, list[float]]] = {}
         pairs = torch.triu_indices(ROWS, ROWS, 1)
         for loss in ("lm", "kl"):
-            session = self.opened(
-                SETTINGS[setting][1], (*ALL_LOGITS, f"search.loss={loss}", f"calibration.training={ROWS}")
-            )
+            own = (*AGREEMENT[name], *ALL_LOGITS, f"search.loss={loss}", f"calibration.training={ROWS}")
+            session = self.opened(SETTINGS[name.split(",")[0]][1], own)
             config, problem = session.search[1], session.problem(session.limit(None))
             training = Training(problem, config, Sites(problem, config))
             # of a row, of which one is taken: the others would be its neighbours
@@ -375,9 +384,9 @@ class Toga(Bench):
                 training.network.zero_grad()
                 training.backward(row * pieces)
                 rows.append(torch.cat([p.grad.flatten() for p in training.network.parameters() if p.grad is not None]))
-            for kind, own in (("gradients", torch.stack(rows)), ("signs", torch.stack(rows).sign())):
+            for kind, each in (("gradients", torch.stack(rows)), ("signs", torch.stack(rows).sign())):
                 # the gradients' means are 0: what moves all logits alike is taken back by the budget
-                flat = functional.normalize(own - own.mean(1, keepdim=True), dim=1)
+                flat = functional.normalize(each - each.mean(1, keepdim=True), dim=1)
                 found.setdefault(kind, {})[loss] = [round(float(cosine), 4) for cosine in (flat @ flat.T)[*pairs]]
         return found
 
@@ -635,12 +644,16 @@ def search_table(results: dict) -> list[str]:
     """KL on held-out rows: what the search saw, and what is left of it once packed."""
     rows = []
     for setting in SETTINGS:
-        learnt, nearest = (results.get(f"settings/{setting}/{kind}learnt") for kind in ("", "RTN, "))
-        if learnt and nearest:
-            found = (learnt["kl_in_search"], learnt["held_out_kl"], nearest["held_out_kl"])
-            rows.append([setting, *(f"{kl:.3f}" for kl in found)])
-    heads = ["setting", "as the search sees it", "packed, GPTQ", "packed, rounded to nearest"]
-    return table(heads, rows or [["not run", *[""] * (len(heads) - 1)]])
+        drawn, rounded = results.get(f"noise/{setting}/diag H"), results.get(f"rounded/{setting}")
+        for kind in ("diag H", "learnt"):
+            packed, nearest = (results.get(f"settings/{setting}/{method}{kind}") for method in ("", "RTN, "))
+            if packed and nearest:
+                seen = packed.get("kl_in_search", drawn["own"] if drawn else None)
+                found = (seen, packed["held_out_kl"], rounded["kl"] if rounded and kind == "diag H" else None)
+                figures = (*found, nearest["held_out_kl"])
+                rows.append([setting, kind, *("" if kl is None else f"{kl:.3f}" for kl in figures)])
+    heads = ("seen, errors as expected", "packed, GPTQ", "seen, rounded to nearest", "packed, RTN")
+    return table(["setting", "masks", *heads], rows or [["not run", *[""] * (len(heads) + 1)]])
 
 
 def ranks_table(results: dict) -> list[str]:
@@ -716,10 +729,10 @@ def errors_table(results: dict) -> list[str]:
 def agreement_table(results: dict) -> list[str]:
     """Means over pairs of rows, and the range."""
     rows = []
-    for setting in WITH_ALL:
-        if cell := results.get(f"agreement/{setting}"):
+    for name in AGREEMENT:
+        if cell := results.get(f"agreement/{name}"):
             own = (cell[kind][loss] for kind in ("gradients", "signs") for loss in ("lm", "kl"))
-            rows.append([setting, *map(draws, own)])
+            rows.append([name, *map(draws, own)])
     heads = ["setting", *(f"{kind}, {loss}" for kind in ("gradients", "signs") for loss in ("next token", "KL"))]
     return table(heads, rows or [["not run", *[""] * (len(heads) - 1)]])
 
@@ -809,6 +822,9 @@ def main() -> None:
         for setting in WITH_ALL:
             for kind in ("diag H", "learnt"):
                 bench.cell(f"gptq/{setting}/{kind}", lambda s=setting, k=kind: bench.gptq(s, k))
+    if "rounded" in options.only:
+        for setting in WITH_ALL:
+            bench.cell(f"rounded/{setting}", lambda s=setting: bench.rounded(s))
     if "kv" in options.only:
         for kind, precision in CACHES.items():
             bench.cell(f"kv/{kind}", lambda p=precision: bench.cache(p))
@@ -819,8 +835,8 @@ def main() -> None:
         for setting in WITH_ALL:
             bench.cell(f"errors/{setting}", lambda s=setting: bench.errors(s))
     if "agreement" in options.only:
-        for setting in WITH_ALL:
-            bench.cell(f"agreement/{setting}", lambda s=setting: bench.agreement(s))
+        for name in AGREEMENT:
+            bench.cell(f"agreement/{name}", lambda n=name: bench.agreement(n))
     if "cost" in options.only:
         bench.cell("cost", bench.cost)
     write_page(bench.results)

@@ -199,7 +199,7 @@ class Training:
         masks = {site: sample(own, config.estimator, config.heat, uniform[site]) for site, own in logits.items()}
         loss, gradients = self.masked.gradients({site: mask.detach() for site, mask in masks.items()}, step, generator)
         codes = torch.stack([sites.rows[site] * mask.sum() for site, mask in masks.items()]).sum()
-        missed = (codes.clamp(min=1) / max(self.target, 1)).log().abs()
+        missed = ((codes + 1) / (self.target + 1)).log().abs()  # with a gradient where no channel is high, too
         penalties = [config.penalty_weight * missed] if config.budget == "penalty" else []
         torch.autograd.backward(
             [*masks.values(), *penalties], [*(gradients[site] for site in masks), *(None for _ in penalties)]
