@@ -165,7 +165,7 @@ AGREEMENT: dict[str, tuple[str, ...]] = dict.fromkeys(WITH_ALL, ()) | {
 }
 ROUNDED = ("search.versions=nearest", "search.dense=true")
 ROWS = 8  # of the text, of each of which the gradient of one piece is compared
-STEPS, ROUNDS = 6, 2  # of each mode whose cost is measured
+STEPS, ROUNDS = 4, 2  # of each mode whose cost is measured
 
 
 def methods(setting: str) -> dict[str, tuple[str, tuple[str, ...]]]:
@@ -392,39 +392,45 @@ class Toga(Bench):
 
     def cost(self) -> dict:
         """Seconds of a whole step of 512 tokens in each mode, in turns, and its peak bytes above the imports'."""
+        sessions = {mode: self.in_mode(mode) for mode in MODES}
         seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
         for mode in [*MODES] * ROUNDS:
-            seconds[mode] += self.steps(mode, STEPS)
+            seconds[mode] += steps(sessions[mode])
         _, imports = measured_process([sys.executable, __file__, "--peak", "nothing"], None)
         again = [str(self.source), str(self.folder)]
         peaks = {
             mode: measured_process([sys.executable, __file__, "--peak", mode, *again], None)[1] - imports
             for mode in MODES
         }
-        return {"step_seconds": seconds, "peaks": peaks, "operators": self.operators()}
+        return {"step_seconds": seconds, "peaks": peaks, "operators": operators(sessions[FASTEST])}
 
-    def operators(self) -> dict[str, float]:
-        """Of the time of a training's second step, the part in each operator itself, the largest first."""
-        ends = Profiled()
-        self.train(FASTEST, 2, ends)
-        own = {event.key: event.self_cpu_time_total for event in ends.profile.key_averages()}
-        whole = sum(own.values())
-        return {key: round(own[key] / whole, 4) for key in sorted(own, key=own.__getitem__, reverse=True)[:OPERATORS]}
+    def in_mode(self, mode: str, count: int = STEPS) -> Session:
+        """A session of so many steps."""
+        return self.opened("toga-q-w3.2a3.2", (*MODES[mode], f"search.steps={count}"))
 
-    def steps(self, mode: str, count: int) -> list[float]:
-        """Seconds of each step but the first of so many, of a training that begins anew."""
-        ends = Ends()
-        self.train(mode, count, ends)
-        return [round(b - a, 3) for a, b in pairwise(ends.at)]
 
-    def train(self, mode: str, count: int, ends: "Ends") -> None:
-        """So many steps of a training that begins anew."""
-        session = self.opened("toga-q-w3.2a3.2", (*MODES[mode], f"search.steps={count}"))
-        session.reporter = ends
-        config = session.search[1]
-        with tempfile.TemporaryDirectory() as folder:  # modes share a key, and a finished training has no more steps
-            problem = replace(session.problem(session.limit(None)), journal=Path(folder) / "masks.jsonl")
-            learn(problem, config, Sites(problem, config))
+def operators(session: Session) -> dict[str, float]:
+    """Of the time of a training's second step, the part in each operator itself, the largest first."""
+    ends = Profiled()
+    train(session, ends)
+    own = {event.key: event.self_cpu_time_total for event in ends.profile.key_averages()}
+    whole = sum(own.values())
+    return {key: round(own[key] / whole, 4) for key in sorted(own, key=own.__getitem__, reverse=True)[:OPERATORS]}
+
+
+def steps(session: Session) -> list[float]:
+    """Seconds of each step but the first, of a training that begins anew."""
+    ends = Ends()
+    train(session, ends)
+    return [round(b - a, 3) for a, b in pairwise(ends.at)]
+
+
+def train(session: Session, ends: "Ends") -> None:
+    """A training that begins anew."""
+    session.reporter, config = ends, session.search[1]
+    with tempfile.TemporaryDirectory() as folder:  # modes share a key, and a finished training has no more steps
+        problem = replace(session.problem(session.limit(None)), journal=Path(folder) / "masks.jsonl")
+        learn(problem, config, Sites(problem, config))
 
 
 def highest_tiles(logits: Mapping[str, Tensor], sites: Sites, tile: int) -> dict[str, list[int]]:
@@ -539,7 +545,7 @@ class Ends(Silent):
 
 
 class Profiled(Ends):
-    """A profile of the second of two steps."""
+    """A profile of the second step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -547,7 +553,8 @@ class Profiled(Ends):
 
     def ended(self) -> None:
         super().ended()
-        (self.profile.start if len(self.at) == 1 else self.profile.stop)()
+        if len(self.at) <= 2:
+            (self.profile.start if len(self.at) == 1 else self.profile.stop)()
 
 
 def write_page(results: dict) -> None:
@@ -795,7 +802,7 @@ def draw_masks(results: dict) -> None:
 def main() -> None:
     if sys.argv[1:2] == ["--peak"]:
         if sys.argv[2] != "nothing":
-            Toga(Path(sys.argv[3]), Path(sys.argv[4]), RESULTS).steps(sys.argv[2], 3)
+            steps(Toga(Path(sys.argv[3]), Path(sys.argv[4]), RESULTS).in_mode(sys.argv[2], 2))
         return
     options = command_line(__doc__, PARTS, ("full",))
     bench = Toga(options.source, options.data, RESULTS)

@@ -4,13 +4,18 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from jobs import write_text
 from problems import LAYOUT as SMALL
 from problems import REF, Figures
+from tiny import randomize, save_tiny, tiny_config
+from trimbit.artifact import weight_nbytes
 from trimbit.errors import BudgetError, RecipeError
 from trimbit.measurements import Space
 from trimbit.model.layout import build_layout
+from trimbit.pipeline import compress, open_session
+from trimbit.recipe import load_recipe
 from trimbit.search import slim
 from trimbit.search.problem import Problem
 
@@ -89,3 +94,24 @@ def test_what_does_not_fit_is_refused():
     pruned = replace(problem(), space=Space(formats=(), table_formats=(), kept={"blocks.0.mlp.mid": 320}))
     with pytest.raises(RecipeError, match="leave `prune` out"):
         slim.require_feasible(pruned, slim.Config())
+
+
+def test_the_recipe(tmp_path):
+    config = tiny_config("llama")
+    wide = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 32, "num_key_value_heads": 16}
+    wide["num_hidden_layers"] = 1
+    model = AutoModelForCausalLM.from_config(type(config).from_dict(config.to_dict() | wide)).eval()
+    randomize(model, 0)
+    model.model.layers[0].mlp.up_proj.weight.data[128:256] *= 8  # so that a group of down's inputs matters more
+    save_tiny(model.bfloat16(), tmp_path / "original")
+    write_text(tmp_path / "text.txt", 1500)
+    small = ("calibration.rows=24", "calibration.length=32", "calibration.held_out=2", "compute=float32")
+    made = open_session(
+        tmp_path / "original", load_recipe("slim-w2a16", small), calibration=str(tmp_path / "text.txt")
+    )  # fmt: skip
+    plan = compress(made, None, tmp_path / "out")
+    assert weight_nbytes(tmp_path / "out") == plan.found_by.nbytes <= made.limit(None)
+    assert plan.found_by.measured_damage > 0
+    down = names(plan.weights[DOWN])
+    assert down[1] == "int3g128"
+    assert sorted(down) == ["binaryg128", "int2g128", "int3g128"]
