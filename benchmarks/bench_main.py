@@ -68,9 +68,10 @@ class Bench:
             return
         started = time.perf_counter()
         found = run()
+        gpus = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
         found |= {
             "seconds": round(time.perf_counter() - started, 1),
-            "hardware": hardware(),
+            "hardware": ", ".join([hardware(), *gpus]),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "code": source_digest(),  # of the package

@@ -236,16 +236,17 @@ class Toga(Bench):
         return found
 
     def on(self, path: Path, text: str, kv_cache: KVPrecision | None = None) -> dict:
-        """ppl@2048 and KL on a text, keys and values as the model caches them, or as is said here."""
-        original = self.off_grid(0)
+        """ppl@2048 and KL on a text, keys and values as the model caches them, or as is said here; on a GPU if any."""
+        original, device = self.off_grid(0), "cuda" if torch.cuda.is_available() else "cpu"
         windows = data.evaluation_windows(
             self.folder / TEXTS[text], load_tokenizer(original), context=CONTEXT, limit=WINDOWS
-        )
-        dense, cached = load_model(original, torch.bfloat16), WORK / f"dense-{original.name}-{text}.safetensors"
+        ).to(device)
+        dense = load_model(original, torch.bfloat16).to(device)
+        cached = WORK / f"dense-{original.name}-{text}.safetensors"
         if not cached.exists():
             hidden = {str(at): final_hidden(dense, window).clone() for at, window in enumerate(windows)}
             save_whole(cached, lambda beside: save_file(hidden, beside))
-        reference, model = load_file(cached), keep_dense(load_model(path, torch.bfloat16))
+        reference, model = load_file(cached, device), keep_dense(load_model(path, torch.bfloat16).to(device))
         if kv_cache is not None:
             pack_cache(model, kv_cache)
         totals = torch.zeros(3, dtype=torch.float64)

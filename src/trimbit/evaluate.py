@@ -223,11 +223,11 @@ def score(
         if not bool(logits.isfinite().all()):
             raise NumericsError("a logit is not finite: the model overflows on this text; try --dtype float32")
         log_q = torch.log_softmax(logits, -1)
-        total[0] += functional.nll_loss(log_q, window[1:][part], reduction="sum").double()
+        total[0] += float(functional.nll_loss(log_q, window[1:][part], reduction="sum"))
         if beside is not None:
             log_p = torch.log_softmax(next(beside)[1], -1)
             total[1] += kl(log_p, log_q)
-            total[2] += (log_p.argmax(-1) == log_q.argmax(-1)).sum()
+            total[2] += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
     return total
 
 
