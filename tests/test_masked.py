@@ -496,9 +496,15 @@ def test_what_errors_are_expected_of_is_in_the_key(job):
     assert key(name="gptq") != key(name="gptq", params={"damping": 0.1})
 
 
+EXACT = {"versions": "expected", "high": "bf16", "loss": "kl"}
+REPLAYED = {"low_acts": None, "high_acts": None, "checkpointing": False}
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize(
-    "kind", [{}, {"versions": "expected", "high": "bf16", "loss": "kl"}], ids=["rounded", "expected"]
+    "kind",
+    [{}, {"dense": True} | REPLAYED, EXACT, EXACT | REPLAYED | {"loss": "lm"}],
+    ids=["rounded", "rounded, replayed", "expected", "expected, replayed"],
 )
 def test_a_gpu_gives_the_same_gradients(job, monkeypatch, kind):
     """Where noise is expected all channels are exact, for it is another on another kind of device."""
@@ -507,11 +513,31 @@ def test_a_gpu_gives_the_same_gradients(job, monkeypatch, kind):
     for gpu in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda own=gpu: own)
         model = made._make_masked(made.search[1])
-        generator = torch.Generator().manual_seed(0)
+        generator, share = torch.Generator().manual_seed(0), 1.0 if "high" in kind else 0.5
         masks = {
-            site: (torch.rand(len(layers[0].inputs.order), generator=generator) < (1.0 if kind else 0.5)).float()
+            site: (torch.rand(len(layers[0].inputs.order), generator=generator) < share).float()
             for site, layers in model.layers.items()
         }
+        assert model.replayed == (gpu and not kind.get("checkpointing", True))
+        gradients(model, {site: 1 - mask for site, mask in masks.items()}, 1)  # what is recorded is none of the masks'
         found.append(gradients(model, masks, 0))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-3)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=0.05, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_replayed_noise_is_that_of_its_seed(job):
+    made = session(job, **EXACT | REPLAYED | {"high": "int8g32"})
+    model = made._make_masked(made.search[1])
+    masks = {site: torch.zeros(len(layers[0].inputs.order)) for site, layers in model.layers.items()}
+    before = torch.cuda.get_rng_state()
+    first, again = (gradients(model, masks, 0) for _ in range(2))
+    assert first[0] == again[0]
+    torch.testing.assert_close(first[1], again[1], rtol=0, atol=0)
+    steps = range(0, 8 * len(model.rows), len(model.rows))  # of one row
+    others = [gradients(model, masks, step)[0] for step in steps]
+    assert len(set(others)) == 8
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    model.replayed = False
+    plain = [gradients(model, masks, step)[0] for step in steps]
+    assert sum(others) / 8 == pytest.approx(sum(plain) / 8, rel=0.1)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trimbit.cache import save_whole
+from trimbit.model.products import fastest_device
 from trimbit.model.stream import BlockStream
 from trimbit.plan import digest
 from trimbit.progress import Progress
@@ -24,8 +25,9 @@ CARRIED = 2**28  # bytes of hidden states in fp32 that one sweep over the blocks
 def original_of(stream: BlockStream, rows: Iterable[Tensor], folder: Path, progress: Progress) -> Original:
     """The original for `rows`; what `folder` lacks is computed, a row at a time, so that no row depends on others.
 
-    A row of n tokens takes 2 n hidden bytes there.
+    A row of n tokens takes 2 n hidden bytes there. They are computed on a GPU where there is one.
     """
+    device = fastest_device()
 
     def place(tokens: Tensor) -> Path:
         return folder / f"{digest(tokens.tolist())}.safetensors"
@@ -33,13 +35,13 @@ def original_of(stream: BlockStream, rows: Iterable[Tensor], folder: Path, progr
     missing = {path: tokens for tokens in rows if not (path := place(tokens)).exists()}
     groups = _groups(missing, 4 * stream.layout.sizes["hidden"])
     for number, group in enumerate(groups):
-        hidden = [stream.embed(missing[path][None]) for path in group]
+        hidden = [stream.embed(missing[path][None]).to(device) for path in group]
         for index in range(stream.layout.blocks):
-            block = stream.load(index).to(stream.compute)
+            block = stream.load(index).to(device, stream.compute)
             hidden = [stream.run(index, block, row) for row in hidden]
             progress(number * stream.layout.blocks + index + 1, len(groups) * stream.layout.blocks)
         for path, last in zip(group, hidden, strict=True):
-            save_whole(path, partial(save_file, {"hidden": stream.final_norm(last)[0].to(torch.bfloat16)}))
+            save_whole(path, partial(save_file, {"hidden": stream.final_norm(last.cpu())[0].to(torch.bfloat16)}))
     return Original(hidden=lambda tokens: load_file(place(tokens))["hidden"].to(stream.compute), head=stream.head())
 
 

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from trimbit.model.products import fast_bf16, native
+from trimbit.model.products import fast_bf16, fastest_device, native
 from trimbit.pipeline import Session
 from trimbit.plan import Budget
 from trimbit.search import shares
@@ -61,7 +61,7 @@ def _masking_nbytes(session: Session) -> int:
     layout, config = session.layout, session.search[1]
     tables = sum(w.rows * w.cols for w in layout.weights.values() if not layout.readers(w.site))
     codes = sum(w.rows * w.cols for w in layout.weights.values()) - tables
-    dense = native(session.compute, "cuda" if torch.cuda.is_available() else "cpu").itemsize
+    dense = native(session.compute, fastest_device().type).itemsize
     two = 2 * dense if config.dense else (config.low.bits + config.high.bits) / 8
     expected = config.versions == "expected"
     each, ranks = (dense, 2 * config.rank * dense) if expected else (two, 0)

@@ -5,8 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import trimbit
 from trimbit import learning
 from trimbit.artifact import RECIPE_FILE, Writer, model_card, require_absent
@@ -17,7 +15,7 @@ from trimbit.measure import background_of, measure
 from trimbit.measurements import Background, Measurements
 from trimbit.model.layout import check_kv_cache
 from trimbit.model.load import open_checkpoint
-from trimbit.model.products import native
+from trimbit.model.products import fastest_device, native
 from trimbit.pareto import Trial, best, picture, require_plot, table
 from trimbit.plan import Budget, Plan, digest
 from trimbit.preparation import Preparation
@@ -69,8 +67,9 @@ class Session(Preparation):
         module, config = self.search
         weights: object = self.candidates.folder.name
         if isinstance(config, Masking):
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            kind = [device, str(native(self.compute, device))]
+            device = fastest_device().type
+            replayed = device == "cuda" and getattr(config, "replayed", False)  # with noise drawn in another order
+            kind = [device, str(native(self.compute, device)), *(["replayed"] if replayed else [])]
             rounding = {
                 "nearest": None, "quant": self.plain(self.recipe.quant), "expected": self.sweep.model_dump(mode="json"),
             }  # fmt: skip

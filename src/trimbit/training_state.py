@@ -47,7 +47,8 @@ def load_state(
         for name, p in parameters.items():
             with torch.no_grad():
                 p.copy_(file.get_tensor(name))
-            optimizer.state[p] = {part: file.get_tensor(f"{name}.{part}") for part in parts}
+            own = {part: file.get_tensor(f"{name}.{part}") for part in parts}
+            optimizer.state[p] = {part: kept if part == "step" else kept.to(p.device) for part, kept in own.items()}
     return told
 
 
@@ -62,7 +63,7 @@ def require_finite(what: str, step: int, kept: int, advice: str, **found: Iterab
         NumericsError: says the step, counted from one, and the last one whose state is stored, `kept`.
     """
     for kind, tensors in found.items():
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        if not bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all()):
             state = f"the state after step {kept} is kept" if kept else "no state was kept yet"
             raise NumericsError(f"a {kind} of step {step} of {what} is not finite; {state}. {advice}")
 

@@ -40,6 +40,7 @@ class Invented:
     worth: dict[str, torch.Tensor]
     fails_at: int | None = None
     steps: list[int] = field(default_factory=list)
+    device = torch.device("cpu")
 
     def gradients(self, masks, step, generator):
         self.steps.append(step)

@@ -30,6 +30,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from trimbit.masked.inputs import Inputs, MaskedLinear, Read
+from trimbit.masked.replayed import noise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +92,7 @@ class _NoisyProduct(torch.autograd.Function):
         assert r is not None
         squared = r.square()
         sigma = (layer.low.variance(squared, ~chosen) + layer.high.variance(squared, chosen)).sqrt_()
-        generator = torch.Generator(x.device).manual_seed(layer.seed)
-        xi = torch.randn(sigma.shape, generator=generator, device=x.device, dtype=sigma.dtype)
+        xi = noise(sigma, layer.seed)
         ctx.layer, ctx.dtype, ctx.alike = layer, x.dtype, read.low is read.high
         slope = torch.where(sigma > 0, xi / (2 * sigma), 0)  # of the noise, for the variance
         ctx.save_for_backward(read.low, read.high, r, chosen, slope)

@@ -1,7 +1,7 @@
 """The model under masks: its losses, and their gradients."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,9 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from trimbit.errors import NumericsError
 from trimbit.masked.layers import Layers
+from trimbit.masked.replayed import Block, recorded
 from trimbit.model.head import Head, Judged, Logits, following, judge, logit_slices, loss_gradient
 from trimbit.model.load import materialize
-from trimbit.model.products import native, products_in
+from trimbit.model.products import fastest_device, native, products_in
 from trimbit.model.stream import BlockStream, block_arguments, build_skeleton, run_block
 from trimbit.progress import Progress
 from trimbit.repair.tune import Original
@@ -49,10 +50,11 @@ class MaskedModel:
         self.rows = rows
         self.held_out = held_out
         self.original = original
-        self.distil, self.batch, self.checkpointing = False, 1, False
+        self.device = fastest_device()
+        self.distil, self.batch, self.checkpointing, self.replayed = False, 1, False, False
         if isinstance(config, Learning):
             self.distil, self.batch, self.checkpointing = config.loss == "kl", config.batch, config.checkpointing
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            self.replayed = config.replayed and self.device.type == "cuda"
         self.compute = native(stream.compute, self.device.type)
         self.layers: dict[str, list[MaskedLinear]] = {}  # by site
         self.block_of: dict[str, int] = {}  # of each site
@@ -60,9 +62,13 @@ class MaskedModel:
         self._materialize(stream, layers, progress)
         nn.Module.to(self.model, self.device).requires_grad_(requires_grad=False)
         self.blocks: nn.ModuleList = self.model.get_decoder().layers
+        self.sites_of: list[list[str]] = [[] for _ in self.blocks]
+        for site, index in self.block_of.items():
+            self.sites_of[index].append(site)
         self.norm = self.model.get_submodule(stream.layout.family.final_norm)
         self.head: Head = self.model.get_output_embeddings()
         self.arguments: dict[int, list[dict[str, Any]]] = {}  # by the length of a row
+        self.recorded: dict[int, Sequence[Block]] = {}  # likewise
         self.backgrounds: dict[int, Background] = {}  # by the number of rows
 
     def _materialize(self, stream: BlockStream, layers: Layers, progress: Progress) -> None:
@@ -101,7 +107,8 @@ class MaskedModel:
             row = self.rows[at]
             self._draw(generator)
             with products_in(self.compute, self.device.type):
-                hidden = self._final(row)[:-1]
+                replay = partial(self._replay, masks=leaves, generator=generator)
+                hidden = self._final(row, replay if self.replayed else self._run)[:-1]
                 taught = self._taught(row, slice(-1)) if self.distil else None
                 labels = row[1:].to(self.device)
                 total += loss_gradient(self.head, self.model.config, hidden, labels, taught, count)
@@ -166,17 +173,20 @@ class MaskedModel:
         return logit_slices(self.head, self.model.config, self.original.hidden(row)[part].to(self.device, self.compute))
 
     def _set(self, masks: Mapping[str, Tensor]) -> None:
-        for site, layers in self.layers.items():
-            layers[0].inputs.mask = masks[site]
+        for site, mask in masks.items():
+            self.layers[site][0].inputs.mask = mask
 
     def _draw(self, generator: torch.Generator) -> None:
+        """Other noise from now on."""
         for layers in self.layers.values():
             for layer in layers:
                 layer.draw(generator)
 
-    def _final(self, row: Int[Tensor, " length"]) -> Float[Tensor, "length hidden"]:
+    def _final(
+        self, row: Int[Tensor, " length"], run: Callable[[Tensor], Tensor] | None = None
+    ) -> Float[Tensor, "length hidden"]:
         """What the head reads."""
-        return self.norm(self._run(self._embedded(row)))[0]  # type: ignore[no-any-return]
+        return self.norm((run or self._run)(self._embedded(row)))[0]  # type: ignore[no-any-return]
 
     def _embedded(self, row: Int[Tensor, " length"]) -> Float[Tensor, "1 length hidden"]:
         """The residual stream, which is fp32, before the first block."""
@@ -186,13 +196,36 @@ class MaskedModel:
         self, hidden: Float[Tensor, "1 length hidden"], start: int = 0, keep: list[Tensor] | None = None
     ) -> Float[Tensor, "1 length hidden"]:
         """The stream behind the last block, from the one before block `start` on; `keep` gets those between."""
-        length = hidden.shape[1]
-        if length not in self.arguments:
-            self.arguments[length] = block_arguments(self.model, 1, length)
         for index in range(start, len(self.blocks)):
             if keep is not None:
                 keep.append(hidden)
-            run = partial(run_block, self.blocks[index], self.arguments[length][index])
+            run = self._block(index, hidden.shape[1])
             again = self.checkpointing and torch.is_grad_enabled()
             hidden = checkpoint(run, hidden, use_reentrant=False) if again else run(hidden)
         return hidden
+
+    def _replay(
+        self, hidden: Float[Tensor, "1 length hidden"], masks: Mapping[str, Tensor], generator: torch.Generator
+    ) -> Float[Tensor, "1 length hidden"]:
+        """The same behind the last block, each block one CUDA graph, with noise of its own."""
+        length, each = hidden.shape[1], [[masks[site] for site in sites] for sites in self.sites_of]
+        if length not in self.recorded:
+            blocks = [self._masked_block(index, length) for index in range(len(self.blocks))]
+            self.recorded[length] = recorded(blocks, hidden, each)
+        with torch.random.fork_rng([self.device]):
+            torch.cuda.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+            for run, own in zip(self.recorded[length], each, strict=True):
+                hidden = run(hidden, *own)
+        return hidden
+
+    def _masked_block(self, index: int, length: int) -> Block:
+        def run(hidden: Tensor, *masks: Tensor) -> Tensor:
+            self._set(dict(zip(self.sites_of[index], masks, strict=True)))
+            return self._block(index, length)(hidden)
+
+        return run
+
+    def _block(self, index: int, length: int) -> Callable[[Tensor], Tensor]:
+        if length not in self.arguments:
+            self.arguments[length] = block_arguments(self.model, 1, length)
+        return partial(run_block, self.blocks[index], self.arguments[length][index])

@@ -21,10 +21,15 @@ _PRODUCTS = {
 }
 
 
+def fastest_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @contextmanager
-def computing(compute: torch.dtype) -> Iterator[None]:
+def computing(compute: torch.dtype, device: str = "cpu") -> Iterator[None]:
     """No gradients, and matrix products in `compute`."""
-    with torch.no_grad(), products_in(compute):
+    with torch.no_grad(), products_in(compute, device):
         yield
 
 

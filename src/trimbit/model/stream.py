@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from trimbit.model.checkpoint import Checkpoint
@@ -104,7 +105,7 @@ class BlockStream:
         self.norm = self.skeleton.get_submodule(family.final_norm)
         materialize(self._embed, checkpoint, family.embed + ".", torch.bfloat16)
         materialize(self.norm, checkpoint, family.final_norm + ".", torch.float32)
-        self._arguments: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        self._arguments: dict[tuple[int, int, torch.device], list[dict[str, Any]]] = {}
 
     def embed(self, tokens: Int[Tensor, "rows length"]) -> Float[Tensor, "rows length hidden"]:
         """The first block's input."""
@@ -150,18 +151,20 @@ class BlockStream:
     def run(
         self, index: int, block: nn.Module, hidden: Float[Tensor, "rows length hidden"]
     ) -> Float[Tensor, "rows length hidden"]:
-        """One block's output; the block may be compressed."""
-        with computing(self.compute):
+        """One block's output, on the device of both; the block may be compressed."""
+        with computing(self.compute, hidden.device.type):
             return self.forward(index, block, hidden)
 
     def forward(
         self, index: int, block: nn.Module, hidden: Float[Tensor, "rows length hidden"]
     ) -> Float[Tensor, "rows length hidden"]:
         """One block's output, with whatever gradients and types the caller computes in."""
-        shape = (hidden.shape[0], hidden.shape[1])
-        if shape not in self._arguments:
-            self._arguments[shape] = block_arguments(self.skeleton, *shape)
-        return run_block(block, self._arguments[shape][index], hidden)
+        rows, length, _ = hidden.shape
+        key = (rows, length, hidden.device)
+        if key not in self._arguments:
+            made = block_arguments(self.skeleton, rows, length)
+            self._arguments[key] = tree_map_only(Tensor, lambda own: own.to(hidden.device), made)
+        return run_block(block, self._arguments[key][index], hidden)
 
     def site_modules(self, index: int, block: nn.Module) -> dict[str, nn.Module]:
         """For each site of a block that still exists, a module that reads it."""

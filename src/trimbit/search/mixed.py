@@ -78,6 +78,15 @@ class Learning(Masking):
     loss: Literal["lm", "kl"] = "lm"  # paper: of the next token; ours: KL(original || model)
     checkpointing: bool = True  # keep each block's input alone, and run the block again for its gradients
 
+    @property
+    def replayed(self) -> bool:
+        """Whether blocks do the same operations for each row, so that a GPU can replay them (`masked/replayed.py`).
+
+        Where inputs are rounded, what is done depends on the masks; what is packed is unpacked by tables of the CPU's.
+        """
+        rounded = self.low_acts is not None or self.high_acts is not None
+        return not (self.checkpointing or rounded) and (self.versions == "expected" or self.dense)
+
     def compared(self, rows: int) -> int:
         """All rows, or none."""
         return rows if self.loss == "kl" else 0

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from torch import Generator, Tensor
+from torch import Generator, Tensor, device
 
 from trimbit.errors import BudgetError
 from trimbit.measure import format_of, menu_of, sites_of, widths_of
@@ -50,6 +50,8 @@ class Channels(Protocol):
 @runtime_checkable
 class Masked(Protocol):
     """The frozen model with a low and a high format in every layer, of which masks choose for each channel."""
+
+    device: device  # that masks and their gradients are wanted on
 
     def gradients(
         self, masks: Mapping[str, Tensor], step: int, generator: Generator

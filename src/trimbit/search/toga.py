@@ -162,7 +162,7 @@ def learn(problem: Problem, config: Config, sites: Sites) -> dict[str, Float[Ten
                 kept = step + 1
             progress(step + 1, config.steps)
     with torch.no_grad():
-        return training.logits()
+        return {site: own.cpu() for site, own in training.logits().items()}
 
 
 class Training:
@@ -172,10 +172,11 @@ class Training:
         assert problem.masked is not None
         self.masked, self.config, self.sites, self.seed = problem.masked(config), config, sites, problem.seed
         self.target = sites.codes(sites.fitting)
-        self.start = _start(config, sites, self.target)
-        self.network: nn.Module = (
+        network = (
             Hypernetwork(sites.channels, self.seed) if config.network == "hypernetwork" else Logits(sites.channels)
         )
+        self.network: nn.Module = network.to(self.masked.device)
+        self.start = {site: own.to(self.masked.device) for site, own in _start(config, sites, self.target).items()}
 
     def logits(self) -> dict[str, Float[Tensor, " channels"]]:
         """Of every site's channels, before they are moved to the budget."""
@@ -189,22 +190,23 @@ class Training:
         config, sites = self.config, self.sites
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         logits = self.logits()
-        uniform = {site: torch.rand(len(own), generator=generator) for site, own in logits.items()}
+        uniform = {site: torch.rand(count, generator=generator) for site, count in sites.channels.items()}
         if config.whole_tiles:
             first = {site: _tiles(own, config.tile) for site, own in logits.items()}
             logits = {site: _shared(own, first[site]) for site, own in logits.items()}
-            uniform = {site: own[first[site]] for site, own in uniform.items()}
+            uniform = {site: own[first[site].cpu()] for site, own in uniform.items()}
         if config.budget == "projection":
             logits = _projected(logits, sites, self.target)
-        masks = {site: sample(own, config.estimator, config.heat, uniform[site]) for site, own in logits.items()}
+        drawn = torch.cat([uniform[site] for site in logits])
+        z = sample(torch.cat(list(logits.values())), config.estimator, config.heat, drawn)
+        masks = dict(zip(logits, z.split([len(own) for own in logits.values()]), strict=True))
         loss, gradients = self.masked.gradients({site: mask.detach() for site, mask in masks.items()}, step, generator)
         codes = torch.stack([sites.rows[site] * mask.sum() for site, mask in masks.items()]).sum()
         missed = ((codes + 1) / (self.target + 1)).log().abs()  # with a gradient where no channel is high, too
         penalties = [config.penalty_weight * missed] if config.budget == "penalty" else []
-        torch.autograd.backward(
-            [*masks.values(), *penalties], [*(gradients[site] for site in masks), *(None for _ in penalties)]
-        )
-        return loss, codes.item(), gradients.values()
+        of_z = torch.cat([gradients[site] for site in masks])
+        torch.autograd.backward([z, *penalties], [of_z, *(None for _ in penalties)])
+        return loss, codes.item(), [of_z]
 
 
 def _tiles(logits: Float[Tensor, " n"], size: int) -> Int[Tensor, " n"]:
