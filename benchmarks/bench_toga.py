@@ -406,8 +406,8 @@ class Toga(Bench):
         return {"step_seconds": seconds, "peaks": peaks, "operators": operators(sessions[FASTEST])}
 
     def in_mode(self, mode: str, count: int = STEPS) -> Session:
-        """A session of so many steps."""
-        return self.opened("toga-q-w3.2a3.2", (*MODES[mode], f"search.steps={count}"))
+        """A session of so many steps, on no more text than they need."""
+        return self.opened("toga-q-w3.2a3.2", (*MODES[mode], f"search.steps={count}", "calibration.training=2"))
 
 
 def operators(session: Session) -> dict[str, float]:
