@@ -68,7 +68,8 @@ class Bench:
             return
         started = time.perf_counter()
         found = run()
-        gpus = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+        used = torch.cuda.is_available() and torch.cuda.max_memory_allocated()
+        gpus = [torch.cuda.get_device_name()] if used else []
         found |= {
             "seconds": round(time.perf_counter() - started, 1),
             "hardware": ", ".join([hardware(), *gpus]),

@@ -125,7 +125,7 @@ OPTIONS = {  # at W1.6A16, in fewer steps: what of the masks' training differs f
         "search.learning_rate=0.001", "search.schedule=constant",
     ),
 }  # fmt: skip
-FAST = ("search.checkpointing=false",)  # the same masks, in more memory
+FAST = ("search.checkpointing=false",)  # on a CPU the same masks, in more memory
 MODES = {  # of the masks' training, and what each costs
     "expected errors, blocks run twice": ("search.checkpointing=true",),
     "expected errors": ("search.checkpointing=false",),
@@ -242,7 +242,7 @@ class Toga(Bench):
             self.folder / TEXTS[text], load_tokenizer(original), context=CONTEXT, limit=WINDOWS
         ).to(device)
         dense = load_model(original, torch.bfloat16).to(device)
-        cached = WORK / f"dense-{original.name}-{text}.safetensors"
+        cached = WORK / f"dense-{original.name}-{text}-{device}.safetensors"
         if not cached.exists():
             hidden = {str(at): final_hidden(dense, window).clone() for at, window in enumerate(windows)}
             save_whole(cached, lambda beside: save_file(hidden, beside))

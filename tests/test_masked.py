@@ -1,6 +1,6 @@
 """The model under masks: at the ends it is the plain quantised model, and its gradients are those of the formula."""
 
-from functools import partialmethod
+from functools import partial, partialmethod
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from trimbit.artifact import weight_nbytes
 from trimbit.errors import NumericsError, RecipeError
 from trimbit.evaluate import final_hidden, load_model
 from trimbit.linalg import damped
+from trimbit.masked import model as masked_model
 from trimbit.masked.expected import along, squares
 from trimbit.masked.inputs import MaskedLinear
 from trimbit.masked.model import MaskedModel
@@ -19,6 +20,7 @@ from trimbit.pipeline import compress, open_session
 from trimbit.plan import load_plan
 from trimbit.quant import gptq
 from trimbit.recipe import Recipe, Step, load_recipe
+from trimbit.search import toga
 from trimbit.search.mixed import Sites
 
 ACTS = {"low_acts": {"bits": 4, "group": 32, "clip": 0.9}, "high_acts": {"bits": 8, "group": 32}}
@@ -494,6 +496,72 @@ def test_what_errors_are_expected_of_is_in_the_key(job):
 
     assert key(name="rtn") == key(name="gptq") == key(name="gptq", params={"damping": 0.01})
     assert key(name="gptq") != key(name="gptq", params={"damping": 0.1})
+
+
+class Recorded(torch.autograd.Function):
+    """A block whose gradients lie in the same memory in each run, as those of a CUDA graph."""
+
+    @staticmethod
+    def forward(ctx, block, kept, *inputs):
+        ctx.inputs, ctx.kept = [own.detach().requires_grad_() for own in inputs], kept
+        with torch.enable_grad():
+            ctx.out = block(*ctx.inputs)
+        return ctx.out.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        for at, own in enumerate(torch.autograd.grad(ctx.out, ctx.inputs, grad)):
+            ctx.kept.setdefault(at, torch.empty_like(own)).copy_(own)
+        return None, None, *(own.detach() for own in ctx.kept.values())
+
+
+def test_rows_of_a_step_add_up_where_blocks_are_replayed(job, monkeypatch):
+    made = session(job, dense=True, checkpointing=False, batch=3)
+    model = made._make_masked(made.search[1])
+    generator = torch.Generator().manual_seed(0)
+    masks = {
+        site: (torch.rand(len(layers[0].inputs.order), generator=generator) < 0.5).float()
+        for site, layers in model.layers.items()
+    }
+    plain = gradients(model, masks, 0)
+    monkeypatch.setattr(
+        masked_model, "recorded", lambda blocks, *_: [partial(Recorded.apply, own, {}) for own in blocks]
+    )
+    monkeypatch.setattr(masked_model, "replay", run_all)
+    model.replayed = True
+    for step in (1, 0):
+        found = gradients(model, masks, step)
+    assert found[0] == pytest.approx(plain[0])
+    torch.testing.assert_close(found[1], plain[1])
+
+
+def run_all(blocks, hidden, masks, _seed):
+    for run, own in zip(blocks, masks, strict=True):
+        hidden = run(hidden, *own)
+    return hidden
+
+
+@pytest.mark.parametrize(
+    ("params", "replayed"),
+    [
+        ({"versions": "expected"}, True),
+        ({"dense": True}, True),
+        ({}, False),  # packed
+        ({"dense": True, "low_acts": ACTS["low_acts"]}, False),
+        ({"versions": "expected", "high_acts": ACTS["high_acts"]}, False),
+    ],
+)
+def test_what_a_gpu_replays_is_in_the_key(job, monkeypatch, params, replayed):
+    """Noise is another then; on a CPU nothing is replayed, and blocks that are run twice give the same masks."""
+    whole = {"checkpointing": False} | params
+    config = toga.Config(**recipe(**whole).search.params)
+    assert config.replayed("cuda") == replayed
+    assert not config.replayed("cpu")
+    assert not config.model_copy(update={"checkpointing": True}).replayed("cuda")
+    for gpu in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda own=gpu: own)
+        keys = {session(job, **whole | {"checkpointing": twice}).problem(40_000).key for twice in (True, False)}
+        assert len(keys) == 1 + (gpu and replayed)
 
 
 EXACT = {"versions": "expected", "high": "bf16", "loss": "kl"}

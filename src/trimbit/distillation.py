@@ -25,7 +25,7 @@ CARRIED = 2**28  # bytes of hidden states in fp32 that one sweep over the blocks
 def original_of(stream: BlockStream, rows: Iterable[Tensor], folder: Path, progress: Progress) -> Original:
     """The original for `rows`; what `folder` lacks is computed, a row at a time, so that no row depends on others.
 
-    A row of n tokens takes 2 n hidden bytes there. They are computed on a GPU where there is one.
+    A row of n tokens takes 2 n hidden bytes there. A GPU computes it where there is one.
     """
     device = fastest_device()
 

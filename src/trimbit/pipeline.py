@@ -68,8 +68,7 @@ class Session(Preparation):
         weights: object = self.candidates.folder.name
         if isinstance(config, Masking):
             device = fastest_device().type
-            replayed = device == "cuda" and getattr(config, "replayed", False)  # with noise drawn in another order
-            kind = [device, str(native(self.compute, device)), *(["replayed"] if replayed else [])]
+            kind = [device, str(native(self.compute, device)), *(["replayed"] if config.replayed(device) else [])]
             rounding = {
                 "nearest": None, "quant": self.plain(self.recipe.quant), "expected": self.sweep.model_dump(mode="json"),
             }  # fmt: skip

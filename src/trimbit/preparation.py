@@ -31,6 +31,7 @@ from trimbit.masked.model import MaskedModel, of_length
 from trimbit.measurements import Objective, Space
 from trimbit.model.checkpoint import Checkpoint
 from trimbit.model.layout import Layout, build_layout
+from trimbit.model.products import fastest_device
 from trimbit.model.stream import BlockStream
 from trimbit.model.whole import WholeModel
 from trimbit.plan import ModelRef, digest
@@ -435,7 +436,8 @@ class Preparation:
     def originals(self) -> Path:
         """Where the original's answers are kept."""
         code = source_digest("model", "distillation.py")
-        answers = digest([code, self.model.weights_hash, self.model.config_hash, self.recipe.compute])
+        device = fastest_device().type
+        answers = digest([code, self.model.weights_hash, self.model.config_hash, self.recipe.compute, device])
         return self.cache / "originals" / answers
 
     @cached_property

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trimbit.errors import NumericsError
 from trimbit.masked.layers import Layers
-from trimbit.masked.replayed import Block, recorded
+from trimbit.masked.replayed import Block, recorded, replay
 from trimbit.model.head import Head, Judged, Logits, following, judge, logit_slices, loss_gradient
 from trimbit.model.load import materialize
 from trimbit.model.products import fastest_device, native, products_in
@@ -51,10 +51,10 @@ class MaskedModel:
         self.held_out = held_out
         self.original = original
         self.device = fastest_device()
-        self.distil, self.batch, self.checkpointing, self.replayed = False, 1, False, False
+        self.distil, self.batch, self.checkpointing = False, 1, False
+        self.replayed = config.replayed(self.device.type)
         if isinstance(config, Learning):
             self.distil, self.batch, self.checkpointing = config.loss == "kl", config.batch, config.checkpointing
-            self.replayed = config.replayed and self.device.type == "cuda"
         self.compute = native(stream.compute, self.device.type)
         self.layers: dict[str, list[MaskedLinear]] = {}  # by site
         self.block_of: dict[str, int] = {}  # of each site
@@ -101,6 +101,8 @@ class MaskedModel:
         """The loss of a step's rows, the mean over tokens, and its gradient for every mask; noise is a row's own."""
         drawn = [at % len(self.rows) for at in range(step * self.batch, (step + 1) * self.batch)]
         leaves = {site: mask.detach().to(self.device).requires_grad_() for site, mask in masks.items()}
+        for leaf in leaves.values():
+            leaf.grad = torch.zeros_like(leaf)  # or it would be the memory that the next row's is recorded to be in
         self._set(leaves)
         total, count = 0.0, self.batch * (self.rows.shape[1] - 1)
         for at in drawn:
@@ -173,8 +175,8 @@ class MaskedModel:
         return logit_slices(self.head, self.model.config, self.original.hidden(row)[part].to(self.device, self.compute))
 
     def _set(self, masks: Mapping[str, Tensor]) -> None:
-        for site, mask in masks.items():
-            self.layers[site][0].inputs.mask = mask
+        for site, layers in self.layers.items():
+            layers[0].inputs.mask = masks[site]
 
     def _draw(self, generator: torch.Generator) -> None:
         """Other noise from now on."""
@@ -212,15 +214,12 @@ class MaskedModel:
         if length not in self.recorded:
             blocks = [self._masked_block(index, length) for index in range(len(self.blocks))]
             self.recorded[length] = recorded(blocks, hidden, each)
-        with torch.random.fork_rng([self.device]):
-            torch.cuda.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-            for run, own in zip(self.recorded[length], each, strict=True):
-                hidden = run(hidden, *own)
-        return hidden
+        return replay(self.recorded[length], hidden, each, int(torch.randint(2**62, (), generator=generator)))
 
     def _masked_block(self, index: int, length: int) -> Block:
         def run(hidden: Tensor, *masks: Tensor) -> Tensor:
-            self._set(dict(zip(self.sites_of[index], masks, strict=True)))
+            for site, mask in zip(self.sites_of[index], masks, strict=True):
+                self.layers[site][0].inputs.mask = mask
             return self._block(index, length)(hidden)
 
         return run

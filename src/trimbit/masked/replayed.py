@@ -1,6 +1,7 @@
 """Blocks as CUDA graphs: each is one launch, where hundreds of small operations would wait for Python one by one."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,15 +12,23 @@ Block = Callable[..., Tensor]  # of the residual stream and the masks of the blo
 def recorded(blocks: Sequence[Block], hidden: Tensor, masks: Sequence[Sequence[Tensor]]) -> Sequence[Block]:
     """The blocks, to be run in this order on tensors of these shapes; gradients pass to all but the first `hidden`.
 
-    All that is kept for the gradients stays where it is from one run to the next. Noise is PyTorch's own on the GPU
-    (`noise`).
+    What is kept for the gradients, and these themselves, lie in the same memory in each run.
     """
     samples = (
         (torch.zeros_like(hidden, requires_grad=at > 0), *(torch.zeros_like(own, requires_grad=True) for own in each))
         for at, each in enumerate(masks)
     )
-    made: tuple[Block, ...] = torch.cuda.make_graphed_callables(tuple(blocks), tuple(samples))  # type: ignore[assignment]
-    return made
+    made: Any = torch.cuda.make_graphed_callables(tuple(blocks), tuple(samples))
+    return tuple(made)
+
+
+def replay(blocks: Sequence[Block], hidden: Tensor, masks: Sequence[Sequence[Tensor]], seed: int) -> Tensor:
+    """Run recorded blocks one after the other, with noise by a seed; the GPU's own random state stays as it was."""
+    with torch.random.fork_rng([hidden.device]):
+        torch.cuda.manual_seed(seed)
+        for run, own in zip(blocks, masks, strict=True):
+            hidden = run(hidden, *own)
+    return hidden
 
 
 def noise(like: Tensor, seed: int) -> Tensor:

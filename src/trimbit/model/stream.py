@@ -163,7 +163,10 @@ class BlockStream:
         key = (rows, length, hidden.device)
         if key not in self._arguments:
             made = block_arguments(self.skeleton, rows, length)
-            self._arguments[key] = tree_map_only(Tensor, lambda own: own.to(hidden.device), made)
+            moved: dict[int, Tensor] = {}  # blocks share theirs
+            self._arguments[key] = tree_map_only(
+                Tensor, lambda own: moved.setdefault(id(own), own.to(hidden.device)), made
+            )
         return run_block(block, self._arguments[key][index], hidden)
 
     def site_modules(self, index: int, block: nn.Module) -> dict[str, nn.Module]:

@@ -69,6 +69,10 @@ class Masking(Mixed):
         """How many rows of the training text, of so many, are compared with the original."""
         raise NotImplementedError
 
+    def replayed(self, device: str) -> bool:
+        """Whether gradients are taken by CUDA graphs, whose noise is another than without."""
+        return False
+
 
 class Learning(Masking):
     """How masks are learnt from the training text."""
@@ -78,14 +82,13 @@ class Learning(Masking):
     loss: Literal["lm", "kl"] = "lm"  # paper: of the next token; ours: KL(original || model)
     checkpointing: bool = True  # keep each block's input alone, and run the block again for its gradients
 
-    @property
-    def replayed(self) -> bool:
-        """Whether blocks do the same operations for each row, so that a GPU can replay them (`masked/replayed.py`).
+    def replayed(self, device: str) -> bool:
+        """On a GPU, where blocks do the same operations for every row and mask (`masked/replayed.py`).
 
         Where inputs are rounded, what is done depends on the masks; what is packed is unpacked by tables of the CPU's.
         """
-        rounded = self.low_acts is not None or self.high_acts is not None
-        return not (self.checkpointing or rounded) and (self.versions == "expected" or self.dense)
+        same = self.low_acts is None and self.high_acts is None and (self.versions == "expected" or self.dense)
+        return device == "cuda" and same and not self.checkpointing
 
     def compared(self, rows: int) -> int:
         """All rows, or none."""

@@ -105,7 +105,7 @@ class Config(Learning):
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """What of the configuration decides the masks."""
+    """What of the configuration decides the masks; on a GPU, `replayed` does, too."""
     return config.model_dump(mode="json", exclude={"save_every", "checkpointing", "dense"})
 
 
@@ -251,10 +251,11 @@ def _projected(
     flat = torch.cat(list(logits.values()))
     rows = torch.cat([flat.new_full((len(own),), sites.rows[site]) for site, own in logits.items()])
     with torch.no_grad():
-        low, high = -40.0 - float(flat.max()), 40.0 - float(flat.min())
+        own, weights = flat.cpu(), rows.cpu()  # a GPU would be waited for in each turn
+        low, high = -40.0 - float(own.max()), 40.0 - float(own.min())
         for _ in range(60):
             middle = (low + high) / 2
-            codes = float((rows * torch.sigmoid(flat + middle)).sum(dtype=torch.float64))
+            codes = float((weights * torch.sigmoid(own + middle)).sum(dtype=torch.float64))
             low, high = (middle, high) if codes < target else (low, middle)
         p = torch.sigmoid(flat + low)
         slope = rows * p * (1 - p)  # of the codes by each logit
