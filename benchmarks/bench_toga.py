@@ -115,15 +115,9 @@ OPTIONS = {  # at W1.6A16, in fewer steps: what of the masks' training differs f
     ),
     "no prior": ("search.prior=0.0",),
     "Gumbel": ("search.estimator=gumbel", "search.temperature=0.4"),
-    "drawn by whole tiles": ("search.whole_tiles=true",),
     "errors of rank 0": ("search.residual_rank=0",),
     "rounded to nearest": ("search.versions=nearest", "search.dense=true"),
     "GPTQ's versions": ("search.versions=quant", "search.dense=true"),
-    "a penalty in place of the projection": ("search.budget=penalty",),
-    "all as in the paper, but where they start": (
-        "search.loss=lm", "search.budget=penalty", "search.prior=0.0", "search.versions=nearest", "search.dense=true",
-        "search.learning_rate=0.001", "search.schedule=constant",
-    ),
 }  # fmt: skip
 FAST = ("search.checkpointing=false",)  # on a CPU the same masks, in more memory
 MODES = {  # of the masks' training, and what each costs
