@@ -712,7 +712,8 @@ def cost_table(results: dict) -> list[str]:
         for kind, own in each.items()
     ]  # fmt: skip
     lines = table(["while masks are learnt", "seconds a step, median", "range", "ratio", "peak, MB"], rows)
-    largest = [[f"`{name}`", f"{100 * share:.1f}"] for name, share in cell["operators"].items()]
+    shares = sorted(cell["operators"].items(), key=lambda own: -own[1])
+    largest = [[f"`{name}`", f"{100 * share:.1f}"] for name, share in shares]
     return [*lines, "", *table([f"operator, while masks are learnt: {FASTEST}", "% of a step"], largest)]
 
 

@@ -1,5 +1,6 @@
 """Blocks as CUDA graphs: each is one launch, where hundreds of small operations would wait for Python one by one."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,9 @@ def recorded(blocks: Sequence[Block], hidden: Tensor, masks: Sequence[Sequence[T
         (torch.zeros_like(hidden, requires_grad=at > 0), *(torch.zeros_like(own, requires_grad=True) for own in each))
         for at, each in enumerate(masks)
     )
-    made: Any = torch.cuda.make_graphed_callables(tuple(blocks), tuple(samples))
+    with warnings.catch_warnings():  # PyTorch's own: it warms up on one stream and records on another
+        warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
+        made: Any = torch.cuda.make_graphed_callables(tuple(blocks), tuple(samples))
     return tuple(made)
 
 
