@@ -7,7 +7,8 @@ docs/toga.md is drawn from it at the end. The model is taken off its 4-bit grid 
 All methods see the same text of WikiText-2 train: 16 rows of 2,048 tokens for second moments and GPTQ, 150 further rows
 for masks. Perplexity and KL are at context 2048, on the first 16 windows of WikiText-2 test and of C4. Masks are learnt
 in 600 steps of 512 tokens, those of the options, of W3A16 and of W4A4 in 100. The part `full`, the paper's 2,000 steps
-of 2,048 tokens and three seeds, is for a GPU, and is run where it is named alone.
+of 2,048 tokens and three seeds, is for a GPU, and is run where it is named alone; `errors`, `noise` and `gptq` are for
+a CPU.
 """
 
 import math
