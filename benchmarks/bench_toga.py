@@ -42,6 +42,7 @@ from trimbit.learning import shares
 from trimbit.masked.expected import ExpectedLinear
 from trimbit.masked.model import MaskedModel
 from trimbit.model.cache_size import cache_nbytes
+from trimbit.model.products import fastest_device
 from trimbit.pipeline import Session, open_session
 from trimbit.plan import Plan
 from trimbit.precision import KVPrecision
@@ -232,16 +233,16 @@ class Toga(Bench):
 
     def on(self, path: Path, text: str, kv_cache: KVPrecision | None = None) -> dict:
         """ppl@2048 and KL on a text, keys and values as the model caches them, or as is said here; on a GPU if any."""
-        original, device = self.off_grid(0), "cuda" if torch.cuda.is_available() else "cpu"
+        original, device = self.off_grid(0), fastest_device()
         windows = data.evaluation_windows(
             self.folder / TEXTS[text], load_tokenizer(original), context=CONTEXT, limit=WINDOWS
         ).to(device)
         dense = load_model(original, torch.bfloat16).to(device)
-        cached = WORK / f"dense-{original.name}-{text}-{device}.safetensors"
+        cached = WORK / f"dense-{original.name}-{text}-{device.type}.safetensors"
         if not cached.exists():
             hidden = {str(at): final_hidden(dense, window).clone() for at, window in enumerate(windows)}
             save_whole(cached, lambda beside: save_file(hidden, beside))
-        reference, model = load_file(cached, device), keep_dense(load_model(path, torch.bfloat16).to(device))
+        reference, model = load_file(cached, device.type), keep_dense(load_model(path, torch.bfloat16).to(device))
         if kv_cache is not None:
             pack_cache(model, kv_cache)
         totals = torch.zeros(3, dtype=torch.float64)
