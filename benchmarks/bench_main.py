@@ -25,15 +25,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from offgrid import write_off_grid
-from trimbit import data
-from trimbit.artifact import weight_nbytes
-from trimbit.cache import source_digest
-from trimbit.evaluate import final_hidden, hardware, load_model, load_tokenizer, score
-from trimbit.measure import background_of
-from trimbit.pipeline import Session, open_session
-from trimbit.plan import Budget, Plan
-from trimbit.precision import BF16, parse_precision
-from trimbit.recipe import load_recipe
+from trimbit.artifact.files import weight_nbytes
+from trimbit.calibrate import text as texts
+from trimbit.evaluate.perplexity import final_hidden, score
+from trimbit.evaluate.speed import hardware
+from trimbit.jobs.cache import source_digest
+from trimbit.measure.choices import background_of
+from trimbit.pipeline.recipes import load_recipe
+from trimbit.pipeline.session import Session, open_session
+from trimbit.runtime.load import load_model, load_tokenizer
+from trimbit.schema.budget import Budget
+from trimbit.schema.plan import Plan
+from trimbit.schema.precision import BF16, parse_precision
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "main.json"
@@ -86,7 +89,7 @@ class Bench:
 
     def quality(self, path: Path, original: Path) -> dict:
         """ppl@2048, KL and agreement on WikiText-2 test, in bf16."""
-        windows = data.evaluation_windows(
+        windows = texts.evaluation_windows(
             self.folder / "wikitext-2" / "wiki.test.raw", load_tokenizer(original), context=CONTEXT, limit=WINDOWS
         )
         dense = load_model(original, torch.bfloat16)
@@ -136,11 +139,11 @@ class Bench:
     def job(self, recipe: str, budget: str) -> dict:
         """Seconds, peak memory and the hash of the weights of two runs that share nothing."""
         original, seconds, peaks, hashes = self.off_grid(0), [], [], []
-        _, imports = measured_process([sys.executable, "-c", "import trimbit.cli, trimbit.pipeline"], None)
+        _, imports = measured_process([sys.executable, "-c", "import trimbit.cli.main, trimbit.pipeline.session"], None)
         for _ in range(2):
             with tempfile.TemporaryDirectory(dir=WORK) as folder:
                 out = Path(folder) / "out"
-                command = [sys.executable, "-m", "trimbit.cli", "compress", str(original), str(out)]
+                command = [sys.executable, "-m", "trimbit.cli.main", "compress", str(original), str(out)]
                 took, peak = measured_process(
                     [*command, "--budget", budget, "--recipe", recipe], Path(folder) / "cache"
                 )

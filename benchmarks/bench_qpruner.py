@@ -27,18 +27,23 @@ from safetensors import safe_open
 from scipy.stats import spearmanr
 
 from bench_main import CONTEXT, HERE, WINDOWS, WORK, Bench, command_line, measured_process, write_tables
-from trimbit import data
-from trimbit.artifact import weight_nbytes
-from trimbit.evaluate import final_hidden, load_model, load_tokenizer, score
-from trimbit.measure import background_of, install
-from trimbit.model.whole import Judge, WholeModel
-from trimbit.pipeline import Session, compress
-from trimbit.plan import Budget, Plan
-from trimbit.progress import Silent
-from trimbit.search.bayes import known_trials
-from trimbit.search.levels import levels
-from trimbit.search.optimise import Box, feasible_points
-from trimbit.tasks import SOURCES, evaluate_tasks
+from trimbit.artifact.files import weight_nbytes
+from trimbit.calibrate import text as texts
+from trimbit.evaluate.lm_eval import evaluate_tasks
+from trimbit.evaluate.perplexity import final_hidden, score
+from trimbit.evaluate.tasks import SOURCES
+from trimbit.jobs.progress import Silent
+from trimbit.measure.choices import background_of
+from trimbit.measure.damage import install
+from trimbit.measure.kl_probe import Judge
+from trimbit.model.forward.in_memory import WholeModel
+from trimbit.pipeline.session import Session, compress
+from trimbit.runtime.load import load_model, load_tokenizer
+from trimbit.schema.budget import Budget
+from trimbit.schema.plan import Plan
+from trimbit.search.methods.bayes import known_trials
+from trimbit.search.solvers.box import Box, feasible_points
+from trimbit.search.variables import levels
 
 RESULTS = HERE / "results" / "qpruner.json"
 PAGE = HERE.parent / "docs" / "qpruner.md"
@@ -145,7 +150,7 @@ class QPruner(Bench):
     def short(self, path: Path) -> float:
         """Perplexity of windows of 128 tokens, of the same text."""
         text = self.folder / "wikitext-2" / "wiki.test.raw"
-        windows = data.evaluation_windows(text, load_tokenizer(path), context=SHORT, limit=WINDOWS * CONTEXT // SHORT)
+        windows = texts.evaluation_windows(text, load_tokenizer(path), context=SHORT, limit=WINDOWS * CONTEXT // SHORT)
         model = load_model(path, torch.bfloat16)
         total = sum(float(score(model, final_hidden(model, window), window, None)[0]) for window in windows)
         return math.exp(total / (len(windows) * (SHORT - 1)))
@@ -246,7 +251,7 @@ class Plans(QPruner):
 
     def judged(self, session: Session, seed: int) -> Callable[[Plan], float]:
         """KL of a plan on test text."""
-        windows = data.evaluation_windows(
+        windows = texts.evaluation_windows(
             self.folder / "wikitext-2" / "wiki.test.raw", load_tokenizer(self.off_grid(seed)), context=512, limit=16
         )
         judge = Judge(WholeModel(session.stream), windows, repeated=False)

@@ -33,25 +33,27 @@ from transformers import AutoConfig, PreTrainedModel
 
 from bench_main import CONTEXT, HERE, WINDOWS, WORK, Bench, command_line, measured_process, write_tables
 from bench_qpruner import table
-from trimbit import data
-from trimbit.artifact import weight_nbytes
-from trimbit.cache import save_whole
-from trimbit.evaluate import final_hidden, load_model, load_tokenizer, read_hidden, score
-from trimbit.kv_cache import pack_cache
-from trimbit.learning import shares
-from trimbit.masked.expected import ExpectedLinear
-from trimbit.masked.model import MaskedModel
-from trimbit.model.cache_size import cache_nbytes
-from trimbit.model.products import fastest_device
-from trimbit.pipeline import Session, open_session
-from trimbit.plan import Plan
-from trimbit.precision import KVPrecision
-from trimbit.progress import Progress, Silent
-from trimbit.quant import gptq, rtn
-from trimbit.recipe import load_recipe
-from trimbit.runtime import PackedLinear
-from trimbit.search.mixed import Sites, as_masks
-from trimbit.search.toga import Training, learn
+from trimbit.artifact.files import weight_nbytes
+from trimbit.calibrate import text as texts
+from trimbit.evaluate.perplexity import final_hidden, read_hidden, score
+from trimbit.jobs.cache import save_whole
+from trimbit.jobs.progress import Progress, Silent
+from trimbit.model.forward.compute import fastest_device
+from trimbit.model.kv_nbytes import cache_nbytes
+from trimbit.pipeline.recipes import load_recipe
+from trimbit.pipeline.session import Session, open_session
+from trimbit.report.training import shares
+from trimbit.runtime.kv_cache import pack_cache
+from trimbit.runtime.layers import PackedLinear
+from trimbit.runtime.load import load_model, load_tokenizer
+from trimbit.schema.kv_cache import KVPrecision
+from trimbit.schema.plan import Plan
+from trimbit.search.methods.toga import learn
+from trimbit.search.two_formats.tiles import Sites, as_masks
+from trimbit.search.two_formats.training import Training
+from trimbit.transform.quant import gptq, rtn
+from trimbit.trial.masked.expected import ExpectedLinear
+from trimbit.trial.masked.model import MaskedModel
 
 RESULTS = HERE / "results" / "toga.json"
 PAGE = HERE.parent / "docs" / "toga.md"
@@ -234,7 +236,7 @@ class Toga(Bench):
     def on(self, path: Path, text: str, kv_cache: KVPrecision | None = None) -> dict:
         """ppl@2048 and KL on a text, keys and values as the model caches them, or as is said here; on a GPU if any."""
         original, device = self.off_grid(0), fastest_device()
-        windows = data.evaluation_windows(
+        windows = texts.evaluation_windows(
             self.folder / TEXTS[text], load_tokenizer(original), context=CONTEXT, limit=WINDOWS
         ).to(device)
         dense = load_model(original, torch.bfloat16).to(device)

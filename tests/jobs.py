@@ -1,13 +1,14 @@
 """A whole job on a tiny llama: model, text and a recipe with small numbers, each made once a test run."""
 
 import random
+from importlib.resources import files
 from pathlib import Path
 
 import yaml
 
 from tiny import SPECIAL, VOCAB, save_tiny, tiny_model
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+RECIPES = Path(str(files("trimbit"))) / "recipes"
 BUDGET = "30kB"
 
 

@@ -4,8 +4,9 @@ import random
 from collections.abc import Callable, Mapping
 
 from trimbit.model.layout import Layout, Weight
-from trimbit.plan import ModelRef, Plan, Provenance
-from trimbit.precision import ActInt, ActRun, Run, parse_precision
+from trimbit.schema.activations import ActInt, ActRun
+from trimbit.schema.plan import ModelRef, Plan, Provenance
+from trimbit.schema.precision import Run, parse_precision
 
 REF = ModelRef(id="tiny", config_hash="0", weights_hash="0")
 FOUND = Provenance(

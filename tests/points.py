@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from trimbit.precision import NF4_LEVELS, Run
+from trimbit.schema.precision import NF4_LEVELS, Run
 
 
 def points(run: Run, scale: Tensor, zero: Tensor) -> Tensor:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from tiny import tiny_config
-from trimbit.measure import menu_of, reference_width, sites_of, widths_of
-from trimbit.measurements import Background, FormatDamage, Measurements, Space, WidthDamage
-from trimbit.model.layout import build_layout
-from trimbit.plan import ModelRef, Plan
-from trimbit.precision import Precision, parse_precision
+from trimbit.measure.choices import menu_of, reference_width, sites_of, widths_of
+from trimbit.model.build import build_layout
+from trimbit.schema.measurements import Background, FormatDamage, Measurements, WidthDamage
+from trimbit.schema.plan import ModelRef, Plan
+from trimbit.schema.precision import Precision, parse_precision
+from trimbit.schema.space import Space
 from trimbit.search.problem import Problem
 
 REF = ModelRef(id="tiny", config_hash="0", weights_hash="0")

@@ -8,15 +8,17 @@ from transformers import AutoModelForCausalLM
 
 from plans import make_plan, runs
 from tiny import MODEL_TYPES, VOCAB, save_tiny, tiny_model
-from trimbit.apply import Method, _Job, apply_plan
-from trimbit.artifact import Writer
+from trimbit.artifact.writer import Writer
+from trimbit.calibrate.stats import collect
 from trimbit.errors import NumericsError, PlanError
-from trimbit.model.layout import build_layout
-from trimbit.model.load import open_checkpoint
-from trimbit.model.stream import BlockStream
-from trimbit.quant import gptq, rtn
-from trimbit.repair import refit
-from trimbit.stats import collect
+from trimbit.model.build import build_layout
+from trimbit.model.checkpoint.open import open_checkpoint
+from trimbit.model.forward.stream import BlockStream
+from trimbit.transform.apply import apply_plan
+from trimbit.transform.block import _Job
+from trimbit.transform.quant import gptq, rtn
+from trimbit.transform.repair import refit
+from trimbit.transform.weight import Method
 
 RTN, GPTQ = Method(module=rtn, config=rtn.Config(scales="mse")), Method(module=gptq, config=gptq.Config())
 CUTS = {f"blocks.{i}.mlp.mid": tuple(range(0, 80, 2)) for i in range(3)} | {"blocks.1.attn.kv": (0, 2)}

@@ -9,16 +9,18 @@ from safetensors.torch import load_file
 
 from plans import make_plan, random_plan, runs
 from tiny import tiny_config
-from trimbit import artifact
-from trimbit.artifact import Writer, weight_nbytes
+from trimbit.artifact import files
+from trimbit.artifact import writer as writers
+from trimbit.artifact.files import weight_nbytes
+from trimbit.artifact.writer import Writer
 from trimbit.errors import ArtifactError
-from trimbit.model.layout import build_layout
+from trimbit.model.build import build_layout
 from trimbit.model.shards import shards
-from trimbit.plan import load_plan
+from trimbit.schema.plan import load_plan
 
 LAYOUT = build_layout(tiny_config("llama"))
 PLAN = random_plan(LAYOUT, 0)
-DTYPES = {name: getattr(torch, kind.removeprefix("torch.")) for kind, name in artifact.DTYPES.items()}
+DTYPES = {name: getattr(torch, kind.removeprefix("torch.")) for kind, name in writers.DTYPES.items()}
 
 
 def tensors(plan=PLAN):
@@ -41,7 +43,7 @@ def test_a_directory_appears_whole(tmp_path):
 
 
 def test_shards_have_an_index(tmp_path, monkeypatch):
-    monkeypatch.setattr(artifact, "shards", lambda specs: shards(specs, 10_000))
+    monkeypatch.setattr(writers, "shards", lambda specs: shards(specs, 10_000))
     with Writer(tmp_path / "out", LAYOUT, PLAN) as writer:
         names = [*tensors()]
         writer.add(dict([*tensors().items()][:-1]))
@@ -116,7 +118,9 @@ def test_an_output_below_a_file_is_refused(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("where", ["trimbit.artifact.save_file", "pathlib.Path.write_bytes", "pathlib.Path.write_text"])
+@pytest.mark.parametrize(
+    "where", ["trimbit.artifact.writer.save_file", "pathlib.Path.write_bytes", "pathlib.Path.write_text"]
+)
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, where):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -134,7 +138,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, where):
 
 def test_the_structure_has_no_index_lists(tmp_path):
     plan = make_plan(LAYOUT, lambda _, cols: runs((cols, "int4row")), {"blocks.0.mlp.mid": (7, 3)})
-    fields = artifact.config_fields(LAYOUT, plan)
+    fields = files.config_fields(LAYOUT, plan)
     assert fields["structure"]["widths"] == {"blocks.0.mlp.mid": 2}
     assert fields["structure"]["weights"]["lm_head"] == [{"count": 48, "precision": "int4row"}]
     assert fields["eos_token_id"] == 2

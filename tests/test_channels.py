@@ -5,13 +5,13 @@ import torch
 
 from test_stats import TOKENS, inputs
 from tiny import save_tiny, tiny_model
-from trimbit.channels import DAMPING, Channels
-from trimbit.model.layout import build_layout
-from trimbit.model.load import open_checkpoint
-from trimbit.model.stream import BlockStream
-from trimbit.precision import Run, parse_precision
-from trimbit.quant import rtn
-from trimbit.stats import collect
+from trimbit.calibrate.stats import collect
+from trimbit.model.build import build_layout
+from trimbit.model.checkpoint.open import open_checkpoint
+from trimbit.model.forward.stream import BlockStream
+from trimbit.schema.precision import Run, parse_precision
+from trimbit.transform.quant import rtn
+from trimbit.trial.channels import DAMPING, Channels
 
 NAMES = ("model.layers.0.self_attn.o_proj", "model.layers.2.mlp.down_proj")
 

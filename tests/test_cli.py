@@ -19,14 +19,18 @@ from typer.testing import CliRunner
 import trimbit
 from jobs import BUDGET, write_text
 from tiny import save_tiny, tiny_model
-from trimbit import artifact, cli, pipeline, trials
-from trimbit.artifact import weight_nbytes
+from trimbit.artifact import writer as writers
+from trimbit.artifact.files import weight_nbytes
+from trimbit.cli import main as cli
 from trimbit.errors import DataError
-from trimbit.pipeline import open_session
-from trimbit.plan import load_plan
-from trimbit.precision import KVPrecision
-from trimbit.preparation import module_of
-from trimbit.recipe import load_recipe, names
+from trimbit.pipeline import session as pipeline
+from trimbit.pipeline.prepare import module_of
+from trimbit.pipeline.recipes import load_recipe, names
+from trimbit.pipeline.session import open_session
+from trimbit.schema.budget import Budget
+from trimbit.schema.kv_cache import KVPrecision
+from trimbit.schema.plan import load_plan
+from trimbit.trial import applied as trials
 
 SEARCHING = ["--budget", "--calibration", "--dry-run", "--recipe", "--seed", "--set"]
 OPTIONS = {
@@ -107,7 +111,7 @@ def run(monkeypatch, capfd):
 def compressed(job, tmp_path_factory):
     out = tmp_path_factory.mktemp("cli") / "small"
     session = open_session(job.model, load_recipe(str(job.recipe)), calibration=str(job.text))
-    pipeline.compress(session, pipeline.Budget.parse(BUDGET), out)
+    pipeline.compress(session, Budget.parse(BUDGET), out)
     return out
 
 
@@ -398,7 +402,7 @@ def test_what_was_found_on_a_text_is_told_if_the_tasks_fail(run, job, task_data,
     def fails(*_args, **_kwargs):
         raise DataError("no tasks today")
 
-    monkeypatch.setattr("trimbit.tasks.evaluate_tasks", fails)
+    monkeypatch.setattr("trimbit.evaluate.lm_eval.evaluate_tasks", fails)
     text = ["--text", job.text, "--context", 32, "--windows", 1]
     code, out, err = run("eval", job.model, *text, "--tasks", "piqa", "--task-data", task_data)
     assert code == 1
@@ -507,7 +511,7 @@ def tried(run, job, options, tmp_path_factory):
 
 
 @pytest.mark.usefixtures("tried")
-@pytest.mark.parametrize("step", ["shutil.copyfile", "trimbit.pipeline.model_card"])
+@pytest.mark.parametrize("step", ["shutil.copyfile", "trimbit.pipeline.session.model_card"])
 def test_no_space_left_or_interrupted_while_the_output_is_filled(refused, job, options, tmp_path, monkeypatch, step):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
@@ -536,11 +540,11 @@ def test_no_space_left(refused, job, options, tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(artifact, "save_file", full)
+    monkeypatch.setattr(writers, "save_file", full)
     refused(*compress(job.model, tmp_path / "out", options), words=["cannot write", "No space left on device"])
 
 
-@pytest.mark.parametrize("module", ["stats", "candidates"])
+@pytest.mark.parametrize("module", ["calibrate.stats", "trial.candidates"])
 def test_no_space_left_for_the_cache(refused, job, options, tmp_path, monkeypatch, module):
     def full(_tensors, path, *_args):
         Path(path).write_bytes(b"half of it")
@@ -563,7 +567,7 @@ def test_a_cache_that_safetensors_cannot_write_or_read(refused, job, options, tm
     monkeypatch.setenv("TRIMBIT_CACHE", str(cache))
     cache.mkdir()
     with monkeypatch.context() as patched:
-        patched.setattr("trimbit.stats.save_file", full)
+        patched.setattr("trimbit.calibrate.stats.save_file", full)
         refused(*compress(job.model, tmp_path / "out", options), words=[str(cache), "No space left", "free space"])
     with monkeypatch.context() as patched:
         patched.setattr(trials, "apply_plan", full)

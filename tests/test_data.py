@@ -14,8 +14,9 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trimbit import data
-from trimbit.data import TokenSet
+from trimbit.calibrate import sample as sampling
+from trimbit.calibrate import text as texts
+from trimbit.calibrate.text import TokenSet
 from trimbit.errors import DataError, NumericsError
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
@@ -79,21 +80,21 @@ def test_plain_text_is_used_as_it_is(tmp_path: Path, name: str) -> None:
     raw = "é\r\n\n x \u2028\n"
     payload = gzip.compress(raw.encode()) if name.endswith(".gz") else raw.encode()
     (tmp_path / name).write_bytes(payload)
-    assert data.read_text(tmp_path / name) == raw
+    assert texts.read_text(tmp_path / name) == raw
 
 
 def test_raw_lines_become_rows(tmp_path: Path) -> None:
     path = write(tmp_path / "a.raw", " \n = T = \n \n one\u2028two \n")
-    assert data.read_text(path) == "\n\n = T = \n\n\n\n\n one\u2028two \n"
-    assert data.read_text(write(tmp_path / "b.raw", "a\nb")) == "a\n\n\nb"
+    assert texts.read_text(path) == "\n\n = T = \n\n\n\n\n one\u2028two \n"
+    assert texts.read_text(write(tmp_path / "b.raw", "a\nb")) == "a\n\n\nb"
 
 
 def test_wikitext_has_the_published_bytes() -> None:
     path = SHARED / "wikitext-2" / "wiki.test.raw"
     if not path.exists():
         pytest.skip("no shared data here")
-    assert len(data.read_text(path).encode()) == 1_296_370
-    pages = data.read_text(SHARED / "text" / "c4_en_300.jsonl.gz")
+    assert len(texts.read_text(path).encode()) == 1_296_370
+    pages = texts.read_text(SHARED / "text" / "c4_en_300.jsonl.gz")
     assert pages.count("\n\n") >= 299
 
 
@@ -104,7 +105,7 @@ def test_jsonl_takes_the_first_known_key(tmp_path: Path) -> None:
         {"instruction": "i", "input": "n", "output": "o"},
     ]  # fmt: skip
     path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)) + "\n\n")
-    assert data.read_text(path) == "t\n\np\n\nc\n\ni\no\n\ni\nn\no"
+    assert texts.read_text(path) == "t\n\np\n\nc\n\ni\no\n\ni\nn\no"
 
 
 @pytest.mark.parametrize(
@@ -126,24 +127,24 @@ def test_unreadable_files(tmp_path: Path, name: str, content: bytes | None, says
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=says):
-        data.read_text(tmp_path / name)
+        texts.read_text(tmp_path / name)
 
 
 def test_windows() -> None:
     ids = torch.arange(10)
-    assert data.windows(ids, 4, bos=None).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert texts.windows(ids, 4, bos=None).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     expected = [[99, 0, 1, 2], [99, 3, 4, 5], [99, 6, 7, 8]]
-    assert data.windows(ids, 4, bos=99).tolist() == expected
-    assert data.windows(ids, 11, bos=99).tolist() == [[99, *range(10)]]
+    assert texts.windows(ids, 4, bos=99).tolist() == expected
+    assert texts.windows(ids, 11, bos=99).tolist() == [[99, *range(10)]]
     with pytest.raises(DataError, match="10 tokens found, 11 needed"):
-        data.windows(ids, 11, bos=None)
+        texts.windows(ids, 11, bos=None)
     with pytest.raises(DataError, match="at least 1"):
-        data.windows(ids, 1, bos=99)
+        texts.windows(ids, 1, bos=99)
 
 
 def test_encode_adds_nothing_and_does_not_warn(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = make_tokenizer(add_bos=True)
-    ids = data.encode(words(100), tokenizer)
+    ids = texts.encode(words(100), tokenizer)
     assert ids.dtype == torch.int64
     assert ids.tolist() == [5 + i % 31 for i in range(100)]
     assert not caplog.records
@@ -151,37 +152,37 @@ def test_encode_adds_nothing_and_does_not_warn(caplog: pytest.LogCaptureFixture)
 
 
 def test_default_bos_is_what_the_tokenizer_does() -> None:
-    assert data.default_bos(make_tokenizer()) is None
-    assert data.default_bos(make_tokenizer(add_bos=True)) == BOS
+    assert texts.default_bos(make_tokenizer()) is None
+    assert texts.default_bos(make_tokenizer(add_bos=True)) == BOS
 
 
 def test_evaluation_windows_are_in_order(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", words(31))
-    found = data.evaluation_windows(path, make_tokenizer(add_bos=True), context=6, limit=None)
+    found = texts.evaluation_windows(path, make_tokenizer(add_bos=True), context=6, limit=None)
     assert found[:, 0].tolist() == [BOS] * 6
     assert found[:, 1:].flatten().tolist() == list(range(5, 35))
-    two = data.evaluation_windows(path, make_tokenizer(), context=6, limit=2)
+    two = texts.evaluation_windows(path, make_tokenizer(), context=6, limit=2)
     assert two.tolist() == [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]]
     with pytest.raises(DataError, match=r"a\.txt: 31 tokens found, 32 needed"):
-        data.evaluation_windows(path, make_tokenizer(), context=32, limit=None)
+        texts.evaluation_windows(path, make_tokenizer(), context=32, limit=None)
     with pytest.raises(DataError, match="limit is 0"):
-        data.evaluation_windows(path, make_tokenizer(), context=6, limit=0)
+        texts.evaluation_windows(path, make_tokenizer(), context=6, limit=0)
 
 
 def test_from_file_draws_different_windows_by_seed(tmp_path: Path) -> None:
     path, tokenizer = write(tmp_path / "a.txt", words(31)), make_tokenizer()
-    one = data.from_file(path, tokenizer, rows=10, length=3, seed=1)
-    again = data.from_file(path, tokenizer, rows=10, length=3, seed=1)
-    other = data.from_file(path, tokenizer, rows=10, length=3, seed=2)
+    one = texts.from_file(path, tokenizer, rows=10, length=3, seed=1)
+    again = texts.from_file(path, tokenizer, rows=10, length=3, seed=1)
+    other = texts.from_file(path, tokenizer, rows=10, length=3, seed=2)
     assert (one.name, one.seed) == ("a.txt", 1)
     assert one.digest == again.digest != other.digest
     starts = one.tokens[:, 0].tolist()
     assert sorted(starts) == list(range(5, 35, 3))  # all windows, each once
     assert starts != sorted(starts)
-    fewer = data.from_file(path, tokenizer, rows=4, length=3, seed=1)
+    fewer = texts.from_file(path, tokenizer, rows=4, length=3, seed=1)
     assert torch.equal(fewer.tokens, one.tokens[:4])
     with pytest.raises(DataError, match=r"11 rows of 3 tokens asked, the text has 10"):
-        data.from_file(path, tokenizer, rows=11, length=3, seed=1)
+        texts.from_file(path, tokenizer, rows=11, length=3, seed=1)
 
 
 def test_digest_and_split() -> None:
@@ -200,9 +201,11 @@ def test_digest_and_split() -> None:
 
 def test_self_is_repeatable_and_trainable(model: LlamaForCausalLM) -> None:
     tokenizer, steps = make_tokenizer(), []
-    one = data.sample_self(model, tokenizer, rows=5, length=24, seed=1, batch=2, progress=lambda *s: steps.append(s))
-    again = data.sample_self(model, tokenizer, rows=5, length=24, seed=1, batch=2)
-    other = data.sample_self(model, tokenizer, rows=5, length=24, seed=2, batch=2)
+    one = sampling.sample_self(
+        model, tokenizer, rows=5, length=24, seed=1, batch=2, progress=lambda *s: steps.append(s)
+    )
+    again = sampling.sample_self(model, tokenizer, rows=5, length=24, seed=1, batch=2)
+    other = sampling.sample_self(model, tokenizer, rows=5, length=24, seed=2, batch=2)
     assert one.name == "self"
     assert one.tokens.shape == (5, 24)
     assert one.tokens[:, 0].tolist() == [BOS] * 5
@@ -216,12 +219,12 @@ def test_self_follows_the_model_without_a_cache(model: LlamaForCausalLM) -> None
     """Greedy stand-in for the draw: each token must be the uncached argmax of its prefix."""
     favour(model, EOS, -100.0)
     model.lm_head.register_forward_hook(lambda _m, _i, out: out * 1e4)  # the draw is the argmax
-    row = data.sample_self(model, make_tokenizer(), rows=1, length=20, seed=0).tokens
+    row = sampling.sample_self(model, make_tokenizer(), rows=1, length=20, seed=0).tokens
     assert row[0, 1:].tolist() == model(row).logits[0, :-1].argmax(-1).tolist()
 
 
 def test_self_draws_from_the_whole_distribution(model: LlamaForCausalLM) -> None:
-    tokens = data.sample_self(model, make_tokenizer(), rows=4000, length=2, seed=0, batch=4000)
+    tokens = sampling.sample_self(model, make_tokenizer(), rows=4000, length=2, seed=0, batch=4000)
     counts = tokens.tokens[:, 1].bincount(minlength=40) / 4000
     expected = model(torch.tensor([[BOS]])).logits[0, -1].softmax(-1)
     assert (counts - expected).abs().max() < 0.04
@@ -229,7 +232,7 @@ def test_self_draws_from_the_whole_distribution(model: LlamaForCausalLM) -> None
 
 def test_bos_follows_eos(model: LlamaForCausalLM) -> None:
     favour(model, EOS)
-    tokens = data.sample_self(model, make_tokenizer(), rows=8, length=40, seed=0).tokens
+    tokens = sampling.sample_self(model, make_tokenizer(), rows=8, length=40, seed=0).tokens
     after = tokens[:, 1:][tokens[:, :-1] == EOS]
     assert len(after) > 5
     assert set(after.tolist()) == {BOS}
@@ -238,10 +241,10 @@ def test_bos_follows_eos(model: LlamaForCausalLM) -> None:
 def test_eos_alone_is_the_boundary_without_bos(model: LlamaForCausalLM) -> None:
     tokenizer = make_tokenizer()
     tokenizer.bos_token = None
-    assert data.sample_self(model, tokenizer, rows=1, length=4, seed=0).tokens[0, 0] == EOS
+    assert sampling.sample_self(model, tokenizer, rows=1, length=4, seed=0).tokens[0, 0] == EOS
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="neither BOS nor EOS"):
-        data.sample_self(model, tokenizer, rows=1, length=4, seed=0)
+        sampling.sample_self(model, tokenizer, rows=1, length=4, seed=0)
 
 
 @pytest.mark.parametrize("early", [None, END, EOS])
@@ -250,7 +253,7 @@ def test_every_other_row_is_a_chat(model: LlamaForCausalLM, early: int | None) -
         favour(model, token, 0.0 if token == early else -100.0)
     if early is not None:
         favour(model, early, 1.5)
-    rows = data.sample_self(model, make_tokenizer(chat=True), rows=9, length=40, seed=0).tokens
+    rows = sampling.sample_self(model, make_tokenizer(chat=True), rows=9, length=40, seed=0).tokens
     turns = []
     for row in rows[1::2].tolist():
         assert row[:2] == [BOS, USER]
@@ -269,16 +272,16 @@ def test_every_other_row_is_a_chat(model: LlamaForCausalLM, early: int | None) -
 def test_self_refuses(model: LlamaForCausalLM) -> None:
     plain, chat = make_tokenizer(), make_tokenizer(chat=True)
     with pytest.raises(DataError, match="65 tokens asked, the model has 64 positions"):
-        data.sample_self(model, plain, rows=1, length=65, seed=0)
+        sampling.sample_self(model, plain, rows=1, length=65, seed=0)
     with pytest.raises(DataError, match="takes 6 tokens or more, rows have 5"):
-        data.sample_self(model, chat, rows=2, length=5, seed=0)
+        sampling.sample_self(model, chat, rows=2, length=5, seed=0)
     chat.chat_template = "<user> fixed <assistant>"
     with pytest.raises(DataError, match="chat template"):
-        data.sample_self(model, chat, rows=2, length=30, seed=0)
+        sampling.sample_self(model, chat, rows=2, length=30, seed=0)
     with pytest.raises(DataError, match="rows is 0"):
-        data.sample_self(model, plain, rows=0, length=5, seed=0)
+        sampling.sample_self(model, plain, rows=0, length=5, seed=0)
     favour(model, 7, float("nan"))
     with pytest.raises(NumericsError, match="1 of 40 logits"):
-        data.sample_self(model, plain, rows=1, length=5, seed=0)
+        sampling.sample_self(model, plain, rows=1, length=5, seed=0)
     with pytest.raises(DataError, match="training mode"):
-        data.sample_self(model.train(), plain, rows=1, length=5, seed=0)
+        sampling.sample_self(model.train(), plain, rows=1, length=5, seed=0)

@@ -6,10 +6,10 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from tiny import VOCAB, save_tiny, tiny_model
-from trimbit.gradients import coupled, sweep
-from trimbit.model.layout import build_layout
-from trimbit.model.load import open_checkpoint
-from trimbit.model.stream import BlockStream
+from trimbit.calibrate.gradients import coupled, sweep
+from trimbit.model.build import build_layout
+from trimbit.model.checkpoint.open import open_checkpoint
+from trimbit.model.forward.stream import BlockStream
 
 TOKENS = torch.randint(3, VOCAB, (4, 20), generator=torch.Generator().manual_seed(0))
 

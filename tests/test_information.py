@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from tiny import VOCAB, save_tiny, tiny_model
-from trimbit.criteria.mutual_information import Config, information
-from trimbit.information import layer_information
-from trimbit.model.layout import build_layout
-from trimbit.model.load import open_checkpoint
-from trimbit.model.stream import BlockStream
+from trimbit.measure.criteria.mutual_information import Config, information
+from trimbit.measure.layer_importance import layer_information
+from trimbit.model.build import build_layout
+from trimbit.model.checkpoint.open import open_checkpoint
+from trimbit.model.forward.stream import BlockStream
 
 TOKENS = torch.randint(3, VOCAB, (40, 24), generator=torch.Generator().manual_seed(0))
 SECOND_HALF = {"llama": "post_attention_layernorm", "gemma2": "pre_feedforward_layernorm"}  # what reads its input

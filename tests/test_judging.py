@@ -14,15 +14,16 @@ from transformers import AutoModelForCausalLM
 from plans import FOUND, REF
 from test_qpruner import CHOOSING, PRUNED, SMALL
 from tiny import VOCAB
-from trimbit.artifact import weight_nbytes
+from trimbit.artifact.files import weight_nbytes
 from trimbit.errors import ArtifactError, BudgetError, DataError, NumericsError, RecipeError
-from trimbit.measurements import Outcome
-from trimbit.pareto import Trial, picture, table
-from trimbit.pipeline import compress, open_session
-from trimbit.plan import Budget, Plan, load_plan
-from trimbit.recipe import load_recipe, read_recipe
-from trimbit.search.levels import levels
-from trimbit.tasks import SOURCES
+from trimbit.evaluate.tasks import SOURCES
+from trimbit.pipeline.recipes import load_recipe, read_recipe
+from trimbit.pipeline.session import compress, open_session
+from trimbit.report.pareto import Trial, picture, table
+from trimbit.schema.budget import Budget
+from trimbit.schema.objective import Outcome
+from trimbit.schema.plan import Plan, load_plan
+from trimbit.search.variables import levels
 
 QUICK = "search.optimiser={trials: 6, initial: 3, pool: 16, near: 8, steps: 5, batch: 2, smaller: 2}"
 FOUR = "space.formats=[uint2g32, uint3g32, uint4g32, int8row]"
@@ -232,7 +233,7 @@ def test_trials_lie_beside_the_plan_that_came_of_them(job, tmp_path):
 
 
 def test_the_pareto_set_can_be_applied(job, tmp_path, monkeypatch):
-    monkeypatch.setattr("trimbit.search.optimise.PAGE", 0)  # all plans of this model are less than that apart
+    monkeypatch.setattr("trimbit.search.solvers.pareto.PAGE", 0)  # all plans of this model are less than that apart
     opened = session(job, tmp_path / "c")
     compress(opened, None, tmp_path / "out")
     rows = list(csv.DictReader((tmp_path / "out" / "trials.csv").read_text().splitlines()))

@@ -13,21 +13,22 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from plans import make_plan, runs
 from tiny import MODEL_TYPES, VOCAB, save_tiny, tiny_config, tiny_model
-from trimbit.apply import Method, apply_plan
-from trimbit.artifact import Writer
+from trimbit.artifact.writer import Writer
 from trimbit.errors import PlanError
-from trimbit.evaluate import READ_TOKENS, final_hidden, read_hidden
-from trimbit.kv_cache import CountingLayer, PackedCache, PackedLayer, cache_for, pack_cache, precision_of
-from trimbit.model.cache_name import CACHE
-from trimbit.model.cache_size import cache_nbytes
-from trimbit.model.layout import build_layout
-from trimbit.model.load import open_checkpoint
-from trimbit.model.stream import BlockStream
-from trimbit.plan import Plan
-from trimbit.precision import KVPrecision
-from trimbit.quant import rtn
-from trimbit.repair import refit
-from trimbit.runtime import NoAttention
+from trimbit.evaluate.perplexity import READ_TOKENS, final_hidden, read_hidden
+from trimbit.model.build import build_layout
+from trimbit.model.checkpoint.open import open_checkpoint
+from trimbit.model.forward.absent import NoAttention
+from trimbit.model.forward.hf_names import CACHE
+from trimbit.model.forward.stream import BlockStream
+from trimbit.model.kv_nbytes import cache_nbytes
+from trimbit.runtime.kv_cache import CountingLayer, PackedCache, PackedLayer, cache_for, pack_cache, precision_of
+from trimbit.schema.kv_cache import KVPrecision
+from trimbit.schema.plan import Plan
+from trimbit.transform.apply import apply_plan
+from trimbit.transform.quant import rtn
+from trimbit.transform.repair import refit
+from trimbit.transform.weight import Method
 
 KV4 = KVPrecision(bits=4, group=5, sink_tokens=2, recent_tokens=3)  # heads have 8 channels: groups of 5 and 3
 CUTS = {"blocks.0.attn.kv": (), "blocks.1.attn.kv": (2, 0), "blocks.2.mlp.mid": ()}

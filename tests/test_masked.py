@@ -7,21 +7,23 @@ import torch
 from torch.nn import functional
 
 from tiny import MODEL_TYPES, save_tiny, tiny_model
-from trimbit.artifact import weight_nbytes
+from trimbit.artifact.files import weight_nbytes
+from trimbit.calibrate.inverse import damped
 from trimbit.errors import NumericsError, RecipeError
-from trimbit.evaluate import final_hidden, load_model
-from trimbit.linalg import damped
-from trimbit.masked import model as masked_model
-from trimbit.masked.expected import along, squares
-from trimbit.masked.inputs import MaskedLinear
-from trimbit.masked.model import MaskedModel
-from trimbit.masked.residuals import Residuals
-from trimbit.pipeline import compress, open_session
-from trimbit.plan import load_plan
-from trimbit.quant import gptq
-from trimbit.recipe import Recipe, Step, load_recipe
-from trimbit.search import toga
-from trimbit.search.mixed import Sites
+from trimbit.evaluate.perplexity import final_hidden
+from trimbit.pipeline.recipes import load_recipe
+from trimbit.pipeline.session import compress, open_session
+from trimbit.runtime.load import load_model
+from trimbit.schema.plan import load_plan
+from trimbit.schema.recipe import Recipe, Step
+from trimbit.search.methods import toga
+from trimbit.search.two_formats.tiles import Sites
+from trimbit.transform.quant import gptq
+from trimbit.trial.masked import model as masked_model
+from trimbit.trial.masked.expected import along, squares
+from trimbit.trial.masked.inputs import MaskedLinear
+from trimbit.trial.masked.model import MaskedModel
+from trimbit.trial.masked.residuals import Residuals
 
 ACTS = {"low_acts": {"bits": 4, "group": 32, "clip": 0.9}, "high_acts": {"bits": 8, "group": 32}}
 PARAMS = {"low": "int3g32", "high": "int8g32", "tile": 16, "steps": 6, "length": 16, "share": 0.25, "save_every": 2}

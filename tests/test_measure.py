@@ -8,18 +8,21 @@ import torch
 from torch.nn import functional
 
 from tiny import VOCAB, save_tiny, tiny_model
-from trimbit.apply import Method
-from trimbit.candidates import CandidateWeights
-from trimbit.measure import measure, menu_of, sites_of, widths_of
-from trimbit.measurements import Background, Measurements, Space
-from trimbit.model.layout import build_layout
-from trimbit.model.load import open_checkpoint
-from trimbit.model.stream import BlockStream
-from trimbit.model.whole import Judge, WholeModel
-from trimbit.plan import ModelRef
-from trimbit.precision import parse_precision
-from trimbit.quant import rtn
-from trimbit.stats import collect
+from trimbit.calibrate.stats import collect
+from trimbit.measure.choices import menu_of, sites_of, widths_of
+from trimbit.measure.damage import measure
+from trimbit.measure.kl_probe import Judge
+from trimbit.model.build import build_layout
+from trimbit.model.checkpoint.open import open_checkpoint
+from trimbit.model.forward.in_memory import WholeModel
+from trimbit.model.forward.stream import BlockStream
+from trimbit.schema.measurements import Background, Measurements
+from trimbit.schema.plan import ModelRef
+from trimbit.schema.precision import parse_precision
+from trimbit.schema.space import Space
+from trimbit.transform.quant import rtn
+from trimbit.transform.weight import Method
+from trimbit.trial.candidates import CandidateWeights
 
 TOKENS = torch.randint(3, VOCAB, (4, 24), generator=torch.Generator().manual_seed(0))
 REF = ModelRef(id="tiny", config_hash="0", weights_hash="0")

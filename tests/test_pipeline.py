@@ -14,16 +14,18 @@ import trimbit
 from jobs import BUDGET
 from plans import make_plan, runs
 from tiny import VOCAB
-from trimbit import preparation, trials
-from trimbit.artifact import weight_nbytes
+from trimbit.artifact.files import weight_nbytes
 from trimbit.errors import ArtifactError, BudgetError, DataError, PlanError, RecipeError
-from trimbit.evaluate import evaluate, final_hidden, read_hidden, score
-from trimbit.kv_cache import precision_of
-from trimbit.measure import background_of
-from trimbit.pipeline import compress, open_session
-from trimbit.plan import Budget, load_plan
-from trimbit.precision import KVPrecision
-from trimbit.recipe import load_recipe, read_recipe
+from trimbit.evaluate.perplexity import evaluate, final_hidden, read_hidden, score
+from trimbit.measure.choices import background_of
+from trimbit.pipeline import prepare as preparation
+from trimbit.pipeline.recipes import load_recipe, read_recipe
+from trimbit.pipeline.session import compress, open_session
+from trimbit.runtime.kv_cache import precision_of
+from trimbit.schema.budget import Budget
+from trimbit.schema.kv_cache import KVPrecision
+from trimbit.schema.plan import load_plan
+from trimbit.trial import applied as trials
 
 LIMIT = Budget.parse(BUDGET).nbytes(1)
 
@@ -195,8 +197,8 @@ def test_windows_that_are_read_together(job, tmp_path, monkeypatch, together):
         read.append(len(windows))
         return read_hidden(model, windows)
 
-    monkeypatch.setattr("trimbit.evaluate.READ_WINDOWS", together)
-    monkeypatch.setattr("trimbit.evaluate.read_hidden", reading)
+    monkeypatch.setattr("trimbit.evaluate.perplexity.READ_WINDOWS", together)
+    monkeypatch.setattr("trimbit.evaluate.perplexity.read_hidden", reading)
     found = evaluate(
         out, job.text, context=48, limit=4, against=job.model, dtype=torch.float32, progress=lambda *at: told.append(at)
     )

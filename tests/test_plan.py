@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from plans import make_plan, random_plan
 from tiny import tiny_config
 from trimbit.errors import BudgetError, PlanError
-from trimbit.model.layout import build_layout
-from trimbit.plan import Budget, Plan, digest, load_plan
+from trimbit.model.build import build_layout
+from trimbit.schema.base import digest
+from trimbit.schema.budget import Budget
+from trimbit.schema.plan import Plan, load_plan
 
 LAYOUT = build_layout(tiny_config("llama"))
 

@@ -5,7 +5,7 @@ from pydantic import ValidationError
 
 from plans import FORMATS, runs
 from trimbit.errors import PlanError
-from trimbit.precision import Run, group_count, parse_precision, row_nbytes
+from trimbit.schema.precision import Run, group_count, parse_precision, row_nbytes
 
 
 @pytest.mark.parametrize("name", [*FORMATS, "int4g128", "uint4g128"])

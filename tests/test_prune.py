@@ -5,9 +5,9 @@ from transformers import AutoConfig
 
 from plans import make_plan
 from trimbit.errors import RecipeError
-from trimbit.measurements import Prune
-from trimbit.model.layout import build_layout
-from trimbit.prune import kept_widths, protected
+from trimbit.model.build import build_layout
+from trimbit.schema.space import Prune
+from trimbit.search.ratio import kept_widths, protected
 
 
 def layout(blocks, heads=8, kv=8, mid=704):

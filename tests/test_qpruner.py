@@ -9,19 +9,21 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tiny import VOCAB, tiny_model
-from trimbit import distillation, recovery
-from trimbit.artifact import weight_nbytes
-from trimbit.distillation import original_of
+from trimbit.artifact.files import weight_nbytes
+from trimbit.calibrate import teacher
+from trimbit.calibrate.teacher import original_of
 from trimbit.errors import BudgetError, DataError, NumericsError, PlanError, RecipeError
-from trimbit.estimate import estimate
-from trimbit.evaluate import load_model
-from trimbit.model.head import logit_slices, loss_gradient
-from trimbit.pipeline import compress, open_session
-from trimbit.plan import Budget, load_plan
-from trimbit.recipe import load_recipe
-from trimbit.recovery import _taken_out
-from trimbit.repair.tune import Config, _drawn, drawn, tune
-from trimbit.runtime import AdaptedLinear, PackedLinear
+from trimbit.model.forward.logits import logit_slices, loss_gradient
+from trimbit.pipeline.dry_run import estimate
+from trimbit.pipeline.recipes import load_recipe
+from trimbit.pipeline.session import compress, open_session
+from trimbit.recover import recovery
+from trimbit.recover.recovery import _taken_out
+from trimbit.recover.tune import Config, _drawn, drawn, tune
+from trimbit.runtime.layers import AdaptedLinear, PackedLinear
+from trimbit.runtime.load import load_model
+from trimbit.schema.budget import Budget
+from trimbit.schema.plan import load_plan
 
 TOKENS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
 SMALL = (
@@ -174,7 +176,7 @@ def test_recovery_that_was_broken_off_goes_on(job, tmp_path, monkeypatch):
     """With dropout, in the middle of an epoch."""
     noisy = ("tune.dropout=0.3", "tune.batch=5")
     compress(session(job, "qpruner-1", *noisy, cache=tmp_path / "one"), None, tmp_path / "whole")
-    from trimbit.repair import tune
+    from trimbit.recover import tune
 
     real, steps = tune._step, []
 
@@ -211,7 +213,7 @@ def test_checkpointing_changes_memory_alone(job, tmp_path):
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 @pytest.mark.parametrize("step", [1, 2, 3])  # of four; after the second and the last one the state is stored
 def test_what_is_not_finite_stops_with_the_last_good_state(job, tmp_path, monkeypatch, what, step):
-    from trimbit.repair import tune
+    from trimbit.recover import tune
 
     real = tune._step
 
@@ -275,7 +277,7 @@ def test_the_originals_answers_are_kept_and_are_those_of_the_whole_model(job, tm
     opened = session(job, "qpruner-1", f"tune.data={data}", "tune.length=64", cache=tmp_path / "c")
     assert all(bool(row.target[1:].all()) and not bool(row.target[0]) for row in opened.examples)
     examples = [row.tokens for row in opened.examples]
-    monkeypatch.setattr(distillation, "CARRIED", 4 * 48 * 100)
+    monkeypatch.setattr(teacher, "CARRIED", 4 * 48 * 100)
     swept = []
     first = original_of(opened.stream, examples[:2], tmp_path / "kept", lambda *done: swept.append(done))
     count = len(swept)
@@ -425,7 +427,7 @@ def test_defaults_are_those_of_the_reference():
 @pytest.mark.parametrize("distil", [False, True])
 def test_the_loss_and_its_gradient_are_those_of_whole_logits(cap, distil, monkeypatch):
     """Some tokens at a time, with a soft cap and without, against plain torch on all logits at once."""
-    monkeypatch.setattr("trimbit.model.head.LOGIT_TOKENS", 3)
+    monkeypatch.setattr("trimbit.model.forward.logits.LOGIT_TOKENS", 3)
     model = tiny_model("llama")
     model.config.final_logit_softcapping = cap
     generator = torch.Generator().manual_seed(0)

@@ -3,14 +3,15 @@
 import pytest
 import yaml
 
-from trimbit import recipe
-from trimbit.criteria import obs
 from trimbit.errors import RecipeError
-from trimbit.precision import parse_precision
-from trimbit.preparation import module_of
-from trimbit.quant import gptq
-from trimbit.recipe import load_recipe, step_config
-from trimbit.search import knapsack
+from trimbit.measure.criteria import obs
+from trimbit.pipeline import recipes
+from trimbit.pipeline.prepare import module_of
+from trimbit.pipeline.recipes import load_recipe
+from trimbit.schema.precision import parse_precision
+from trimbit.schema.recipe import step_config
+from trimbit.search.methods import knapsack
+from trimbit.transform.quant import gptq
 
 MINIMAL = "description: d\nsource: s\nsearch: {name: uniform}\nquant: {name: rtn}\n"
 
@@ -25,12 +26,12 @@ def file(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("name", recipe.names())
+@pytest.mark.parametrize("name", recipes.names())
 def test_every_recipe_that_comes_along_loads(name):
     found = load_recipe(name)
     assert found.description
     assert found.source
-    stages = {"search": found.search, "quant": found.quant, "repair": found.repair, "criteria": found.criterion}
+    stages = {"search": found.search, "quant": found.quant, "repair": found.repair, "criterion": found.criterion}
     for stage, step in stages.items():
         if step is not None:
             step_config(module_of(stage, step).Config, stage, step)
@@ -39,7 +40,7 @@ def test_every_recipe_that_comes_along_loads(name):
 
 
 def test_the_recipes_of_the_readme_are_there():
-    assert {"knapsack", "knapsack-nopruning", "uniform-gptq", "uniform-rtn"} <= set(recipe.names())
+    assert {"knapsack", "knapsack-nopruning", "uniform-gptq", "uniform-rtn"} <= set(recipes.names())
 
 
 def test_unknown_recipe_names_the_known():
@@ -161,7 +162,7 @@ def test_unknown_method():
         module_of("search", found.search)
 
 
-@pytest.mark.parametrize("name", recipe.names())
+@pytest.mark.parametrize("name", recipes.names())
 def test_yaml_round_trip(name, tmp_path):
     found = load_recipe(name, ("search.tries=3",))
     (tmp_path / "recipe.yaml").write_text(found.to_yaml(), encoding="utf-8")

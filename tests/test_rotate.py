@@ -11,26 +11,32 @@ from transformers import AutoModelForCausalLM
 from jobs import RECIPES
 from plans import make_plan, runs
 from tiny import MODEL_TYPES, VOCAB, randomize, save_tiny, tiny_config, tiny_model
-from trimbit.apply import Method, apply_plan
-from trimbit.artifact import Writer, weight_nbytes
+from trimbit.artifact.files import weight_nbytes
+from trimbit.artifact.writer import Writer
+from trimbit.calibrate.stats import collect
 from trimbit.errors import LayoutError, PlanError, RecipeError
 from trimbit.kernels.acts import round_activations
 from trimbit.kernels.hadamard import factors, matrix
+from trimbit.model.build import build_layout
+from trimbit.model.checkpoint.open import open_checkpoint
 from trimbit.model.families import FAMILIES
-from trimbit.model.layout import build_layout
-from trimbit.model.load import open_checkpoint
-from trimbit.model.stream import BlockStream, build_skeleton
-from trimbit.model.whole import WholeModel
-from trimbit.pipeline import compress, open_session
-from trimbit.plan import Plan, Rotation, load_plan
-from trimbit.precision import BF16, ActInt, ActRun
-from trimbit.quant import gptq, rtn
-from trimbit.recipe import Recipe, Step, load_recipe
-from trimbit.repair import refit
-from trimbit.rotate import RotatedStream, fold, require_rotatable, turn, turn_back
-from trimbit.runtime import Structure, restructure
-from trimbit.search.mixed import Sites
-from trimbit.stats import collect
+from trimbit.model.forward.in_memory import WholeModel
+from trimbit.model.forward.stream import BlockStream, build_skeleton
+from trimbit.pipeline.recipes import load_recipe
+from trimbit.pipeline.session import compress, open_session
+from trimbit.runtime.restructure import restructure
+from trimbit.runtime.rotation import turn, turn_back
+from trimbit.schema.activations import ActInt, ActRun
+from trimbit.schema.plan import Plan, Rotation, load_plan
+from trimbit.schema.precision import BF16
+from trimbit.schema.recipe import Recipe, Step
+from trimbit.schema.structure import Structure
+from trimbit.search.two_formats.tiles import Sites
+from trimbit.transform.apply import apply_plan
+from trimbit.transform.quant import gptq, rtn
+from trimbit.transform.repair import refit
+from trimbit.transform.rotate import RotatedStream, fold, require_rotatable
+from trimbit.transform.weight import Method
 
 ROTATION = Rotation(seed=3)
 SIGNS = [1, -1, 1, 1, -1, -1, 1, -1, -1, -1, -1, -1, -1, 1, 1, -1]  # of seed 0

@@ -12,17 +12,21 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from plans import make_plan, runs
 from tiny import VOCAB, save_tiny, tiny_model
-from trimbit.apply import Method, apply_plan, cut_weight
-from trimbit.artifact import Writer, is_compressed, weight_nbytes
+from trimbit.artifact.files import is_compressed, weight_nbytes
+from trimbit.artifact.writer import Writer
 from trimbit.errors import ArtifactError, CheckpointError
-from trimbit.kernels.reference import dequantize
-from trimbit.model.cache_name import CACHE
-from trimbit.model.layout import build_layout
-from trimbit.model.load import open_checkpoint
-from trimbit.model.stream import BlockStream
-from trimbit.quant import rtn
-from trimbit.repair import refit
-from trimbit.runtime import NoAttention, NoFeedForward, Packed, PackedLinear
+from trimbit.kernels.weights import dequantize
+from trimbit.model.build import build_layout
+from trimbit.model.checkpoint.open import open_checkpoint
+from trimbit.model.forward.absent import NoAttention, NoFeedForward
+from trimbit.model.forward.hf_names import CACHE
+from trimbit.model.forward.stream import BlockStream
+from trimbit.runtime.layers import Packed, PackedLinear
+from trimbit.transform.apply import apply_plan
+from trimbit.transform.cut import cut_weight
+from trimbit.transform.quant import rtn
+from trimbit.transform.repair import refit
+from trimbit.transform.weight import Method
 
 CUTS = {
     "blocks.0.attn.kv": (),

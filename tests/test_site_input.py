@@ -9,20 +9,23 @@ from transformers import AutoModelForCausalLM
 
 from plans import make_plan, runs
 from tiny import MODEL_TYPES, VOCAB, save_tiny, tiny_model
-from trimbit.apply import Method, apply_plan
-from trimbit.artifact import Writer, weight_nbytes
+from trimbit.artifact.files import weight_nbytes
+from trimbit.artifact.writer import Writer
+from trimbit.calibrate.stats import collect
 from trimbit.errors import PlanError
 from trimbit.kernels.acts import round_activations
-from trimbit.model.layout import build_layout
-from trimbit.model.load import open_checkpoint
-from trimbit.model.stream import BlockStream
-from trimbit.precision import ActInt, ActRun
-from trimbit.quant import gptq, rtn
-from trimbit.recovery import _taken_out
-from trimbit.repair import lowrank, refit, tune
-from trimbit.repair.tune import _attach
-from trimbit.runtime import AdaptedLinear, PackedLinear
-from trimbit.stats import collect
+from trimbit.model.build import build_layout
+from trimbit.model.checkpoint.open import open_checkpoint
+from trimbit.model.forward.stream import BlockStream
+from trimbit.recover import tune
+from trimbit.recover.recovery import _taken_out
+from trimbit.recover.tune import _attach
+from trimbit.runtime.layers import AdaptedLinear, PackedLinear
+from trimbit.schema.activations import ActInt, ActRun
+from trimbit.transform.apply import apply_plan
+from trimbit.transform.quant import gptq, rtn
+from trimbit.transform.repair import lowrank, refit
+from trimbit.transform.weight import Method
 
 CUTS = {"blocks.1.attn.kv": (2, 0), "blocks.2.mlp.mid": tuple(range(0, 80, 2))}
 ACTS = (

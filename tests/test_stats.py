@@ -5,11 +5,13 @@ import torch
 from safetensors.torch import load_file
 
 from tiny import VOCAB, save_tiny, tiny_model
-from trimbit import stats
-from trimbit.model.layout import build_layout
-from trimbit.model.load import open_checkpoint
-from trimbit.model.stream import BlockStream
-from trimbit.stats import Accumulator, Moments, Tap, collect, stored
+from trimbit.calibrate import moments
+from trimbit.calibrate.moments import Accumulator, Moments
+from trimbit.calibrate.stats import collect, stored
+from trimbit.calibrate.taps import Tap
+from trimbit.model.build import build_layout
+from trimbit.model.checkpoint.open import open_checkpoint
+from trimbit.model.forward.stream import BlockStream
 
 TOKENS = torch.randint(3, VOCAB, (6, 20), generator=torch.Generator().manual_seed(0))
 
@@ -90,9 +92,9 @@ def test_products_of_bf16_inputs_are_exact():
     x = torch.randn(300, 9, generator=torch.Generator().manual_seed(1)).bfloat16().float()
     y = torch.randn(300, 5, generator=torch.Generator().manual_seed(2)).bfloat16().float()
     expected = (x.double().T @ y.double()).float()
-    torch.testing.assert_close(stats.product(x, y), expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(moments.product(x, y), expected, atol=1e-4, rtol=1e-5)
     before = torch.backends.mkldnn.matmul.fp32_precision
-    stats.product(x, y)
+    moments.product(x, y)
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 

@@ -17,14 +17,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs import BUDGET
 from tiny import tiny_model
-from trimbit import pipeline, tasks
 from trimbit.errors import DataError, NumericsError
-from trimbit.pipeline import open_session
-from trimbit.progress import Silent
-from trimbit.recipe import load_recipe
-from trimbit.tasks import SOURCES, Score, TaskScore, check_tasks, evaluate_tasks
+from trimbit.evaluate import lm_eval, tasks
+from trimbit.evaluate.lm_eval import check_tasks, evaluate_tasks
+from trimbit.evaluate.tasks import SOURCES
+from trimbit.jobs.progress import Silent
+from trimbit.pipeline import session as pipeline
+from trimbit.pipeline.recipes import load_recipe
+from trimbit.pipeline.session import open_session
+from trimbit.schema.budget import Budget
+from trimbit.schema.evaluation import Score, TaskScore
 
-for package in tasks.NEEDS:
+for package in lm_eval.NEEDS:
     pytest.importorskip(package)
 
 REAL = Path(__file__).parents[1] / ".." / "shared" / "data" / "tasks"
@@ -136,7 +140,7 @@ def compressed(job, tmp_path_factory):
     session = open_session(
         job.model, load_recipe(str(job.recipe), ("measure.trials=false",)), calibration=str(job.text)
     )
-    pipeline.compress(session, pipeline.Budget.parse(BUDGET), out)
+    pipeline.compress(session, Budget.parse(BUDGET), out)
     return out
 
 
@@ -190,9 +194,9 @@ def test_batches_hold_a_limited_number_of_logits(job, folder, monkeypatch):
         model.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape))
         return model
 
-    load = tasks.load_model
-    monkeypatch.setattr(tasks, "load_model", opened)
-    monkeypatch.setattr(tasks, "LOGITS", 96 * 50)
+    load = lm_eval.load_model
+    monkeypatch.setattr(lm_eval, "load_model", opened)
+    monkeypatch.setattr(lm_eval, "LOGITS", 96 * 50)
     small = run(job.model, ["arc_easy"], folder)
     assert small.tasks["arc_easy"].acc == whole.tasks["arc_easy"].acc
     assert small.tasks["arc_easy"].acc_norm == whole.tasks["arc_easy"].acc_norm
@@ -318,7 +322,7 @@ def test_the_hub_cannot_be_reached(job):
 
 
 def test_without_lm_eval(job, folder, monkeypatch):
-    monkeypatch.setattr(tasks, "find_spec", lambda name: None if name == "lm_eval" else object())
+    monkeypatch.setattr(lm_eval, "find_spec", lambda name: None if name == "lm_eval" else object())
     with pytest.raises(DataError, match=r"pip install 'trimbit\[eval\]'"):
         run(job.model, ["piqa"], folder)
 
@@ -326,7 +330,7 @@ def test_without_lm_eval(job, folder, monkeypatch):
 def test_a_model_that_overflows(job, folder, monkeypatch):
     model = tiny_model("llama")
     model.get_output_embeddings().weight.data[:] = math.nan
-    monkeypatch.setattr(tasks, "load_model", lambda *_: model)
+    monkeypatch.setattr(lm_eval, "load_model", lambda *_: model)
     with pytest.raises(NumericsError, match=r"piqa: the log-probability of .* is nan"):
         run(job.model, ["piqa"], folder)
 

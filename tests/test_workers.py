@@ -3,7 +3,7 @@
 import pytest
 
 from trimbit.errors import NumericsError
-from trimbit.workers import Workers
+from trimbit.jobs.pool import Workers
 from waiting import opened
 
 

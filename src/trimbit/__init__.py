@@ -3,7 +3,7 @@
 After `import trimbit`, `transformers.AutoModelForCausalLM.from_pretrained` loads compressed directories.
 """
 
-from trimbit.plugin import register as _register
+from trimbit.runtime.transformers import register as _register
 
 __version__ = "0.1.0"
 

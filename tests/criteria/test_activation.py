@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from trimbit.criteria.activation import Config, score
-from trimbit.stats import Moments
+from trimbit.calibrate.moments import Moments
+from trimbit.measure.criteria.activation import Config, score
 
 # three tokens of four channels
 X = torch.tensor([[1.0, 0.0, 2.0, 1.0], [1.0, 3.0, -2.0, 2.0], [1.0, 0.0, 3.0, 3.0]])

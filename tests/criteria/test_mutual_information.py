@@ -11,8 +11,8 @@ from scipy.integrate import quad
 from scipy.special import ndtr, ndtri, xlogy
 from scipy.stats import norm
 
-from trimbit.criteria.mutual_information import Config, classes, information
 from trimbit.errors import NumericsError
+from trimbit.measure.criteria.mutual_information import Config, classes, information
 
 NOISE = 0.02  # of each feature beside the signal, whose variance is 1
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from trimbit.criteria.obs import Config, score
+from trimbit.calibrate.moments import Moments
 from trimbit.errors import NumericsError
-from trimbit.stats import Moments
+from trimbit.measure.criteria.obs import Config, score
 
 
 def correlated(channels, tokens=400, seed=0):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from trimbit.criteria.taylor import Config, score
-from trimbit.gradients import Coupled, Gradient
+from trimbit.calibrate.gradients import Coupled, Gradient
+from trimbit.measure.criteria.taylor import Config, score
 
 KINDS = ("vector", "element_first", "element_second", "element_mixed")
 

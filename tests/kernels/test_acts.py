@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trimbit.kernels.acts import round_activations, round_among
-from trimbit.precision import ActInt, ActRun
+from trimbit.schema.activations import ActInt, ActRun
 
 
 def act_runs(*pairs):

@@ -8,7 +8,7 @@ import torch
 
 from trimbit.errors import NumericsError
 from trimbit.kernels.kv import dequantize_tokens, quantize_tokens
-from trimbit.precision import KVPrecision
+from trimbit.schema.kv_cache import KVPrecision
 
 
 def naive(row, bits, group):

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from plans import FORMATS, runs
-from trimbit.kernels.reference import dequantize
-from trimbit.precision import NF4_LEVELS, code_row_nbytes, group_count, zero_row_nbytes
+from trimbit.kernels.weights import dequantize
+from trimbit.schema.precision import NF4_LEVELS, code_row_nbytes, group_count, zero_row_nbytes
 
 MIXED = [
     runs((70, "int4g32"), (33, "uint3g32"), (7, "bf16"), (65, "uint5g64"), (9, "int2row"), (3, "uint7row")),

@@ -9,11 +9,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from plans import make_plan
 from tiny import MODEL_TYPES, VOCAB, randomize, tiny_config, tiny_model
-from trimbit.apply import cut_unit
 from trimbit.errors import LayoutError
+from trimbit.model.build import build_layout
 from trimbit.model.families import FAMILIES, family_of
-from trimbit.model.layout import Layout, build_layout
-from trimbit.runtime import drop_unit
+from trimbit.model.forward.absent import drop_unit
+from trimbit.model.layout import Layout
+from trimbit.transform.cut import cut_unit
 
 CUTS = {
     "blocks.0.attn.kv": (2, 0),

@@ -8,9 +8,10 @@ from safetensors.torch import save_file
 
 from plans import make_plan, random_plan, runs
 from tiny import tiny_config
-from trimbit.artifact import DTYPES as ARTIFACT_DTYPES
+from trimbit.artifact.writer import DTYPES as ARTIFACT_DTYPES
 from trimbit.errors import PlanError
-from trimbit.model.layout import build_layout, header_bound
+from trimbit.model.build import build_layout
+from trimbit.model.layout import header_bound
 from trimbit.model.shards import METADATA, shard_nbytes, shards
 
 DTYPES = {name: getattr(torch, kind.removeprefix("torch.")) for kind, name in ARTIFACT_DTYPES.items()}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedConfig
 
 from trimbit.errors import CheckpointError, LayoutError
-from trimbit.model.load import materialize, open_checkpoint
+from trimbit.model.checkpoint.open import materialize, open_checkpoint
 
 SIZES = {
     "vocab_size": 64,

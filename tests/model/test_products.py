@@ -8,8 +8,8 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from trimbit.model import products
-from trimbit.model.products import RoundedProducts, fast_bf16, products_in
+from trimbit.model.forward import compute as products
+from trimbit.model.forward.compute import RoundedProducts, fast_bf16, products_in
 
 BF16 = torch.bfloat16
 

@@ -7,11 +7,11 @@ import torch
 
 from plans import runs
 from points import points
+from trimbit.calibrate.inverse import damped
+from trimbit.calibrate.moments import Moments
 from trimbit.errors import NumericsError
-from trimbit.linalg import damped
-from trimbit.quant import gptq, rtn
-from trimbit.quant.grid import fit_grid
-from trimbit.stats import Moments
+from trimbit.transform.quant import gptq, rtn
+from trimbit.transform.quant.grid import fit_grid
 
 SAME_GRID = gptq.Config(scales="absmax", weighted_scales=False)
 FORMATS = [

@@ -10,12 +10,12 @@ from scipy.stats import norm
 
 from plans import FORMATS, runs
 from points import points
+from trimbit.calibrate.moments import Moments
 from trimbit.errors import NumericsError
-from trimbit.precision import NF4_LEVELS
-from trimbit.quant import gptq, rtn
-from trimbit.quant.grid import fit_grid
-from trimbit.quant.qtensor import QTensor
-from trimbit.stats import Moments
+from trimbit.kernels.qtensor import QTensor
+from trimbit.schema.precision import NF4_LEVELS
+from trimbit.transform.quant import gptq, rtn
+from trimbit.transform.quant.grid import fit_grid
 
 GROUPED = [name for name in FORMATS if name != "bf16"]
 INTEGERS = [name for name in GROUPED if "int" in name]

@@ -5,8 +5,8 @@ import torch
 
 from plans import FORMATS, runs
 from points import points
-from trimbit.quant import rtn
-from trimbit.quant.grid import fit_grid
+from trimbit.transform.quant import rtn
+from trimbit.transform.quant.grid import fit_grid
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from plans import runs
+from trimbit.calibrate.moments import Moments
 from trimbit.errors import NumericsError, RecipeError
-from trimbit.quant import gptq, rtn
-from trimbit.repair import lowrank
-from trimbit.repair.lowrank import Config, LowRank
-from trimbit.stats import Moments
+from trimbit.transform.quant import gptq, rtn
+from trimbit.transform.repair import lowrank
+from trimbit.transform.repair.lowrank import Config, LowRank
 
 SHAPES = [(48, 32), (32, 48), (32, 32)]
 COARSE = "int2g32"

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from trimbit.repair import refit
-from trimbit.stats import Moments
+from trimbit.calibrate.moments import Moments
+from trimbit.transform.repair import refit
 
 KEEP = [0, 2, 3, 5, 8, 9, 11]
 RIDGES = (1e-4, 1e-2, 1.0)

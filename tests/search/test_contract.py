@@ -6,28 +6,26 @@ import pkgutil
 
 import pytest
 
-import trimbit.criteria
-import trimbit.quant
-import trimbit.search
-from trimbit.criteria import mutual_information
-from trimbit.precision import Data
-from trimbit.recipe import Recipe
-
-SHARED = {f"trimbit.search.{name}" for name in ("problem", "levels", "optimise", "mixed", "estimators", "hypernetwork")}
+import trimbit.measure.criteria
+import trimbit.search.methods
+import trimbit.transform.quant
+from trimbit.measure.criteria import mutual_information
+from trimbit.schema.base import Data
+from trimbit.schema.recipe import Recipe
 
 
 def modules(package):
     names = [f"{package.__name__}.{found.name}" for found in pkgutil.iter_modules(package.__path__)]
-    return [importlib.import_module(name) for name in names if name not in SHARED]
+    return [importlib.import_module(name) for name in names]
 
 
-SEARCHES = modules(trimbit.search)
-QUANTS = [module for module in modules(trimbit.quant) if hasattr(module, "quantize")]
-CRITERIA = modules(trimbit.criteria)
+SEARCHES = modules(trimbit.search.methods)
+QUANTS = [module for module in modules(trimbit.transform.quant) if hasattr(module, "quantize")]
+CRITERIA = modules(trimbit.measure.criteria)
 
 
 def name(module):
-    return module.__name__.removeprefix("trimbit.")
+    return ".".join(module.__name__.split(".")[-2:])
 
 
 def arguments(function):
@@ -37,14 +35,14 @@ def arguments(function):
 def test_the_walk_finds_what_there_is():
     found = {name(module) for module in (*SEARCHES, *QUANTS, *CRITERIA)}
     assert found >= {
-        "search.knapsack",
-        "search.uniform",
-        "search.fixed",
-        "search.importance",
-        "search.bayes",
-        "search.salient",
-        "search.shares",
-        "search.toga",
+        "methods.knapsack",
+        "methods.uniform",
+        "methods.preset",
+        "methods.importance",
+        "methods.bayes",
+        "methods.outliers",
+        "methods.shares",
+        "methods.toga",
         "quant.rtn",
         "quant.gptq",
         "criteria.obs",

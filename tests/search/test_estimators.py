@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from trimbit.search.estimators import sample
+from trimbit.search.two_formats.estimators import sample
 
 LOGITS = torch.tensor([0.7, -1.3, 2.0])
 A = torch.tensor([[0.5, -1.0, 0.3], [-1.0, 1.2, 0.7], [0.3, 0.7, -0.4]])

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from trimbit.search.hypernetwork import Hypernetwork
+from trimbit.search.two_formats.hypernetwork import Hypernetwork
 
 CHANNELS = {"first": 5, "second": 3, "third": 7}
 

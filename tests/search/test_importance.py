@@ -6,8 +6,8 @@ from itertools import product
 import pytest
 
 from problems import SPACE, formats, problem
-from trimbit.search import importance
-from trimbit.search.levels import levels
+from trimbit.search.methods import importance
+from trimbit.search.variables import levels
 
 BITS = {"binaryrow": 1.0, "ternaryrow": 1.6, "int4row": 4.0}
 

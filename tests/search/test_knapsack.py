@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from problems import LAYOUT, SPACE, additive, formats, measurements, of_width, problem
 from trimbit.errors import BudgetError
 from trimbit.model.layout import header_bound
-from trimbit.search import knapsack, uniform
-from trimbit.search.knapsack import Choice, Config
+from trimbit.search.methods import knapsack, uniform
+from trimbit.search.methods.knapsack import Choice, Config
 from trimbit.search.problem import Problem
+from trimbit.search.solvers import knapsack as solver
 
 EXACT = Config(gap=0)
 MENU = uniform.Config(formats=SPACE.formats, tries=1)
@@ -40,7 +41,7 @@ def total(groups, picked):
 def test_equals_brute_force(groups, data):
     most = sum(max(n for n, _ in group) for group in groups)
     limit = data.draw(st.integers(0, most + 100))
-    picked, best = knapsack.knapsack(groups, limit, EXACT), brute_force(groups, limit)
+    picked, best = solver.knapsack(groups, limit, EXACT), brute_force(groups, limit)
     assert (picked is None) == (best is None)
     if picked is not None:
         nbytes, damage = total(groups, picked)
@@ -53,20 +54,20 @@ def test_equals_brute_force(groups, data):
 def test_a_limit_that_is_met_to_the_byte(groups, data):
     chosen = [data.draw(st.sampled_from(group)) for group in groups]
     limit = sum(n for n, _ in chosen)
-    picked = knapsack.knapsack(groups, limit, EXACT)
+    picked = solver.knapsack(groups, limit, EXACT)
     assert picked is not None
     assert total(groups, picked)[1] <= sum(d for _, d in chosen) + 1e-6
 
 
 def test_impossible_is_none():
-    assert knapsack.knapsack([[(10, 0.0), (7, 1.0)], [(5, 0.0)]], 11, EXACT) is None
-    assert knapsack.knapsack([[(10, 0.0), (7, 1.0)], [(5, 0.0)]], 12, EXACT) == [1, 0]
-    assert knapsack.knapsack([[(10, 0.0), (7, 1.0)], [(5, 0.0)]], 15, EXACT) == [0, 0]
+    assert solver.knapsack([[(10, 0.0), (7, 1.0)], [(5, 0.0)]], 11, EXACT) is None
+    assert solver.knapsack([[(10, 0.0), (7, 1.0)], [(5, 0.0)]], 12, EXACT) == [1, 0]
+    assert solver.knapsack([[(10, 0.0), (7, 1.0)], [(5, 0.0)]], 15, EXACT) == [0, 0]
 
 
 def test_negative_damage_is_taken():
     """Measured damage may be below zero by noise."""
-    assert knapsack.knapsack([[(1, 0.0), (9, -0.5)], [(1, 0.2), (9, 0.1)]], 10, EXACT) == [1, 0]
+    assert solver.knapsack([[(1, 0.0), (9, -0.5)], [(1, 0.2), (9, 0.1)]], 10, EXACT) == [1, 0]
 
 
 def test_damage_never_rises_with_the_budget():
@@ -74,7 +75,7 @@ def test_damage_never_rises_with_the_budget():
     groups = [[(rng.randrange(10**6), rng.random()) for _ in range(5)] for _ in range(8)]
     least = sum(min(n for n, _ in group) for group in groups)
     limits = range(least, 6 * 10**6, 250_000)
-    damages = [total(groups, knapsack.knapsack(groups, limit, EXACT))[1] for limit in limits]
+    damages = [total(groups, solver.knapsack(groups, limit, EXACT))[1] for limit in limits]
     assert len(set(damages)) > 3
     assert all(later <= earlier + 1e-6 for earlier, later in itertools.pairwise(damages))
 
@@ -82,8 +83,8 @@ def test_damage_never_rises_with_the_budget():
 def test_nothing_reaches_stdout(capfd):
     rng = random.Random(1)
     groups = [[(rng.randrange(10**5), rng.random()) for _ in range(8)] for _ in range(60)]
-    assert knapsack.knapsack(groups, 60 * 40_000, Config(nodes=1)) is not None
-    with knapsack._silenced_stdout():
+    assert solver.knapsack(groups, 60 * 40_000, Config(nodes=1)) is not None
+    with solver._silenced_stdout():
         os.write(1, b"from the solver")
     assert capfd.readouterr().out == ""
     os.write(1, b"after it")

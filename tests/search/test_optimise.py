@@ -11,8 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimbit.errors import NumericsError, RecipeError
-from trimbit.search import optimise
-from trimbit.search.optimise import Box, Config
+from trimbit.search.solvers import bayes, gaussian_process
+from trimbit.search.solvers import box as boxes
+from trimbit.search.solvers import pareto as pareto_sets
+from trimbit.search.solvers.bayes import Config
+from trimbit.search.solvers.box import Box
 
 QUICK = Config(pool=32, near=16, steps=15, samples=32)
 
@@ -93,14 +96,14 @@ def test_random_points_fit_and_are_new_and_as_many_as_there_are(costs, share, co
     box, rng = box_of(costs, share), random.Random(seed)
     fitting = everything(box)
     tried = set(rng.sample(fitting, rng.randint(0, len(fitting))))
-    found = optimise.feasible_points(box, count, seeded(seed), tried)
+    found = boxes.feasible_points(box, count, seeded(seed), tried)
     assert len(set(found)) == len(found) == min(count, len(fitting) - len(tried))
     assert set(found) <= set(fitting) - tried
 
 
 def test_random_points_leave_no_room_and_differ_where_chance_would_never_fit():
     box, _ = binary(0, variables=60, share=0.02)
-    found = optimise.feasible_points(box, 50, seeded(0))
+    found = boxes.feasible_points(box, 50, seeded(0))
     assert len(set(found)) == 50
     for point in found:
         left = box.limit - box.nbytes(point)
@@ -115,7 +118,7 @@ def test_neighbours_fit_and_hold_all_steps_and_swaps(costs, share, near, seed):
     box = box_of(costs, share)
     fitting = everything(box)
     point = random.Random(seed).choice(fitting)
-    found = optimise.neighbours(box, point, near, seeded(seed))
+    found = boxes.neighbours(box, point, near, seeded(seed))
     assert len(set(found)) == len(found)
     assert set(found) <= set(fitting) - {point}
     moves = [tuple(b - a for a, b in zip(point, other, strict=True)) for other in fitting]
@@ -129,8 +132,8 @@ def test_neighbours_fit_and_hold_all_steps_and_swaps(costs, share, near, seed):
 def test_a_large_variable_is_exchanged_for_many_small_ones():
     box = Box(costs=((0, 10), *((0, 1),) * 10), values=((0.0, 1.0),) * 11, limit=10)
     small, large = (0,) + (1,) * 10, (1,) + (0,) * 10
-    assert large in optimise.neighbours(box, small, 50, seeded(0))
-    assert small in optimise.neighbours(box, large, 50, seeded(0))
+    assert large in boxes.neighbours(box, small, 50, seeded(0))
+    assert small in boxes.neighbours(box, large, 50, seeded(0))
 
 
 def test_features_are_scaled():
@@ -150,21 +153,21 @@ def test_proposals_fit_and_are_new_and_distinct(costs, share, batch, seed):
     rng = random.Random(seed)
     points = rng.sample(fitting, min(len(fitting), 12))
     values = [rng.choice([0.0, 1.0, rng.random()]) for _ in points]
-    found = optimise.propose(box, points, values, batch, seeded(seed), QUICK)
+    found = bayes.propose(box, points, values, batch, seeded(seed), QUICK)
     assert len(set(found)) == len(found) == min(batch, len(fitting) - len(points))
     assert set(found) <= set(fitting) - set(points)
 
 
 def test_a_batch_begins_with_the_proposal_for_one_and_takes_the_pending_into_account():
     box, damage = binary(1)
-    points = optimise.feasible_points(box, 12, seeded(0))
+    points = boxes.feasible_points(box, 12, seeded(0))
     values = [damage(point) for point in points]
     before = torch.random.get_rng_state()
-    (one,) = optimise.propose(box, points, values, 1, seeded(3), QUICK)
-    batch = optimise.propose(box, points, values, 4, seeded(3), QUICK)
+    (one,) = bayes.propose(box, points, values, 1, seeded(3), QUICK)
+    batch = bayes.propose(box, points, values, 4, seeded(3), QUICK)
     assert batch[0] == one
     assert len(set(batch)) == 4
-    assert batch == optimise.propose(box, points, values, 4, seeded(3), QUICK)
+    assert batch == bayes.propose(box, points, values, 4, seeded(3), QUICK)
     assert torch.equal(before, torch.random.get_rng_state())
 
 
@@ -174,8 +177,8 @@ def test_the_surrogate_predicts_what_it_has_not_seen():
     y = (x[:, 0] - 0.3) ** 2 + 0.5 * (2 * x[:, 1]).sin()
     y = (y - y.mean()) / y.std()
     seen = torch.randperm(81, generator=seeded(0)) < 25
-    with optimise._botorch(0):
-        model = optimise._surrogate(x[seen], y[seen], 50)
+    with gaussian_process._botorch(0):
+        model = gaussian_process._surrogate(x[seen], y[seen], 50)
         with torch.no_grad():
             error = model.posterior(x[~seen]).mean[:, 0] - y[~seen]
     assert error.square().mean() < 0.01
@@ -185,9 +188,9 @@ def test_a_pending_point_is_not_worth_a_second_evaluation():
     """Both ends promise the same; where one is pending, the other one does."""
     x = torch.tensor([[0.3], [0.5], [0.7]], dtype=torch.float64)
     ends = torch.tensor([[[0.0]], [[1.0]]], dtype=torch.float64)
-    with optimise._botorch(0):
-        model = optimise._surrogate(x, torch.tensor([0.7, -1.4, 0.7], dtype=torch.float64), 50)
-        alone, beside = (optimise._acquisition(model, 0.7, ends[:n, 0], 256, 0)(ends) for n in (0, 1))
+    with gaussian_process._botorch(0):
+        model = gaussian_process._surrogate(x, torch.tensor([0.7, -1.4, 0.7], dtype=torch.float64), 50)
+        alone, beside = (gaussian_process._acquisition(model, 0.7, ends[:n, 0], 256, 0)(ends) for n in (0, 1))
     alone, beside = alone.tolist(), beside.tolist()
     assert alone[0] == pytest.approx(alone[1], abs=1e-3)
     assert beside[1] > beside[0] + 0.1
@@ -196,30 +199,30 @@ def test_a_pending_point_is_not_worth_a_second_evaluation():
 @pytest.mark.parametrize("constant", [0.1, 1e6])
 def test_results_that_are_all_alike(constant):
     box, _ = binary(2)
-    points = optimise.feasible_points(box, 6, seeded(0))
-    assert len(optimise.propose(box, points, [constant] * 6, 2, seeded(0), QUICK)) == 2
-    assert len(optimise.propose(box, points[:1], [constant], 1, seeded(0), QUICK)) == 1
+    points = boxes.feasible_points(box, 6, seeded(0))
+    assert len(bayes.propose(box, points, [constant] * 6, 2, seeded(0), QUICK)) == 2
+    assert len(bayes.propose(box, points[:1], [constant], 1, seeded(0), QUICK)) == 1
 
 
 def test_a_fit_that_fails_is_an_error(monkeypatch):
     box, _ = binary(2)
-    points = optimise.feasible_points(box, 6, seeded(0))
+    points = boxes.feasible_points(box, 6, seeded(0))
 
     def refuse(*_args, **_kwargs):
         from botorch.exceptions import ModelFittingError
 
         raise ModelFittingError("all attempts failed")
 
-    optimise.require_botorch()
+    gaussian_process.require_botorch()
     monkeypatch.setattr("botorch.fit.fit_gpytorch_mll", refuse)
     with pytest.raises(NumericsError, match="cannot be fitted to its results: all attempts failed"):
-        optimise.propose(box, points, [float(i) for i in range(6)], 1, seeded(0), QUICK)
+        bayes.propose(box, points, [float(i) for i in range(6)], 1, seeded(0), QUICK)
 
 
 def test_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "botorch", None)
     with pytest.raises(RecipeError, match=r"search bayes needs botorch: pip install 'trimbit\[bo\]'"):
-        optimise.require_botorch()
+        gaussian_process.require_botorch()
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -234,7 +237,7 @@ def test_better_than_chance():
         box, damage = binary(seed)
         asked, drawn = (
             [value for _, value in run(method, box, damage, config, seed=seed).found]
-            for method in (optimise.optimise, optimise.random_search)
+            for method in (bayes.optimise, bayes.random_search)
         )
         assert len(asked) == len(drawn) == 40
         assert asked[:10] == drawn[:10]
@@ -249,11 +252,11 @@ def test_finds_the_least_of_all():
     box, damage = binary(4, variables=10, share=0.4)
     fitting = everything(box)
     assert len(fitting) > 200
-    done = run(optimise.optimise, box, damage, QUICK.model_copy(update={"trials": 36}))
+    done = run(bayes.optimise, box, damage, QUICK.model_copy(update={"trials": 36}))
     assert min(value for _, value in done.found) == min(map(damage, fitting))
 
 
-@pytest.mark.parametrize("method", [optimise.optimise, optimise.random_search])
+@pytest.mark.parametrize("method", [bayes.optimise, bayes.random_search])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_tries_all_of_a_tiny_space_and_stops(method, batch):
     box = Box(costs=((1, 2, 3), (1, 2), (2, 4)), values=((0.0, 1.0, 2.0), (0.0, 1.0), (0.0, 1.0)), limit=7)
@@ -263,12 +266,12 @@ def test_tries_all_of_a_tiny_space_and_stops(method, batch):
     assert len(done.evaluated) == len(everything(box)) < config.trials
 
 
-@pytest.mark.parametrize("method", [optimise.optimise, optimise.random_search])
+@pytest.mark.parametrize("method", [bayes.optimise, bayes.random_search])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_goes_on_as_if_never_interrupted(method, batch):
     box, damage = binary(5, variables=8)
     config = QUICK.model_copy(update={"trials": 9, "initial": 3, "batch": batch})
-    start = optimise.feasible_points(box, 2, seeded(9))
+    start = boxes.feasible_points(box, 2, seeded(9))
     whole = run(method, box, damage, config, start=start)
     assert whole.record == dict(whole.found)
     assert sorted(whole.record, key=whole.numbers.get) == [point for point, _ in whole.found]
@@ -297,7 +300,7 @@ def test_goes_on_as_if_never_interrupted(method, batch):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_damage_that_is_not_finite_is_an_error(bad):
     box, damage = binary(0, variables=6)
-    third = [point for point, _ in run(optimise.random_search, box, damage, Config(trials=5)).found][2]
+    third = [point for point, _ in run(bayes.random_search, box, damage, Config(trials=5)).found][2]
     done = {}
 
     def evaluate(points):
@@ -307,7 +310,7 @@ def test_a_damage_that_is_not_finite_is_an_error(bad):
         done[point] = value
 
     with pytest.raises(NumericsError) as caught:
-        optimise.optimise(box, [], evaluate, {}, Config(batch=4), 0, lambda *_: None, record)
+        bayes.optimise(box, [], evaluate, {}, Config(batch=4), 0, lambda *_: None, record)
     assert str(third) in str(caught.value)
     assert len(done) == 2
 
@@ -316,14 +319,14 @@ def test_what_is_over_the_limit_is_refused():
     box = Box(costs=((1, 2),), values=((0.0, 1.0),), limit=1)
     for start, known in (([(1,)], {}), ([], {(1,): 0.0})):
         with pytest.raises(AssertionError, match="over the limit"):
-            run(optimise.optimise, box, float_sum, QUICK, start=start, known=known)
+            run(bayes.optimise, box, float_sum, QUICK, start=start, known=known)
     with pytest.raises(AssertionError, match="nothing fits"):
-        optimise.feasible_points(Box(costs=((2,),), values=((0.0,),), limit=1), 1, seeded(0))
+        boxes.feasible_points(Box(costs=((2,),), values=((0.0,),), limit=1), 1, seeded(0))
 
 
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), max_size=30))
 def test_pareto_keeps_exactly_the_unbeaten(pairs):
-    front = optimise.pareto([(float(a), float(b)) for a, b in pairs])
+    front = pareto_sets.pareto([(float(a), float(b)) for a, b in pairs])
     assert front == sorted(set(front))
     kept = [pairs[at] for at in front]
     for at, (a, b) in enumerate(pairs):
@@ -343,19 +346,19 @@ def test_pareto_keeps_exactly_the_unbeaten(pairs):
     ],
 )
 def test_a_front_of_files_does_not_trade_for_a_few_bytes(sizes, values, found):
-    assert optimise.front(sizes, values) == found
+    assert pareto_sets.front(sizes, values) == found
 
 
 def test_smaller_points_fit_smaller_limits():
     box, damage = binary(3, variables=12)
     config = Config(smaller=3, pool=16, near=8, steps=5)
-    points = optimise.feasible_points(box, 8, seeded(0))
+    points = boxes.feasible_points(box, 8, seeded(0))
     tried = dict(zip(points, map(damage, points), strict=True))
-    found = optimise.smaller(box, tried, config, 0)
+    found = bayes.smaller(box, tried, config, 0)
     least = box.nbytes(box.lowest)
     limits = [least + (box.limit - least) * part // 3 for part in range(3)]
     assert len(found) == len(set(found)) == 3
     assert not tried.keys() & found
     assert all(box.nbytes(point) <= limit for point, limit in zip(found, limits, strict=True))
     assert found[0] == box.lowest
-    assert found == optimise.smaller(box, tried, config, 0)
+    assert found == bayes.smaller(box, tried, config, 0)

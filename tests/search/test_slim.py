@@ -10,13 +10,13 @@ from jobs import write_text
 from problems import LAYOUT as SMALL
 from problems import REF, Figures
 from tiny import randomize, save_tiny, tiny_config
-from trimbit.artifact import weight_nbytes
+from trimbit.artifact.files import weight_nbytes
 from trimbit.errors import BudgetError, RecipeError
-from trimbit.measurements import Space
-from trimbit.model.layout import build_layout
-from trimbit.pipeline import compress, open_session
-from trimbit.recipe import load_recipe
-from trimbit.search import slim
+from trimbit.model.build import build_layout
+from trimbit.pipeline.recipes import load_recipe
+from trimbit.pipeline.session import compress, open_session
+from trimbit.schema.space import Space
+from trimbit.search.methods import slim
 from trimbit.search.problem import Problem
 
 LAYOUT = build_layout(

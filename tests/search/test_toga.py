@@ -12,12 +12,15 @@ from transformers import AutoConfig
 
 from problems import LAYOUT, Figures, measurements, problem
 from trimbit.errors import ArtifactError, BudgetError, NumericsError, RecipeError
-from trimbit.measurements import Space
-from trimbit.model.head import Judged
-from trimbit.model.layout import build_layout
-from trimbit.precision import ActInt, parse_precision
-from trimbit.search import salient, shares, toga
-from trimbit.search.mixed import Sites, as_masks
+from trimbit.model.build import build_layout
+from trimbit.model.forward.logits import Judged
+from trimbit.schema.activations import ActInt
+from trimbit.schema.precision import parse_precision
+from trimbit.schema.space import Space
+from trimbit.search.methods import outliers as salient
+from trimbit.search.methods import shares, toga
+from trimbit.search.two_formats import training
+from trimbit.search.two_formats.tiles import Sites, as_masks
 
 SPACE = Space(formats=(), table_formats=())
 SMALL = {"low": parse_precision("binaryg32"), "high": parse_precision("int4g32"), "tile": 16, "share": 0.25}
@@ -166,7 +169,7 @@ def test_a_solver_that_finds_nothing_is_an_error_but_where_there_is_no_choice(tm
     config = CONFIG.model_copy(update={"share": 0.0 if least else 0.25})
     task = made(tmp_path, config)
     sites = Sites(task, config)
-    monkeypatch.setattr("trimbit.search.knapsack.knapsack", lambda *_: None)
+    monkeypatch.setattr("trimbit.search.solvers.knapsack.knapsack", lambda *_: None)
     if least:
         sites.__dict__["limit"] = 100  # as if the header left no room
     logits = {site: torch.zeros(count) for site, count in sites.channels.items()}
@@ -270,7 +273,7 @@ def test_a_step_along_the_gradient_is_as_long_as_the_rate_whatever_the_loss(tmp_
         worth = {site: scale * own for site, own in worths().items()}
         task = made(tmp_path / str(scale), config, masked=Invented(worth))
         sites = Sites(task, config)
-        start = toga._start(config, sites, sites.codes(sites.fitting))
+        start = training._start(config, sites, sites.codes(sites.fitting))
         learnt = toga.learn(task, config, sites)
         moved[scale] = torch.cat([own - start[site] for site, own in learnt.items()])
     assert moved[1.0].norm() == pytest.approx(3.0, rel=1e-4)
@@ -339,7 +342,7 @@ def test_parameters_that_overflow_are_seen(tmp_path):
 
 
 def test_logits_that_overflow_are_seen(tmp_path, monkeypatch):
-    monkeypatch.setattr(toga.Training, "logits", lambda self: {s: o * torch.nan for s, o in self.network().items()})
+    monkeypatch.setattr(training.Training, "logits", lambda self: {s: o * torch.nan for s, o in self.network().items()})
     with pytest.raises(NumericsError, match=r"a sample of step 1 of the masks is not finite; no state was kept yet"):
         toga.search(made(tmp_path, CONFIG), CONFIG)
 
@@ -357,7 +360,7 @@ def test_training_starts_at_the_budget_or_where_it_is_told(tmp_path, offset, pri
     task = made(tmp_path, config)
     sites = Sites(task, config)
     target = sites.codes(sites.fitting)
-    start = toga._start(config, sites, target)
+    start = training._start(config, sites, target)
     codes = sum(sites.rows[site] * float(torch.sigmoid(own).sum()) for site, own in start.items())
     if offset is None:
         assert codes == pytest.approx(target, rel=1e-4)
@@ -407,8 +410,8 @@ def test_whole_tiles_learn_where_one_channel_is_worth_a_tile(tmp_path, network):
 
 def test_the_tiles_of_a_site_share_their_mean_and_channels_keep_their_gradients(generator):
     logits = torch.randn(96, generator=generator).requires_grad_()
-    first = toga._tiles(logits, 32)
-    shared = toga._shared(logits, first)
+    first = training._tiles(logits, 32)
+    shared = training._shared(logits, first)
     for tile in logits.detach().argsort(descending=True).view(3, 32):
         assert {int(own) for own in first[tile]} == {int(tile[0])}
         torch.testing.assert_close(shared[tile].detach(), logits[tile].mean().detach().expand(32))
@@ -416,7 +419,7 @@ def test_the_tiles_of_a_site_share_their_mean_and_channels_keep_their_gradients(
     found = torch.autograd.grad((weights * shared).sum(), logits)[0]
     of_tile = torch.stack([weights[first == tile].mean() for tile in first])
     torch.testing.assert_close(found, weights + of_tile)
-    assert toga._tiles(logits, 1).tolist() == list(range(96))
+    assert training._tiles(logits, 1).tolist() == list(range(96))
 
 
 def test_the_penalty_holds_the_share_that_is_high(tmp_path):
@@ -443,7 +446,7 @@ def test_projection_holds_the_budget_and_gradients_know_of_it(tmp_path):
 
     def of(values):
         """Codes that are high in the mean, and what they are worth."""
-        ps = {site: torch.sigmoid(own.double()) for site, own in toga._projected(values, sites, target).items()}
+        ps = {site: torch.sigmoid(own.double()) for site, own in training._projected(values, sites, target).items()}
         return (sum((each[site] * p).sum() for site, p in ps.items()) for each in (sites.rows, worth))
 
     codes, value = of(logits)

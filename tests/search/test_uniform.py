@@ -4,8 +4,8 @@ import pytest
 
 from problems import LAYOUT, formats, problem
 from trimbit.errors import BudgetError
-from trimbit.search import uniform
-from trimbit.search.uniform import Config
+from trimbit.search.methods import uniform
+from trimbit.search.methods.uniform import Config
 
 MENU = formats("int8row", "int2row", "int4g32", "uint4g32", "int3row")
 SIZES = {p.name: problem(0).uniform(p, "").found_by.nbytes for p in MENU}

@@ -1,1 +1,4 @@
-"""Packing, and every kernel beside its slow twin."""
+"""Storage and operators of packed data, each fast one beside a slow twin.
+
+Takes codes, scales and runs; gives values, or packs values into codes.
+"""

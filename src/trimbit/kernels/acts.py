@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn import functional
 
-from trimbit.precision import ActInt, ActRun
+from trimbit.schema.activations import ActInt, ActRun
 
 
 def take_channels(

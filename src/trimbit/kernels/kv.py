@@ -9,8 +9,8 @@ from torch import Tensor
 
 from trimbit.errors import NumericsError
 from trimbit.kernels.pack import pack, unpack
-from trimbit.kernels.reference import per_column
-from trimbit.precision import KVPrecision
+from trimbit.kernels.weights import per_column
+from trimbit.schema.kv_cache import KVPrecision
 
 
 def quantize_tokens(

@@ -79,7 +79,6 @@ def _feed_forward(*, norms: tuple[str, ...] = ("post_attention_layernorm",), fus
 
 _SANDWICH_ATTN = ("input_layernorm", "post_attention_layernorm")
 _SANDWICH_MLP = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
-
 FAMILIES: dict[str, Family] = {
     "llama": Family(attn=_attention(), mlp=_feed_forward()),
     "mistral": Family(attn=_attention(), mlp=_feed_forward()),

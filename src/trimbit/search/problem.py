@@ -8,13 +8,17 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Generator, Tensor, device
 
 from trimbit.errors import BudgetError
-from trimbit.measure import format_of, menu_of, sites_of, widths_of
-from trimbit.measurements import Measurements, Outcome, Space
-from trimbit.model.head import Judged
+from trimbit.jobs.progress import Reporter, Silent
+from trimbit.measure.choices import format_of, menu_of, sites_of, widths_of
+from trimbit.model.forward.logits import Judged
 from trimbit.model.layout import Layout, Unit
-from trimbit.plan import ModelRef, Plan, Provenance, Rotation
-from trimbit.precision import Data, KVPrecision, Precision, Run
-from trimbit.progress import Reporter, Silent
+from trimbit.schema.base import Data
+from trimbit.schema.kv_cache import KVPrecision
+from trimbit.schema.measurements import Measurements
+from trimbit.schema.objective import Outcome
+from trimbit.schema.plan import ModelRef, Plan, Provenance, Rotation
+from trimbit.schema.precision import Precision, Run
+from trimbit.schema.space import Space
 
 Evaluate = Callable[[Plan], float]
 Outcomes = Callable[[Sequence[Plan]], Iterable[tuple[int, Outcome]]]

@@ -1,0 +1,31 @@
+"""The model card of a compressed directory."""
+
+from pathlib import Path
+
+from trimbit.model.layout import Layout
+from trimbit.schema.plan import Plan
+
+
+def model_card(
+    version: str, model_id: str, license_name: str | None, layout: Layout, plan: Plan, calibration: str
+) -> str:
+    """README.md of a compressed directory."""
+    nbytes, found = layout.file_nbytes(plan), plan.found_by
+    license_line = f"license: {license_name}\n" if license_name else ""
+    damage = f"{found.measured_damage:.4f} nats a token" if found.measured_damage is not None else "not measured"
+    cache = f" Keys and values are cached in {plan.kv_cache.label}." if plan.kv_cache is not None else ""
+    text = "text sampled from the model itself" if calibration == "self" else Path(calibration).name
+    return (
+        f"---\nbase_model: {model_id}\nlibrary_name: trimbit\n{license_line}"
+        "tags: [trimbit, quantized, pruned]\n---\n\n"
+        f"# {model_id}, {nbytes / 1e6:.1f} MB\n\n"
+        f"Compressed with trimbit {version}: {found.method}. Weight file {nbytes:,} bytes, "
+        f"{8 * nbytes / layout.parameters:.2f} bits per original parameter; "
+        f"KL to the original on held-out calibration text: {damage}.\n"
+        f"Calibrated on {text}, seed {found.seed}.{cache}\n\n"
+        "```python\nimport trimbit  # makes transformers know this format\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("this directory")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("this directory")\n```\n\n'
+        "`plan.json` says what was cut and how many bits each weight has, `recipe.yaml` how that was decided.\n"
+    )

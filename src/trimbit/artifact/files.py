@@ -1,0 +1,69 @@
+"""What lies in a compressed directory, and under which names."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from trimbit.errors import ArtifactError
+from trimbit.model.layout import Layout
+from trimbit.schema.plan import Plan
+from trimbit.schema.structure import Structure
+
+METHOD = "trimbit"  # the `model_type` of a compressed directory
+FORMAT_VERSION = 1
+PLAN_FILE = "plan.json"
+RECIPE_FILE = "recipe.yaml"
+
+
+def require_absent(out: Path, *, file: bool = False) -> None:
+    """Refuse an output that exists or cannot be made, before anything long; a directory may be there if it is empty.
+
+    Raises:
+        ArtifactError: if there is something under this name already, or no directory that it can be made in.
+    """
+    if out.exists() and (file or not out.is_dir() or any(out.iterdir())):
+        raise ArtifactError(f"{out} exists already; give a new {'file' if file else 'directory'} or remove it")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ArtifactError(f"cannot write {out}: {above} is no directory that can be written to")
+
+
+def structure_of(plan: Plan, layout: Layout) -> Structure:
+    """What the runtime needs of a plan."""
+    return Structure(
+        widths=plan.widths, weights=plan.weights, biases=plan.biases, adapters=plan.adapters,
+        gathers=layout.gathers(plan), acts=plan.acts, rotation=plan.rotation, kv_cache=plan.kv_cache,
+    )  # fmt: skip
+
+
+def config_fields(layout: Layout, plan: Plan) -> dict[str, Any]:
+    """config.json of a compressed directory."""
+    base = layout.config.to_dict()
+    for key in ("_name_or_path", "transformers_version"):
+        base.pop(key, None)
+    fields = {
+        "architectures": ["TrimbitForCausalLM"],
+        "model_type": METHOD,
+        "format_version": FORMAT_VERSION,
+        "dtype": "bfloat16",
+        "base": base,
+        "structure": structure_of(plan, layout).model_dump(mode="json"),
+    }
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "max_position_embeddings"):
+        if key in base:
+            fields[key] = base[key]
+    return fields
+
+
+def weight_nbytes(folder: Path) -> int:
+    """Bytes of the weight files in a directory, headers included."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def is_compressed(folder: Path) -> bool:
+    """Whether a directory holds a compressed model."""
+    try:
+        return bool(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") == METHOD)
+    except (OSError, ValueError, AttributeError):
+        return False

@@ -1,0 +1,80 @@
+"""Statistics of the inputs of each site, collected block by block in one sweep, stored, and reused.
+
+H = E[x x^T] and the mean of x, over the calibration tokens, in fp32.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from jaxtyping import Int
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trimbit.calibrate.moments import Accumulator, Moments
+from trimbit.calibrate.taps import Tap
+from trimbit.jobs.cache import save_whole
+from trimbit.jobs.progress import Progress
+from trimbit.model.forward.stream import BlockStream, embed_chunks
+
+
+class Stats:
+    """The moments of every site of the dense model, one file a block, read when asked for."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self.folder = folder
+        self.count = count
+
+    def moments(self, site: str) -> Moments:
+        """The moments of a site such as `blocks.7.mlp.mid` or `head_in`."""
+        with safe_open(self.folder / _file(site), framework="pt") as file:
+            return Moments(count=self.count, h=file.get_tensor(f"{site}.h"), mean=file.get_tensor(f"{site}.mean"))
+
+
+def _file(site: str) -> str:
+    parts = site.split(".")
+    return f"block-{int(parts[1]):04d}.safetensors" if parts[0] == "blocks" else f"{site}.safetensors"
+
+
+def _files(blocks: int) -> list[str]:
+    return [_file(f"blocks.{index}") for index in range(blocks)] + [_file("head_in")]
+
+
+def stored(folder: Path, blocks: int, count: int) -> Stats | None:
+    """The statistics under `folder`, if a sweep over `count` tokens has finished there."""
+    return Stats(folder, count) if all((folder / name).exists() for name in _files(blocks)) else None
+
+
+def collect(stream: BlockStream, tokens: Int[Tensor, "rows length"], folder: Path, progress: Progress) -> Stats:
+    """Run the dense model over the tokens block by block and store the moments of every site under `folder`.
+
+    Each file appears whole or not at all; the last one is the head's, so that its presence means all are there.
+    """
+    layout = stream.layout
+    files = _files(layout.blocks)
+    folder.mkdir(parents=True, exist_ok=True)
+    hidden = embed_chunks(stream, tokens)
+    for index in range(layout.blocks):
+        block = stream.load(index)
+        sites = stream.site_modules(index, block)
+        sums = {site: Accumulator() for site in sites}
+        for at, chunk in enumerate(hidden):
+            with Tap(sites) as seen:
+                hidden[at] = stream.run(index, block, chunk)
+            for site, x in seen.items():
+                sums[site].add(x)
+        _store(folder / files[index], sums)
+        progress(index + 1, layout.blocks)
+    final = Accumulator()
+    for chunk in hidden:
+        final.add(stream.final_norm(chunk).flatten(0, -2))
+    _store(folder / files[-1], {"head_in": final})
+    return Stats(folder, tokens.numel())
+
+
+def _store(path: Path, sums: Mapping[str, Accumulator]) -> None:
+    tensors: dict[str, Tensor] = {}
+    for site, total in sums.items():
+        moments = total.moments()
+        tensors |= {f"{site}.h": moments.h, f"{site}.mean": moments.mean}
+    save_whole(path, lambda beside: save_file(tensors, beside))

@@ -1,0 +1,69 @@
+"""The original model's last hidden states for rows of tokens, kept on disk, and its head.
+
+They are computed block by block before training begins, so that the original is never whole in memory beside the model
+that is trained, and are there for the next training on the same rows.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trimbit.jobs.cache import save_whole
+from trimbit.jobs.progress import Progress
+from trimbit.model.forward.compute import fastest_device
+from trimbit.model.forward.logits import Head
+from trimbit.model.forward.stream import BlockStream
+from trimbit.schema.base import digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Original:
+    """The model that is learnt from: what its head reads for a row of tokens, and the head."""
+
+    hidden: Callable[[Int[Tensor, " length"]], Float[Tensor, "length hidden"]]
+    head: Head
+
+
+CARRIED = 2**28  # bytes of hidden states in fp32 that one sweep over the blocks carries
+
+
+def original_of(stream: BlockStream, rows: Iterable[Tensor], folder: Path, progress: Progress) -> Original:
+    """The original for `rows`; what `folder` lacks is computed, a row at a time, so that no row depends on others.
+
+    A row of n tokens takes 2 n hidden bytes there. A GPU computes it where there is one.
+    """
+    device = fastest_device()
+
+    def place(tokens: Tensor) -> Path:
+        return folder / f"{digest(tokens.tolist())}.safetensors"
+
+    missing = {path: tokens for tokens in rows if not (path := place(tokens)).exists()}
+    groups = _groups(missing, 4 * stream.layout.sizes["hidden"])
+    for number, group in enumerate(groups):
+        hidden = [stream.embed(missing[path][None]).to(device) for path in group]
+        for index in range(stream.layout.blocks):
+            block = stream.load(index).to(device, stream.compute)
+            hidden = [stream.run(index, block, row) for row in hidden]
+            progress(number * stream.layout.blocks + index + 1, len(groups) * stream.layout.blocks)
+        for path, last in zip(group, hidden, strict=True):
+            save_whole(path, partial(save_file, {"hidden": stream.final_norm(last.cpu())[0].to(torch.bfloat16)}))
+    return Original(hidden=lambda tokens: load_file(place(tokens))["hidden"].to(stream.compute), head=stream.head())
+
+
+def _groups(rows: Mapping[Path, Tensor], token_nbytes: int) -> list[list[Path]]:
+    """Rows in their order, cut where what they carry would be more than `CARRIED`."""
+    groups: list[list[Path]] = []
+    carried = CARRIED
+    for path, tokens in rows.items():
+        carried += len(tokens) * token_nbytes
+        if carried > CARRIED:
+            groups.append([])
+            carried = len(tokens) * token_nbytes
+        groups[-1].append(path)
+    return groups

@@ -1,0 +1,204 @@
+"""Token sets for calibration and evaluation from files.
+
+Nothing here downloads. Files are read as the published protocols read them: WikiText `.raw` lines
+are the hub's rows, joined by two newlines; windows do not overlap and hold no special tokens, but
+for the BOS that opens each window where the tokenizer's default adds one.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int, Int64
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from trimbit.errors import DataError
+
+SUFFIXES = (".txt", ".md", ".raw", ".jsonl")  # each may be followed by .gz
+TEXT_KEYS = ("text", "page", "content")  # a jsonl row's text is the first of these
+INSTRUCT_KEYS = ("instruction", "input", "output")  # or these, joined by newlines
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenSet:
+    """Rows of tokens and where they come from: `self` or a file's name, and the seed."""
+
+    name: str
+    tokens: Int64[Tensor, "rows length"]
+    seed: int
+
+    @property
+    def digest(self) -> str:
+        """Sha256 (hex) of the shape and the tokens; name and seed do not enter."""
+        shape = "x".join(map(str, self.tokens.shape))
+        data = self.tokens.cpu().contiguous().numpy().astype("<i8").tobytes()
+        return hashlib.sha256(f"{shape}:".encode() + data).hexdigest()
+
+    def split(self, held_out: int) -> "tuple[TokenSet, TokenSet]":
+        """The first `rows - held_out` rows and the last `held_out` rows.
+
+        Raises:
+            DataError: if either part would be empty.
+        """
+        rows = len(self.tokens)
+        if not 0 < held_out < rows:
+            msg = f"{self.name}: cannot hold out {held_out} of {rows} rows"
+            raise DataError(msg)
+        first, last = self.tokens[:-held_out], self.tokens[-held_out:]
+        return replace(self, tokens=first), replace(self, tokens=last)
+
+
+def read_text(path: Path) -> str:
+    """The text of a `.txt`, `.md`, `.raw` (WikiText) or `.jsonl` file, with or without `.gz`.
+
+    Plain text is used as it is. Lines of `.raw` become rows: "" if blank, else the line with its
+    newline. Rows, as the documents of a `.jsonl`, are joined by two newlines.
+
+    Raises:
+        DataError: if the file is missing, of another kind, or not valid utf-8, gzip or JSON.
+    """
+    suffix, text = _decoded(path)
+    if suffix == ".raw":
+        lines = io.StringIO(text, newline="\n")  # only \n ends a line, not U+2028 or U+0085
+        return "\n\n".join(line if line.strip() else "" for line in lines)
+    return "\n\n".join(_documents(path, text)) if suffix == ".jsonl" else text
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """The rows of a `.jsonl` file, with or without `.gz`, and their line numbers.
+
+    Raises:
+        DataError: if the file is missing, of another kind, or not valid utf-8, gzip or JSON.
+    """
+    suffix, text = _decoded(path)
+    if suffix != ".jsonl":
+        msg = f"{path}: a .jsonl file is needed, with or without .gz"
+        raise DataError(msg)
+    return _rows(path, text)
+
+
+def _decoded(path: Path) -> tuple[str, str]:
+    """A file's suffix, without `.gz`, and its text."""
+    suffix = (path.with_suffix("") if path.suffix == ".gz" else path).suffix
+    if suffix not in SUFFIXES or not path.is_file():
+        problem = "no such file" if suffix in SUFFIXES else f"unknown suffix {path.suffix!r}"
+        msg = f"{path}: {problem}; known are {', '.join(SUFFIXES)}, each also with .gz"
+        raise DataError(msg)
+    try:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        msg = f"{path}: cannot be read as utf-8 text{' in gzip' * (path.suffix == '.gz')}: {error}"
+        raise DataError(msg) from error
+    return suffix, text
+
+
+def _rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            msg = f"{path}, line {number}: not valid JSON: {error}"
+            raise DataError(msg) from error
+
+
+def _documents(path: Path, text: str) -> Iterator[str]:
+    for number, row in _rows(path, text):
+        document = _row_text(row) if isinstance(row, dict) else None
+        if document is None:
+            found = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
+            known = f"{', '.join(TEXT_KEYS)}, or {' + '.join(INSTRUCT_KEYS)}"
+            msg = f"{path}, line {number}: found {found or 'no keys'}; needs a string in {known}"
+            raise DataError(msg)
+        yield document
+
+
+def _row_text(row: dict[str, Any]) -> str | None:
+    """A row's text, or None; an instruction's `input` may be missing or empty."""
+    key = next((key for key in TEXT_KEYS if key in row), None)
+    if key is None and not {"instruction", "output"} <= row.keys():
+        return None
+    parts = [row[key]] if key else [row[name] for name in INSTRUCT_KEYS if row.get(name) != ""]
+    return "\n".join(parts) if all(isinstance(part, str) for part in parts) else None
+
+
+def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Int64[Tensor, " n"]:
+    """The tokens of a text of any length, without special tokens."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def default_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The BOS token, if this tokenizer puts it before a text by default; else None."""
+    bos: int | None = tokenizer.bos_token_id
+    ids = tokenizer("a", add_special_tokens=True)["input_ids"]
+    return bos if ids and ids[0] == bos else None
+
+
+def windows(ids: Int[Tensor, " n"], length: int, *, bos: int | None) -> Int[Tensor, "rows length"]:
+    """Cuts tokens into windows of `length` that do not overlap; what remains at the end is dropped.
+
+    With a BOS each window is the BOS and `length - 1` tokens.
+
+    Raises:
+        DataError: if there are too few tokens for one window.
+    """
+    body = length - (bos is not None)
+    _positive("window length without BOS", body)
+    if len(ids) < body:
+        msg = f"{len(ids)} tokens found, {body} needed for one window; give more text"
+        raise DataError(msg)
+    rows = ids[: len(ids) // body * body].reshape(-1, body)
+    return rows if bos is None else torch.cat([rows.new_full((len(rows), 1), bos), rows], dim=1)
+
+
+def evaluation_windows(
+    path: Path, tokenizer: PreTrainedTokenizerBase, *, context: int, limit: int | None
+) -> Int64[Tensor, "n context"]:
+    """A file's windows of `context` tokens, in order from its start, at most `limit` of them.
+
+    Raises:
+        DataError: if the file cannot be read or is shorter than a window, or `limit` is below 1.
+    """
+    if limit is not None:
+        _positive("limit", limit)
+    ids = encode(read_text(path), tokenizer)
+    try:
+        return windows(ids, context, bos=default_bos(tokenizer))[:limit]
+    except DataError as error:
+        msg = f"{path}: {error}"
+        raise DataError(msg) from error
+
+
+def from_file(path: Path, tokenizer: PreTrainedTokenizerBase, *, rows: int, length: int, seed: int) -> TokenSet:
+    """Draws `rows` different windows of `length` tokens from a file, in the order drawn.
+
+    Raises:
+        DataError: if the file cannot be read, or has fewer windows than `rows`.
+    """
+    _positive("rows", rows)
+    found = evaluation_windows(path, tokenizer, context=length, limit=None)
+    if len(found) < rows:
+        msg = (
+            f"{path}: {rows} rows of {length} tokens asked, the text has {len(found)}; "
+            f"ask for at most {len(found)} rows, shorten them or give more text"
+        )
+        raise DataError(msg)
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
+    return TokenSet(name=path.name, tokens=found[order[:rows]], seed=seed)
+
+
+def _positive(what: str, value: int) -> None:
+    if value < 1:
+        msg = f"{what} is {value}; must be at least 1"
+        raise DataError(msg)

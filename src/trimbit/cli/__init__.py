@@ -1,0 +1,4 @@
+"""The commands.
+
+Takes arguments; prints results on stdout, progress and errors on stderr.
+"""

@@ -1,0 +1,130 @@
+"""The commands that search and apply: compress, plan, apply."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from trimbit.cli.bars import Bars
+from trimbit.cli.options import (
+    CONTEXT,
+    BudgetText,
+    Calibration,
+    DryRun,
+    Model,
+    Out,
+    Overrides,
+    RecipeName,
+    Seed,
+    stdout,
+)
+
+if TYPE_CHECKING:
+    from trimbit.model.layout import Layout
+    from trimbit.pipeline.session import Session
+    from trimbit.schema.budget import Budget
+    from trimbit.schema.plan import Plan
+    from trimbit.schema.recipe import Recipe
+
+
+def compress(
+    model: Model, out: Out, budget: BudgetText = None, recipe: RecipeName = "knapsack",
+    calibration: Calibration = "self", overrides: Overrides = None, seed: Seed = 0, dry_run: DryRun = False,
+) -> None:  # fmt: skip
+    """Find the best model within a budget and write it."""
+    from trimbit.artifact.files import require_absent
+    from trimbit.pipeline.recipes import load_recipe
+    from trimbit.pipeline.session import compress as run
+    from trimbit.schema.budget import Budget
+
+    limit = Budget.parse(budget) if budget is not None else None
+    require_absent(out)
+    session = _session(model, load_recipe(recipe, tuple(overrides or ())), calibration, seed)
+    if dry_run:
+        _estimate(session, limit)
+        return
+    plan = run(session, limit, out)
+    print_summary(session.layout, plan, session.limit(limit), out)
+
+
+def plan(
+    model: Model, out: Out, budget: BudgetText = None, recipe: RecipeName = "knapsack",
+    calibration: Calibration = "self", overrides: Overrides = None, seed: Seed = 0, dry_run: DryRun = False,
+) -> None:  # fmt: skip
+    """Find the best plan within a budget and write it as JSON."""
+    from trimbit.artifact.files import require_absent
+    from trimbit.pipeline.recipes import load_recipe
+    from trimbit.schema.budget import Budget
+
+    limit = Budget.parse(budget) if budget is not None else None
+    require_absent(out, file=True)
+    session = _session(model, load_recipe(recipe, tuple(overrides or ())), calibration, seed)
+    if dry_run:
+        _estimate(session, limit)
+        return
+    found = session.find_plan(limit)
+    found.save(out)
+    print_summary(session.layout, found, session.limit(limit), out)
+
+
+def apply_command(
+    model: Model, plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="a plan.json")], out: Out,
+    recipe: Annotated[str | None, typer.Option("--recipe", help="another one than the plan was found by")] = None,
+    calibration: Annotated[str | None, typer.Option("--calibration", help="`self`, or the text's file")] = None,
+    overrides: Overrides = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="another one than the plan was found with")] = None,
+) -> None:  # fmt: skip
+    """Apply a plan to a model and write the compressed directory, by the recipe that the plan was found by."""
+    from trimbit.artifact.files import require_absent
+    from trimbit.errors import PlanError
+    from trimbit.pipeline.recipes import load_recipe, read_recipe
+    from trimbit.schema.plan import load_plan
+
+    require_absent(out)
+    found, own = load_plan(plan_file), tuple(overrides or ())
+    by = found.found_by
+    resolved = read_recipe(by.recipe, str(plan_file), own) if recipe is None else load_recipe(recipe, own)
+    session = _session(model, resolved, calibration or "self", by.seed if seed is None else seed)
+    if calibration is None and by.calibration != "self" and session.judges_plans:
+        raise PlanError(f"the plan was found on {by.calibration}: give that file, or another text (--calibration)")
+    written = session.write(found, out)
+    print_summary(session.layout, written, session.layout.file_nbytes(written), out)
+
+
+def _session(model: Path, recipe: "Recipe", calibration: str, seed: int) -> "Session":
+    from trimbit.pipeline.session import open_session
+
+    return open_session(model, recipe, calibration=calibration, seed=seed, reporter=Bars())
+
+
+def print_summary(layout: "Layout", plan: "Plan", limit: int, out: Path) -> None:
+    """What was decided, in a few lines."""
+    found = plan.found_by
+    nbytes = layout.file_nbytes(plan)
+    cut = [dim for dim in plan.cuts if len(plan.cuts[dim]) < layout.unit_of_dim(dim).size]
+    pruned = f"{len(cut)} of {2 * layout.blocks} sub-blocks cut" if cut else "no pruning was chosen"
+    share, bits = 100 * nbytes / limit, 8 * nbytes / layout.parameters
+    stdout.print(f"{out}: {nbytes:,} bytes of {limit:,} ({share:.2f} %), {bits:.2f} bits a parameter", highlight=False)
+    stdout.print(f"{found.method}; {pruned}", highlight=False)
+    if found.measured_damage is not None:
+        stdout.print(
+            f"KL to the original on held-out calibration tokens: {found.measured_damage:.4f} nats a token",
+            highlight=False,
+        )
+    if plan.kv_cache is not None:
+        from trimbit.report.plan_table import cache_line
+
+        stdout.print(cache_line(layout, plan, CONTEXT), highlight=False)
+    for note in found.notes:
+        stdout.print(note, highlight=False)
+
+
+def _estimate(session: "Session", budget: "Budget | None") -> None:
+    """What a run would take: bytes exactly bounded, memory and time from sizes."""
+    from trimbit.pipeline.dry_run import estimate
+
+    table = Table(show_header=False, title="dry run: nothing was written")
+    for what, value in estimate(session, budget):
+        table.add_row(what, value)
+    stdout.print(table)

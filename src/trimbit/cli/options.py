@@ -1,0 +1,29 @@
+"""Arguments and options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+CONTEXT = 2048  # tokens; of windows, and what a cache is counted at
+stdout, stderr = Console(), Console(stderr=True)
+
+Model = Annotated[Path, typer.Argument(help="a directory with config.json and safetensors, or a .gguf file")]
+Out = Annotated[Path, typer.Argument(help="the directory or file to write")]
+BudgetText = Annotated[
+    str | None,
+    typer.Option("--budget", help="limit on the weight files: 45MB, 45MiB, 2.5bpw or 0.2x; default the recipe's own"),
+]
+RecipeName = Annotated[str, typer.Option("--recipe", help="the name of a recipe, or a .yaml file")]
+Calibration = Annotated[
+    str, typer.Option("--calibration", help="`self` (sampled from the model) or a .txt, .jsonl or .jsonl.gz file")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="override a recipe's parameter: stage.parameter=value")
+]
+Seed = Annotated[int, typer.Option("--seed", help="of everything random")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="check everything and estimate size, memory and time; write nothing")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]

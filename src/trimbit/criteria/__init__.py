@@ -1,1 +1,0 @@
-"""What a method knows about importance: one criterion a file."""

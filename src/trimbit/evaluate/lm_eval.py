@@ -1,0 +1,211 @@
+"""Zero-shot tasks by lm-eval: its own prompts, targets and metrics, on documents from local files or from the hub.
+
+Log-probabilities are taken in fp32. A limit takes the first documents. A prompt longer than the model's positions loses
+its start, as always in lm-eval.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+import yaml
+from transformers import PreTrainedModel
+
+from trimbit.errors import DataError, NumericsError
+from trimbit.evaluate.speed import hardware
+from trimbit.evaluate.tasks import SOURCES, _check_rows, _file, mean_score
+from trimbit.jobs.progress import Progress, Reporter
+from trimbit.model.forward.compute import fast_bf16
+from trimbit.runtime.load import load_model, load_tokenizer
+from trimbit.schema.evaluation import Score, TaskEvaluation, TaskScore
+
+NEEDS = ("lm_eval", "datasets", "accelerate")
+LOGITS = 2**27  # in a batch: with a vocabulary of 49,152, 2,730 tokens and 0.8 GB in bf16 and fp32
+BATCH = 16  # at most: more pads more and is no faster
+
+
+def check_tasks(names: tuple[str, ...], folder: Path | None, limit: int | None = None) -> None:
+    """See that the tasks can be run, before anything else takes time.
+
+    Raises:
+        DataError: if lm-eval is not installed, a name is not known, a file is missing or malformed, or there is no
+            folder and lm-eval does not get its own data sets.
+    """
+    if any(find_spec(package) is None for package in NEEDS):
+        raise DataError("zero-shot tasks need the package lm-eval: pip install 'trimbit[eval]'")
+    if limit is not None and limit < 1:
+        raise DataError(f"limit is {limit}; must be at least 1")
+    for name in names or ("",):
+        if name not in SOURCES:
+            raise DataError(f"no task {name!r}; known are {', '.join(SOURCES)}")
+        if folder is not None:
+            _check_rows(_file(name, folder), SOURCES[name].fields)
+    if folder is None:
+        with _quiet(), TemporaryDirectory(prefix="trimbit-tasks-") as scratch:
+            for name in names:
+                _open_task(name, None, 1, Path(scratch))
+
+
+def evaluate_tasks(
+    path: Path, names: tuple[str, ...], *, folder: Path | None, limit: int | None, dtype: torch.dtype,
+    reporter: Reporter,
+) -> TaskEvaluation:  # fmt: skip
+    """Run a model, original or compressed, over zero-shot tasks.
+
+    Args:
+        path: the model.
+        names: of tasks in `SOURCES`.
+        folder: the tasks' files, each .jsonl or .jsonl.gz; without one lm-eval gets its own data sets from the hub.
+        limit: documents a task, the first ones; None for all.
+        dtype: of the model.
+        reporter: gets a stage a task, which counts choices.
+
+    Raises:
+        DataError: if the tasks cannot be run, see `check_tasks`, or lm-eval cannot use their data.
+        NumericsError: if a log-probability is not finite.
+    """
+    check_tasks(names, folder, limit)
+    scores = score_tasks(
+        load_model(path, dtype), load_tokenizer(path), names, folder=folder, limit=limit, reporter=reporter
+    )
+    return TaskEvaluation(
+        model=str(path), task_data=str(folder) if folder else None, task_limit=limit,
+        tasks=scores, task_mean=mean_score(scores),
+        dtype=str(dtype).removeprefix("torch."), hardware=hardware(), threads=torch.get_num_threads(),
+        versions={package: version(package) for package in ("torch", "transformers", "lm_eval")},
+    )  # fmt: skip
+
+
+def score_tasks(
+    model: PreTrainedModel, tokenizer: Any, names: tuple[str, ...], *, folder: Path | None, limit: int | None,  # noqa: ANN401
+    reporter: Reporter,
+) -> dict[str, TaskScore]:  # fmt: skip
+    """Run a model in memory over tasks; see `evaluate_tasks`."""
+    from lm_eval.models.huggingface import HFLM
+
+    with _quiet(), TemporaryDirectory(prefix="trimbit-tasks-") as scratch:
+        tasks = {name: _open_task(name, folder, limit, Path(scratch)) for name in names}
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, softmax_dtype="float32")
+        scores = {}
+        for name, task in tasks.items():
+            with reporter.stage(name) as progress:
+                scores[name] = _run(lm, name, task, limit, progress)
+    return scores
+
+
+def _open_task(name: str, folder: Path | None, limit: int | None, scratch: Path) -> Any:  # noqa: ANN401
+    """lm-eval's task with its requests; only where the documents come from is ours."""
+    import lm_eval.tasks
+
+    source, file = SOURCES[name], _file(name, folder) if folder else None
+    fields: dict[str, Any] = {
+        "include": str(Path(lm_eval.tasks.__file__).parent / source.config),
+        "num_fewshot": 0,
+    }
+    if file:
+        fields |= {"dataset_path": "json", "dataset_name": None}
+        fields |= {"training_split": None, "validation_split": None, "test_split": None}
+        fields[f"{source.split}_split"] = source.split
+        fields["dataset_kwargs"] = {"data_files": {source.split: str(file.absolute())}, "cache_dir": str(scratch)}
+    config = scratch / f"{name}.yaml"
+    config.write_text(yaml.safe_dump(fields), encoding="utf-8")
+    try:
+        loaded = lm_eval.tasks.TaskManager(include_defaults=False).load([str(config)])
+        task = loaded["tasks"][name]
+        for number, doc in task.doc_iterator(limit=limit):
+            _check_target(task, number, doc)
+        task.build_all_requests(limit=limit)
+    except Exception as err:  # what lm-eval, datasets, pyarrow and jinja raise has no common base
+        advice = "" if file else "; give a folder with its file (--task-data, or search.objective.data in a recipe)"
+        raise DataError(f"{file or name}: lm-eval cannot use the data: {_reason(err)}{advice}") from err
+    return task
+
+
+def _check_target(task: Any, number: int, doc: dict[str, Any]) -> None:  # noqa: ANN401
+    """lm-eval counts a document whose target is none of its choices as wrong, whatever the model says."""
+    choices = task.doc_to_choice(doc)
+    target = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    if not isinstance(target, int) or not 0 <= target < len(choices):
+        raise ValueError(f"row {number + 1}: the target {target!r} is none of {len(choices)} choices")
+
+
+def _reason(err: BaseException) -> str:
+    """The first line of what went wrong first: `datasets` wraps it."""
+    while err.__cause__ is not None:
+        err = err.__cause__
+    return f"{type(err).__name__}: {err}".splitlines()[0]
+
+
+def _run(lm: Any, name: str, task: Any, limit: int | None, progress: Progress) -> TaskScore:  # noqa: ANN401
+    from lm_eval.evaluator import evaluate
+
+    started = time.perf_counter()
+    longest = max(len(lm.tok_encode("".join(request.args))) for request in task.instances)
+    lm.batch_size_per_gpu = max(1, min(BATCH, LOGITS // (lm.model.config.vocab_size * longest)))
+    lm.set_cache_hook(_Answers(name, len(task.instances), progress))
+    with fast_bf16():
+        results = evaluate(lm=lm, task_dict={"tasks": {name: task}}, limit=limit, log_samples=True)
+    found = results["results"][name]
+    has_norm = "acc_norm,none" in found
+    headline: Literal["acc", "acc_norm"] = "acc_norm" if has_norm else "acc"
+    samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
+    return TaskScore(
+        documents=results["n-samples"][name]["effective"], version=str(results["versions"][name]),
+        headline=headline, correct="".join(str(int(sample[headline])) for sample in samples),
+        acc=_score(found, "acc"), acc_norm=_score(found, "acc_norm") if has_norm else None,
+        seconds=time.perf_counter() - started,
+    )  # fmt: skip
+
+
+class _Answers:
+    """What lm-eval calls with each answer: counts them, and stops at one that is no number."""
+
+    def __init__(self, name: str, total: int, progress: Progress) -> None:
+        self.name, self.total, self.progress = name, total, progress
+        self.done = 0
+
+    def add_partial(self, _kind: str, request: tuple[str, str], answer: tuple[float, bool]) -> None:
+        """One choice's log-probability, and whether it is the greedy one."""
+        if not math.isfinite(answer[0]):
+            raise NumericsError(
+                f"{self.name}: the log-probability of {request[1]!r} is {answer[0]}: the model overflows on its "
+                "prompt; try --dtype float32"
+            )
+        self.done += 1
+        self.progress(self.done, self.total)
+
+
+def _score(found: dict[str, Any], metric: str) -> Score:
+    stderr = found[f"{metric}_stderr,none"]
+    return Score(value=float(found[f"{metric},none"]), stderr=None if isinstance(stderr, str) else float(stderr))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars of lm-eval's and datasets', which cannot all be turned off otherwise, and no log but errors."""
+    from tqdm import tqdm
+
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
+    levels, init = [logger.level for logger in loggers], tqdm.__init__
+    stored = vars(tqdm)["__init__"]  # may be a partialmethod, which is another function at every look
+
+    def without_bar(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        init(self, *args, **(kwargs | {"disable": True}))
+
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    tqdm.__init__ = without_bar
+    try:
+        yield
+    finally:
+        tqdm.__init__ = stored
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,170 @@
+"""Perplexity, KL and agreement with the original on a text, with bytes, memory and speed."""
+
+import logging
+import math
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoConfig, PreTrainedModel
+
+from trimbit.artifact.files import PLAN_FILE, is_compressed, weight_nbytes
+from trimbit.calibrate.text import evaluation_windows
+from trimbit.errors import ArtifactError, DataError, NumericsError
+from trimbit.evaluate.speed import decode_speed, hardware
+from trimbit.jobs.progress import Progress
+from trimbit.model.checkpoint.open import open_checkpoint
+from trimbit.model.forward.compute import fast_bf16
+from trimbit.model.forward.hf_names import CACHE
+from trimbit.model.forward.logits import kl, logit_slices
+from trimbit.model.kv_nbytes import cache_nbytes
+from trimbit.runtime.kv_cache import cache_for, precision_of
+from trimbit.runtime.load import load_model, load_tokenizer
+from trimbit.schema.evaluation import Evaluation
+from trimbit.schema.plan import load_plan
+
+log = logging.getLogger(__name__)
+READ_TOKENS = 32  # ours: half of the default `recent_tokens`
+READ_WINDOWS = 8  # ours: of so few tokens, read together: every read dequantises all weights
+
+
+def evaluate(
+    path: Path, text: Path, *, context: int, limit: int | None, against: Path | None, dtype: torch.dtype,
+    progress: Progress,
+) -> Evaluation:  # fmt: skip
+    """Run a model over non-overlapping windows of a text; with `against`, beside the original model.
+
+    Raises:
+        ArtifactError: if `against` is no original, or has another vocabulary.
+        DataError: if the text is too short, or a window is none that the model can read.
+        NumericsError: if a logit is not finite.
+    """
+    tokenizer = load_tokenizer(path)
+    windows = evaluation_windows(text, tokenizer, context=context, limit=limit)
+    config = _config(path)
+    positions = getattr(config, "max_position_embeddings", context)
+    if not 2 <= context <= positions:
+        raise DataError(f"the context is {context} tokens: this model reads 2 to {positions} (--context)")
+    if against is not None:
+        _require_original(path, config.vocab_size, against)
+    model = load_model(path, dtype)
+    precision = precision_of(model)
+    widths = load_plan(path / PLAN_FILE).widths if is_compressed(path) else {}
+    reference, peak = None, 0
+    totals, seconds = torch.zeros(3, dtype=torch.float64), 0.0
+    together = READ_WINDOWS if precision is not None else 1
+    for at in (0, *range(1, len(windows), together)):
+        part = windows[at : at + together] if at else windows[:1]
+        started = time.perf_counter()
+        hidden = read_hidden(model, part)
+        seconds += time.perf_counter() - started
+        if at == 0:  # of one window, and before the original takes memory, too
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            reference = load_model(against, dtype) if against is not None else None
+        for window, own in zip(part, hidden, strict=True):
+            beside = (reference, final_hidden(reference, window)) if reference is not None else None
+            totals += score(model, own, window, beside)
+        progress(at + len(part), len(windows))
+    scored = windows.shape[0] * (context - 1)
+    nll, kl, top1 = (totals / scored).tolist()
+    nbytes = weight_nbytes(path) if path.is_dir() else path.stat().st_size
+    parameters = sum(p.numel() for p in reference.parameters()) if reference is not None else None
+    return Evaluation(
+        model=str(path), against=str(against) if against else None, text=text.name, context=context,
+        windows=len(windows), tokens=scored,
+        ppl=math.exp(nll), kl=kl if reference else None, top1_agreement=top1 if reference else None,
+        kv_cache=precision, kv_cache_nbytes=cache_nbytes(model.config, widths, precision, context),
+        kv_cache_bf16_nbytes=cache_nbytes(model.config, widths, None, context),
+        weight_nbytes=nbytes, bits_per_weight=8 * nbytes / parameters if parameters else None,
+        decode_tokens_per_second=decode_speed(model, windows[0, :16]),
+        prefill_tokens_per_second=windows.numel() / seconds,
+        peak_rss_nbytes=peak,
+        dtype=str(dtype).removeprefix("torch."), hardware=hardware(), threads=torch.get_num_threads(),
+        versions={"torch": torch.__version__, "transformers": transformers.__version__},
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def final_hidden(model: PreTrainedModel, window: Int[Tensor, " length"]) -> Tensor:
+    """The head's input for each token of a window."""
+    with fast_bf16():
+        return model.get_decoder()(input_ids=window[None], use_cache=False).last_hidden_state[0]  # type: ignore[no-any-return]
+
+
+def _require_original(path: Path, vocab_size: int, against: Path) -> None:
+    """Refuse to compare outputs that do not; warn of a model that was made from other files, perhaps of the same."""
+    if is_compressed(against):
+        raise ArtifactError(f"{against} is compressed; give the original model (--against)")
+    original = open_checkpoint(against)
+    if vocab_size != original.config.vocab_size:
+        raise ArtifactError(f"{path} and {against} have vocabularies of other sizes: their outputs do not compare")
+    if is_compressed(path):
+        made = load_plan(path / PLAN_FILE).model
+        if made.weights_hash != original.weights_hash():
+            log.warning(
+                "%s was made from other files than %s: from %s (weights %s)",
+                path, against, made.id, made.weights_hash[:12],
+            )  # fmt: skip
+
+
+def _config(path: Path) -> Any:  # noqa: ANN401
+    if is_compressed(path):
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    return open_checkpoint(path).config
+
+
+@torch.inference_mode()
+def read_hidden(
+    model: PreTrainedModel, windows: Int[Tensor, "windows length"]
+) -> Float[Tensor, "windows length hidden"]:
+    """The head's input for each token of some windows, through the cache where that is quantised.
+
+    They are then read `READ_TOKENS` at a time: next to generating, a token sees up to READ_TOKENS - 1 more of the
+    tokens before it unquantised.
+    """
+    if precision_of(model) is None:
+        return torch.stack([final_hidden(model, window) for window in windows])
+    cache, decoder = cache_for(model), model.get_decoder()
+    with fast_bf16():
+        parts = [
+            decoder(input_ids=part, use_cache=True, **{CACHE: cache}).last_hidden_state
+            for part in windows.split(READ_TOKENS, dim=1)
+        ]
+    return torch.cat(parts, dim=1)
+
+
+@torch.inference_mode()
+def score(
+    model: PreTrainedModel,
+    hidden: Tensor,
+    window: Int[Tensor, " length"],
+    reference: tuple[PreTrainedModel, Tensor] | None,
+) -> Tensor:
+    """Sums over a window's tokens: negative log-likelihood, KL(reference || model), agreement of the first choice.
+
+    `reference` is the original model and the final hidden states that it has for the window.
+    """
+    total = torch.zeros(3, dtype=torch.float64)
+    slices = _logits(model, hidden[:-1])
+    beside = _logits(reference[0], reference[1][:-1]) if reference is not None else None
+    for part, logits in slices:
+        if not bool(logits.isfinite().all()):
+            raise NumericsError("a logit is not finite: the model overflows on this text; try --dtype float32")
+        log_q = torch.log_softmax(logits, -1)
+        total[0] += float(functional.nll_loss(log_q, window[1:][part], reduction="sum"))
+        if beside is not None:
+            log_p = torch.log_softmax(next(beside)[1], -1)
+            total[1] += kl(log_p, log_q)
+            total[2] += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+    return total
+
+
+def _logits(model: PreTrainedModel, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    return logit_slices(model.get_output_embeddings(), model.config, hidden)

@@ -1,0 +1,64 @@
+"""A pool of processes, each with its share of the threads."""
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from multiprocessing import get_context
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from trimbit.errors import TrimbitError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+Work = Callable[[Task], Result]
+_open: Callable[[], Work[Any, Any]] | None = None  # of a worker: what makes the work
+_work: Work[Any, Any] | None = None
+
+
+class Workers(Generic[Task, Result]):
+    """Processes that each do `make(*arguments)` once and then what that gives; close them when there is no more."""
+
+    def __init__(self, count: int, make: Callable[..., Work[Task, Result]], arguments: Sequence[Any]) -> None:
+        threads = max(1, torch.get_num_threads() // count)
+        self.pool = ProcessPoolExecutor(
+            count, mp_context=get_context("spawn"), initializer=_start, initargs=(threads, partial(make, *arguments))
+        )
+
+    def each(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Result]]:
+        """The result of each task, with its place among them, as soon as it is known; an error of one is raised here.
+
+        Raises:
+            TrimbitError: if a process dies; memory is what it lacks as a rule.
+        """
+        try:
+            places = {self.pool.submit(_do, task): place for place, task in enumerate(tasks)}
+            for future in as_completed(places):
+                yield places[future], future.result()
+        except BrokenProcessPool as err:
+            raise TrimbitError("a process has died, for want of memory as a rule: use fewer") from err
+
+    def close(self) -> None:
+        """End the processes at once, whatever they do."""
+        for process in list((self.pool._processes or {}).values()):  # terminate_workers(), from Python 3.14 on
+            process.terminate()
+        self.pool.shutdown(cancel_futures=True)
+
+
+def _start(threads: int, make: Callable[[], Work[Any, Any]]) -> None:
+    global _open
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches all; who started this ends it
+    torch.set_num_threads(threads)
+    _open = make
+
+
+def _do(task: Any) -> Any:  # noqa: ANN401
+    """Made with the first task, not before: an error there ends the pool without its reason."""
+    global _work
+    if _work is None:
+        assert _open is not None
+        _work = _open()
+    return _work(task)

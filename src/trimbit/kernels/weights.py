@@ -1,0 +1,74 @@
+"""Every operation on packed weights in plain PyTorch: the definition of correct for faster kernels."""
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from trimbit.kernels.pack import digits, spread, unpack
+from trimbit.schema.precision import BFloat16, Codebook, Int, Run
+
+
+def dequantize(
+    codes: UInt8[Tensor, "rows code_nbytes"],
+    scales: Float[Tensor, "rows groups"],
+    zeros: UInt8[Tensor, "rows zero_nbytes"] | None,
+    runs: tuple[Run, ...],
+    dtype: torch.dtype,
+) -> Float[Tensor, "rows cols"]:
+    """The weight behind packed codes; groups restart at each run.
+
+    s * c; s * (c - z) where there is a zero point; s * level[c] for a codebook; m + s * level[c] where it has a mean.
+    """
+    pieces: list[Tensor] = []
+    at_code = at_scale = at_zero = 0
+    for run in runs:
+        precision, count = run.precision, run.count
+        raw = codes[:, at_code : at_code + precision.code_nbytes(count)]
+        at_code += raw.shape[1]
+        if isinstance(precision, BFloat16):
+            pieces.append(_floats(raw, torch.bfloat16).to(dtype))
+            continue
+        scale = scales[:, at_scale : at_scale + precision.groups(count)]
+        at_scale += scale.shape[1]
+        shift = None
+        if nbytes := precision.zero_nbytes(count):
+            shift = zeros[:, at_zero : at_zero + nbytes]  # type: ignore[index]
+            at_zero += nbytes
+        pieces.append(_values(raw, scale, shift, precision, count, dtype))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+def _values(
+    raw: Tensor, scale: Tensor, shift: Tensor | None, precision: Int | Codebook, count: int, dtype: torch.dtype
+) -> Tensor:
+    """The values of one run, [rows, count], from its bytes of codes and of zero points or means, and its scales."""
+    group = precision.group
+    scale = per_column(scale.to(dtype), group, count)
+    if isinstance(precision, Codebook):
+        level = spread(raw, _levels(precision, dtype, raw.device))[:, :count]
+        if shift is None:
+            return level.mul(scale)
+        return torch.addcmul(per_column(_floats(shift, torch.float16).to(dtype), group, count), level, scale)
+    code = unpack(raw, precision.bits, count).to(torch.int16)
+    if shift is None:
+        return scale.mul(code - 2 ** (precision.bits - 1))
+    zero = per_column(unpack(shift, precision.bits, precision.groups(count)), group, count)
+    return scale.mul(code - zero.to(torch.int16))
+
+
+def per_column(per_group: Tensor, group: int | None, count: int) -> Tensor:
+    """Spread one value a group, [rows, groups], over the `count` columns of a run; the last group may be short."""
+    if group is None:
+        return per_group.expand(-1, count)
+    return per_group.repeat_interleave(group, dim=1)[:, :count]
+
+
+def _levels(codebook: Codebook, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "256 per_byte"]:
+    """The levels of the codes of each byte."""
+    levels = torch.tensor(codebook.levels, dtype=dtype, device=device)
+    return levels[digits(len(codebook.levels), codebook.per_byte, device)]
+
+
+def _floats(stored: UInt8[Tensor, "rows nbytes"], dtype: torch.dtype) -> Float[Tensor, "rows n"]:
+    """Values that are stored as bytes; a copy, for in a lone row they may begin at an odd byte."""
+    return stored.clone(memory_format=torch.contiguous_format).view(dtype)

@@ -1,0 +1,86 @@
+"""Logits and KL, some tokens at a time, so that a whole window times the vocabulary is never in memory."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedConfig
+
+from trimbit.model.forward.compute import fast_bf16
+
+LOGIT_TOKENS = 128  # 25 MB at a vocabulary of 49,152: below 32 MiB glibc reuses memory instead of mapping it anew
+LOGIT_TOKENS_GPU = 1024  # in so few products that a GPU does not wait for the next one
+NOTHING = -100  # follows the last token of a row
+Head = Callable[[Tensor], Tensor]
+Logits = Iterator[tuple[slice, Float[Tensor, "part vocab"]]]
+
+
+class Judged(NamedTuple):
+    """A model beside a reference on the same tokens."""
+
+    kl: float  # KL(reference || model), nats a token
+    nll: float  # of the token that follows, in the model, nats
+
+
+def logit_slices(head: Head, config: PreTrainedConfig, hidden: Float[Tensor, "tokens hidden"]) -> Logits:
+    """Logits in fp32 of the final hidden states, some tokens at a time, with the family's soft cap."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    step = LOGIT_TOKENS if hidden.device.type == "cpu" else LOGIT_TOKENS_GPU
+    for start in range(0, hidden.shape[0], step):
+        part = slice(start, min(start + step, hidden.shape[0]))
+        with fast_bf16():
+            logits = head(hidden[part]).float()
+        yield part, torch.tanh(logits / cap) * cap if cap else logits
+
+
+def kl(log_p: Float[Tensor, "part vocab"], log_q: Float[Tensor, "part vocab"]) -> float:
+    """KL(p || q) in nats, summed over tokens."""
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
+
+
+def following(tokens: Int[Tensor, "rows length"]) -> Int[Tensor, " tokens"]:
+    """The token after each one, of all rows."""
+    return functional.pad(tokens[:, 1:], (0, 1), value=NOTHING).flatten()
+
+
+def judge(
+    log_ps: Iterable[Float[Tensor, "part vocab"]], logits: Iterator[tuple[slice, Float[Tensor, "part vocab"]]],
+    after: Int[Tensor, " tokens"],
+) -> Judged:  # fmt: skip
+    """Compare a reference's log-probabilities with a model's logits, slice by slice; `after` is what follows each."""
+    divergence = surprise = 0.0
+    for log_p, (part, own) in zip(log_ps, logits, strict=True):
+        log_q = torch.log_softmax(own, -1)
+        divergence += kl(log_p, log_q)
+        surprise += float(functional.nll_loss(log_q, after[part], reduction="sum", ignore_index=NOTHING))
+    return Judged(kl=divergence / len(after), nll=surprise / max(int((after != NOTHING).sum()), 1))
+
+
+def loss_gradient(
+    head: Head, config: PreTrainedConfig, hidden: Float[Tensor, "tokens hidden"], labels: Int[Tensor, " tokens"],
+    taught: Logits | None, count: int,
+) -> float:  # fmt: skip
+    """Go back from cross-entropy, or from KL(taught || model), over `count`; gives the part of the loss.
+
+    The head goes forward and back some tokens at a time, so that the logits of no more are in memory. In the logits the
+    gradient of both losses is the model's distribution less the one that is wanted.
+    """
+    leaf, total = hidden.detach().requires_grad_(), 0.0
+    for part, logits in logit_slices(head, config, leaf):
+        with torch.no_grad():
+            log_q = torch.log_softmax(logits, -1)
+            if taught is None:
+                total += float(functional.nll_loss(log_q, labels[part], reduction="sum"))
+                grad = log_q.exp_()
+                grad[torch.arange(len(grad)), labels[part]] -= 1
+            else:
+                log_p = torch.log_softmax(next(taught)[1], -1)
+                p = log_p.exp()
+                total += float(torch.linalg.vecdot(p, log_p.sub_(log_q)).double().sum())
+                grad = log_q.exp_().sub_(p)
+        logits.backward(grad / count)
+    hidden.backward(leaf.grad)
+    return total / count

@@ -1,1 +1,0 @@
-"""Quantisers: one a file, tensors in, tensors out."""

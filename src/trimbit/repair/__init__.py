@@ -1,1 +1,0 @@
-"""Repairs: what makes up for a cut, one a file."""

@@ -1,0 +1,46 @@
+"""Opens an original checkpoint or a compressed directory for running."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from trimbit.artifact.files import is_compressed
+from trimbit.errors import ArtifactError
+from trimbit.model.checkpoint.open import materialize, open_checkpoint
+from trimbit.model.forward.stream import build_skeleton
+
+
+def load_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Load an original checkpoint or a compressed directory for running.
+
+    Raises:
+        TrimbitError: if it is neither.
+    """
+    if is_compressed(path):
+        try:
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        except SafetensorError as err:
+            raise ArtifactError(f"{path}: a weight file is damaged ({err}); write the directory again") from err
+        except (OSError, ValueError, RuntimeError) as err:
+            raise ArtifactError(f"{path}: cannot load the compressed model: {str(err).splitlines()[0]}") from err
+        model.eval()
+        return model
+    checkpoint = open_checkpoint(path)
+    model = build_skeleton(checkpoint.config, dtype)
+    if model.config.tie_word_embeddings:
+        for name, module in model.named_children():
+            if name != "lm_head":
+                materialize(module, checkpoint, f"{name}.", dtype)
+        model.tie_weights()
+    else:
+        materialize(model, checkpoint, "", dtype)
+    return model
+
+
+def load_tokenizer(path: Path):  # type: ignore[no-untyped-def]  # noqa: ANN201
+    """The tokenizer of an original checkpoint or a compressed directory."""
+    if is_compressed(path):
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    return open_checkpoint(path).tokenizer()

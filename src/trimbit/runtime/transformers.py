@@ -1,0 +1,140 @@
+"""The transformers plugin: after `import trimbit`, `AutoModelForCausalLM.from_pretrained(directory)` works.
+
+A compressed directory has a `model_type` of its own with the original config nested, so that without this import
+transformers refuses it instead of filling the missing weights with random numbers.
+"""
+
+import json
+from os import PathLike
+from typing import Any
+
+from pydantic import ValidationError
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from trimbit.artifact.files import FORMAT_VERSION, METHOD
+from trimbit.errors import ArtifactError
+from trimbit.model.build import build_layout
+from trimbit.runtime.kv_cache import pack_cache
+from trimbit.runtime.restructure import restructure
+from trimbit.schema.base import first_problem
+from trimbit.schema.structure import Structure
+
+
+class TrimbitConfig(PreTrainedConfig):
+    """config.json of a compressed directory: the original config under `base`, and the structure of the plan."""
+
+    model_type = METHOD
+
+    def __init__(
+        self,
+        base: dict[str, Any] | None = None,
+        structure: dict[str, Any] | None = None,
+        format_version: int = FORMAT_VERSION,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        if format_version != FORMAT_VERSION:
+            raise ArtifactError(
+                f"format version {format_version} of the compressed model is unknown; "
+                f"this trimbit reads {FORMAT_VERSION}"
+            )
+        super().__init__(**kwargs)
+        self.base = base or {}
+        self.structure = structure or {}
+        self.format_version = format_version
+
+    def original(self) -> PreTrainedConfig:
+        """The config of the original model."""
+        fields = dict(self.base)
+        return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+@register_quantization_config(METHOD)
+class TrimbitQuantizationConfig(QuantizationConfigMixin):
+    """Carries the structure into `from_pretrained`."""
+
+    def __init__(self, structure: dict[str, Any], **_: Any) -> None:  # noqa: ANN401
+        self.quant_method = METHOD  # type: ignore[assignment] # transformers' own enum is closed
+        self.structure = structure
+
+
+@register_quantizer(METHOD)
+class TrimbitQuantizer(HfQuantizer):
+    """Puts packed modules of the right shapes into the skeleton before the weights are loaded."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:  # noqa: ANN401
+        config: Any = self.quantization_config
+        restructure(model, build_layout(original_of(model.config)), parse_structure(config.structure))
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` is refused: copy the directory instead."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """The packed weights are frozen."""
+        return False
+
+
+def original_of(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The original config behind the one that `from_pretrained` works on."""
+    fields = config.to_dict()
+    fields.pop("quantization_config", None)
+    fields["tie_word_embeddings"] = fields.pop("trimbit_tied")
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def parse_structure(fields: dict[str, Any]) -> Structure:
+    """Strict reading of the structure in config.json.
+
+    Raises:
+        ArtifactError: if it has an unknown key or a wrong type.
+    """
+    try:
+        return Structure.model_validate_json(json.dumps(fields))
+    except ValidationError as err:
+        raise ArtifactError(f"config.json: structure.{first_problem(err)}") from err
+
+
+class TrimbitForCausalLM(PreTrainedModel, GenerationMixin):
+    """What AutoModelForCausalLM finds; loads the original architecture with packed modules."""
+
+    config_class = TrimbitConfig
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override] # gives the original's class, not this one
+        cls,
+        path: str | PathLike[str],
+        *args: Any,  # noqa: ANN401
+        config: TrimbitConfig | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> PreTrainedModel:
+        """Load a compressed directory; takes what `from_pretrained` takes."""
+        config = config or TrimbitConfig.from_pretrained(path)
+        base = config.original()
+        base.trimbit_tied = base.tie_word_embeddings
+        base.tie_word_embeddings = False  # the head is a module that reads the embedding; there is nothing to tie
+        base.quantization_config = {"quant_method": METHOD, "structure": config.structure}
+        architecture: Any = AutoModelForCausalLM._model_mapping[type(base)]
+        kwargs.setdefault("dtype", config.dtype or "bfloat16")
+        model, info = architecture.from_pretrained(path, *args, config=base, output_loading_info=True, **kwargs)
+        wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
+        if wrong:
+            raise ArtifactError(f"{path}: weights and plan disagree on {len(wrong)} tensors, the first is {wrong[0]}")
+        kv_cache = parse_structure(config.structure).kv_cache
+        if kv_cache is not None:
+            pack_cache(model, kv_cache)
+        return model  # type: ignore[no-any-return]
+
+
+def register() -> None:
+    """Make the Auto classes know compressed directories."""
+    AutoConfig.register(METHOD, TrimbitConfig)
+    AutoModelForCausalLM.register(TrimbitConfig, TrimbitForCausalLM)
+
+
+__all__ = ["TrimbitConfig", "TrimbitForCausalLM", "register"]

@@ -1,0 +1,29 @@
+"""How the inputs of a weight are rounded while the model runs."""
+
+from pydantic import Field
+
+from trimbit.schema.base import Data
+from trimbit.schema.precision import Grouped
+
+
+class ActInt(Grouped):
+    """How the inputs of a weight are rounded while the model runs; nothing of it is stored.
+
+    Dynamic and symmetric, each token and group by itself: x ~ s c with c in [-2^(b-1), 2^(b-1) - 1] and
+    s = clip max|x| / (2^(b-1) - 1).
+    """
+
+    bits: int = Field(ge=2, le=8)
+    clip: float = Field(default=1.0, gt=0, le=1)  # share of a group's range; what is beyond saturates
+
+    @property
+    def name(self) -> str:
+        """The short name, such as `act4g128`."""
+        return f"act{self.bits}{self.suffix}"
+
+
+class ActRun(Data):
+    """How `count` consecutive input channels of a site are rounded; groups restart at each run."""
+
+    count: int = Field(ge=1)
+    precision: ActInt | None  # None: not at all

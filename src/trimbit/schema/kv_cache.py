@@ -1,0 +1,45 @@
+"""How keys and values are stored while text is generated."""
+
+from pydantic import Field
+
+from trimbit.schema.base import Data
+from trimbit.schema.precision import SCALE_NBYTES
+
+
+class KVPrecision(Data):
+    """How a cache of keys and values is stored while text is generated.
+
+    The first `sink_tokens` and the last `recent_tokens` are kept exactly, all others in codes of `bits` bits with a
+    scale and a minimum, both fp16, for each group of channels of each token and head: x ~ s * c + m with c in
+    [0, 2^b - 1]. A token is quantised once, when it leaves the recent ones.
+    """
+
+    bits: int = Field(default=4, ge=2, le=8)  # code (efeslab/Atom): 4, asymmetric, each head by itself
+    group: int | None = Field(default=None, ge=1)  # channels of a head; the last may be short; None: all of a head
+    sink_tokens: int = Field(default=4, ge=0)  # ours: attention leans on the first tokens
+    recent_tokens: int = Field(default=64, ge=0)  # ours
+
+    @property
+    def label(self) -> str:
+        """In words."""
+        group = "a head" if self.group is None else self.group
+        exact = f"the first {self.sink_tokens} and last {self.recent_tokens} tokens exact"
+        return f"{self.bits} bits, group {group}, {exact}"
+
+    def groups(self, head_dim: int) -> int:
+        """Number of groups in a head; the last may be short."""
+        return -(-head_dim // (self.group or head_dim))
+
+    def code_nbytes(self, head_dim: int) -> int:
+        """Bytes of the codes of one token's keys, or values, in one head."""
+        return -(-head_dim * self.bits // 8)
+
+    def token_nbytes(self, head_dim: int) -> int:
+        """Bytes of one packed token's keys, or values, in one head: codes, scales and minima."""
+        return self.code_nbytes(head_dim) + 2 * SCALE_NBYTES * self.groups(head_dim)
+
+    def split(self, tokens: int) -> tuple[int, int, int]:
+        """Of so many tokens, how many are exact at the start, packed, and exact at the end."""
+        sink = min(self.sink_tokens, tokens)
+        recent = min(self.recent_tokens, tokens - sink)
+        return sink, tokens - sink - recent, recent

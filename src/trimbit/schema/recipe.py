@@ -1,0 +1,76 @@
+"""A recipe: a published method, or one of ours, as stages with their parameters. Plain data."""
+
+import json
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from trimbit.errors import RecipeError
+from trimbit.schema.base import Data, first_problem
+from trimbit.schema.kv_cache import KVPrecision
+from trimbit.schema.plan import Rotation
+from trimbit.schema.space import Prune, Space
+
+
+class Step(Data):
+    """A stage by the name of its module; the module's own `Config` checks the parameters."""
+
+    name: str
+    params: dict[str, Any] = Field(default_factory=dict)
+
+
+class Calibration(Data):
+    """How much text the statistics are taken from; the command line says which."""
+
+    rows: int = Field(default=16, ge=2)
+    length: int = Field(default=2048, ge=16)
+    # further rows, that nothing is fitted to: whole plans are judged on them, and a search may choose by that
+    held_out: int = Field(default=4, ge=1)
+    training: int = Field(default=0, ge=0)  # further rows, to train masks or pairs on; 0: the calibration rows
+
+
+class Measure(Data):
+    """How damage is measured."""
+
+    rows: int = Field(default=3, ge=1)  # of the calibration rows, cut to `length` tokens
+    length: int = Field(default=512, ge=16)
+    trials: bool = True  # whether the last plans are applied for real to choose among them; false: a plan in seconds
+    rounds: int = Field(default=1, ge=1)  # each round measures in the background of the plan before it
+
+
+class Recipe(Data):
+    """Everything that decides a result beside the model, the budget, the text and the seed."""
+
+    description: str
+    source: str
+    calibration: Calibration = Field(default_factory=Calibration)
+    space: Space | None = None
+    criterion: Step | None = None  # ranks what may be cut
+    prune: Prune | None = None  # a ratio, before the search
+    measure: Measure | None = None
+    search: Step
+    quant: Step
+    importance: Step | None = None  # of layers to the task, for a search that asks for it
+    repair: Step | None = Step(name="refit")
+    lowrank: Step | None = None  # a pair beside each weight of the blocks, where training starts
+    tune: Step | None = None  # trains these pairs, the packed weights frozen
+    rotation: Rotation | None = None  # the basis that channels are quantised in
+    kv_cache: KVPrecision | None = None  # how a plan's model stores keys and values while it generates
+    compute: Literal["bfloat16", "float32"] = "bfloat16"  # of matrix products
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, as it is written beside a result."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
+
+
+def step_config(kind: type[Data], stage: str, step: Step) -> Any:  # noqa: ANN401
+    """The configuration of a stage, checked by its module's `Config`.
+
+    Raises:
+        RecipeError: if a parameter is unknown or has a bad value.
+    """
+    try:
+        return kind.model_validate_json(json.dumps(step.params))
+    except ValidationError as err:
+        raise RecipeError(f"{stage} {step.name}: {first_problem(err)}") from err

@@ -1,0 +1,81 @@
+"""Bits by importance: the wide formats go to the layers that tell most about the prediction, exactly within the budget.
+
+A layer's gain from more bits is max(I, 0) * log2(bits), with I its importance to the task (QPruner: the mutual
+information of its output and the prediction). Of several variables in a layer each gains by its share of the layer's
+bytes, so that what is cut finer is worth no more. The sum of gains is maximised under the bytes by the knapsack's
+solver; for two formats and layers of one size that is the layers of largest I, as QPruner-2 has it.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from pydantic import Field
+
+from trimbit.errors import RecipeError
+from trimbit.schema.base import Data
+from trimbit.schema.plan import Plan
+from trimbit.search.problem import Problem
+from trimbit.search.solvers.knapsack import Config as Solver
+from trimbit.search.solvers.knapsack import knapsack
+from trimbit.search.variables import Levels, Per, levels
+
+PAPER = "QPruner, arXiv:2412.11629"
+NEEDS = ("space", "importance")
+
+
+class Config(Data):
+    """What shares a format, and the default budget."""
+
+    per: Per = "block"  # code (harrysyz99/Qmixtuner): one format a block
+    share: float = Field(default=0.25, ge=0, le=1)  # ours, without a budget: blocks in the largest format
+
+
+def default_limit(problem: Problem, config: Config) -> int:
+    """Bytes with `share` of the variables in the largest format."""
+    return levels(problem, config.per).share(config.share)
+
+
+def require_feasible(problem: Problem, config: Config) -> None:
+    """Refuse, before anything long, choices that this search does not make, and a budget below the smallest formats.
+
+    Raises:
+        RecipeError: if the space has other widths, groups, or several formats of the tables.
+        BudgetError: naming the smallest feasible budget.
+    """
+    space = problem.space
+    if space.widths != (1.0,) or space.groups or len(space.table_formats) != 1:
+        raise RecipeError("this search chooses bits of the blocks alone: give one format in space.table_formats, and "
+                          "leave space.widths and space.groups out; what is pruned is said by `prune`")  # fmt: skip
+    found = levels(problem, config.per)
+    problem.require_feasible(found.plan([0] * len(found.costs), "smallest"))
+
+
+def search(problem: Problem, config: Config) -> Plan:
+    """The plan of largest total gain.
+
+    Raises:
+        BudgetError: if nothing fits; names the smallest feasible budget.
+    """
+    assert problem.importance is not None, "bits by importance need the importance of each layer"
+    require_feasible(problem, config)
+    found = levels(problem, config.per)
+    return found.plan(allocate(found, problem.importance()), "bits by importance")
+
+
+def allocate(found: Levels, importance: Mapping[str, float]) -> Sequence[int]:
+    """A level for each variable."""
+    layer_nbytes: Counter[str] = Counter()
+    for layer, costs in zip(found.layers, found.costs, strict=True):
+        layer_nbytes[layer] += costs[0]
+    worth = [
+        max(importance[layer], 0.0) * costs[0] / layer_nbytes[layer]
+        for layer, costs in zip(found.layers, found.costs, strict=True)
+    ]
+    gains = [[own * math.log2(p.bits / found.formats[0].bits) for p in found.formats] for own in worth]
+    items = [
+        [(nbytes, -gain) for nbytes, gain in zip(costs, gain, strict=True)]
+        for costs, gain in zip(found.costs, gains, strict=True)
+    ]
+    picked = knapsack(items, found.limit, Solver())
+    return [0] * len(items) if picked is None else picked  # so near the smallest that the header's bound leaves no room

@@ -1,0 +1,217 @@
+"""Choose a width and formats for every unit under the budget, exactly, from measured damage.
+
+Bytes are a sum over the chosen choices, so this is a multiple-choice knapsack; HiGHS solves it. Damage of a choice:
+D(width) + (width / width measured at) * sum over its sites of D(format), each measured with all else as in a
+background. Additive damage is only a model, so several plans are tried: quickly, to find the best that prunes and the
+best that does not, and then these and the best uniform plan for real, by applying them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+from pydantic import PositiveFloat
+
+from trimbit.errors import BudgetError
+from trimbit.measure.choices import menu_of, reference_width, sites_of, spared_format, widths_of
+from trimbit.model.layout import Unit, header_bound
+from trimbit.schema.measurements import Background
+from trimbit.schema.plan import Plan
+from trimbit.schema.precision import Int, Precision, Run
+from trimbit.search.methods import uniform
+from trimbit.search.problem import Problem
+from trimbit.search.solvers import knapsack as solver
+from trimbit.search.solvers.knapsack import knapsack
+
+PAPER = "this project; HiGHS through scipy.optimize.milp"
+NEEDS = ("space", "measure")
+Uniform = uniform.Config
+NEAR_LOSSLESS = Int(bits=6, group=64, symmetric=False)  # errors that are measured one at a time add up best
+
+
+class Config(solver.Config):
+    """What is tried."""
+
+    pruning_costs: tuple[PositiveFloat, ...] = (1.0, 2.0, 4.0)  # ours: factors on positive D(width), a plan each
+    no_pruning: bool = True  # try a plan that prunes nothing, too
+    # ours: of all blocks while the damage of one choice is measured; None: the uniform plan nearest to the budget
+    background: Precision | None = NEAR_LOSSLESS
+    table_bits: int = 4  # ours: the embedding and the head suffer more from rounding than a block's weights
+    uniform: Uniform | None = Uniform()  # try the best uniform plan, too
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One choice of a unit: its kept width (None: it has no dim), the formats of its sites, bytes, damage and cost.
+
+    The cost is the damage with the price on pruning; the solver minimises it.
+    """
+
+    unit: Unit
+    width: int | None
+    formats: tuple[tuple[str, Precision], ...]
+    nbytes: int
+    damage: float
+    cost: float
+
+
+def search(problem: Problem, config: Config) -> Plan:
+    """The best tried plan among knapsack solutions with pruning, without, and the best uniform plan.
+
+    Raises:
+        BudgetError: if nothing in the space fits; names the smallest feasible budget.
+    """
+    assert problem.measurements is not None, "the knapsack needs measurements"
+    require_feasible(problem, config)
+    solved: dict[str, Plan] = {}
+    notes: tuple[str, ...] = ()
+    costs = (*config.pruning_costs, *((None,) if config.no_pruning else ()))
+    for cost in costs:
+        method = "knapsack, no pruning" if cost is None else f"knapsack, pruning cost x{cost:g}"
+        plan = solve(problem, config, cost, method)
+        if plan is None:
+            notes += (f"{method}: nothing found",)
+        else:
+            solved.setdefault(plan.content, plan)
+    pruned = [plan for plan in solved.values() if plan.cuts]
+    kinds = [kind for kind in (pruned, [plan for plan in solved.values() if not plan.cuts]) if kind]
+    finalists = []
+    for kind in kinds:
+        plan, more = problem.quick_best(sorted(kind, key=_predicted))
+        finalists.append(plan)
+        notes += more
+    finalists += _uniform(problem, config)
+    if not finalists:  # so near the smallest budget that the bound on the header leaves no room
+        finalists = [problem.smallest()]
+    best, tried = problem.best(sorted(finalists, key=_predicted))
+    notes += tried if best.cuts else (*tried, "no pruning was chosen")
+    return best.telling(notes=notes)
+
+
+def _predicted(plan: Plan) -> float:
+    return plan.found_by.predicted_damage if plan.found_by.predicted_damage is not None else float("inf")
+
+
+def _uniform(problem: Problem, config: Config) -> list[Plan]:
+    """The best uniform plan, if one is wanted and fits."""
+    if config.uniform is None:
+        return []
+    try:
+        return [uniform.search(problem, config.uniform)]
+    except BudgetError:
+        return []  # the knapsack's own plans do
+
+
+def require_feasible(problem: Problem, config: Config) -> None:
+    """Refuse, before anything long, a budget below the smallest plan in the space.
+
+    Raises:
+        BudgetError: naming the smallest feasible budget.
+    """
+    problem.require_feasible(problem.smallest())
+
+
+def background(problem: Problem, config: Config) -> Background:
+    """The plan to measure around: one format for all blocks, by default one that loses next to nothing.
+
+    A table takes the format of its menu that is nearest to its bits, but not below `table_bits`.
+    """
+    layout = problem.layout
+    blocks = config.background
+    if blocks is None:
+        sizes = {p: problem.uniform(p, "background").found_by.nbytes for p in problem.space.formats}
+        blocks = min(sizes, key=lambda p: abs(sizes[p] - problem.limit))
+    want = max(blocks.bits, config.table_bits)
+    table = min(problem.space.table_formats, key=lambda p: (abs(p.bits - want), p.name))
+    formats: dict[str, Precision] = {}
+    for unit in layout.units.values():
+        own = table if unit.block is None else spared_format(unit, problem.space) or blocks
+        formats |= dict.fromkeys(sites_of(layout, unit), own)
+    return Background(widths=problem.space.kept, formats=formats)
+
+
+def _limit(problem: Problem) -> int:
+    """What is left of the budget for the units."""
+    layout = problem.layout
+    return (
+        problem.limit
+        - header_bound(layout, problem.rank)
+        - sum(2 * int(np.prod(layout.shapes[name])) for name in layout.fixed)
+    )
+
+
+def solve(problem: Problem, config: Config, pruning_cost: float | None, method: str) -> Plan | None:
+    """The knapsack's optimum with D(width) times `pruning_cost` (None: full widths only); None if nothing fits."""
+    layout = problem.layout
+    groups = [pareto(choices(problem, unit, pruning_cost)) for unit in layout.units.values()]
+    picked = knapsack([[(c.nbytes, c.cost) for c in group] for group in groups], _limit(problem), config)
+    if picked is None:
+        return None
+    chosen = [group[at] for group, at in zip(groups, picked, strict=True)]
+    widths = {
+        c.unit.dim: c.width for c in chosen if c.unit.dim is not None and c.width is not None and c.width != c.unit.size
+    }
+    formats = {site: precision for c in chosen for site, precision in c.formats}
+    base = problem.measurements.background_damage if problem.measurements else 0.0
+    method = method if widths else "knapsack, no pruning"  # whatever pruning would have cost
+    return problem.plan(widths, formats, method, base + sum(c.damage for c in chosen))
+
+
+def choices(problem: Problem, unit: Unit, pruning_cost: float | None) -> list[Choice]:
+    """All choices of a unit: every width times every combination of formats of its sites."""
+    assert problem.measurements is not None
+    layout = problem.layout
+    by_format = {(m.site, m.precision.name): m.damage for m in problem.measurements.formats}
+    by_width = {(m.dim, m.width): m.damage for m in problem.measurements.widths}
+    sites = sites_of(layout, unit)
+    found: list[Choice] = []
+    for width in widths_of(layout, unit, problem.space) or (None,):
+        cut = width is not None and width != unit.size
+        if cut and pruning_cost is None and not problem.space.kept:
+            continue
+        shape = by_width[unit.dim or "", width] if width is not None else 0.0
+        price = (pruning_cost - 1) * max(shape, 0.0) if cut and pruning_cost is not None else 0.0  # none on a gain
+        if width == 0:
+            found.append(
+                Choice(
+                    unit, 0, tuple((site, menu_of(unit, problem.space)[0]) for site in sites), 0, shape, shape + price
+                )
+            )
+            continue
+        share = width / (reference_width(unit, problem.measurements.background) or 1) if width is not None else 1.0
+        for combination in product(menu_of(unit, problem.space), repeat=len(sites)):
+            formats = dict(zip(sites, combination, strict=True))
+            damage = shape + share * sum(by_format[site, p.name] for site, p in formats.items())
+            found.append(
+                Choice(
+                    unit,
+                    width,
+                    tuple(formats.items()),
+                    _nbytes(problem, unit, width, formats, cut=cut),
+                    damage,
+                    damage + price,
+                )
+            )
+    return found
+
+
+def _nbytes(problem: Problem, unit: Unit, width: int | None, formats: Mapping[str, Precision], *, cut: bool) -> int:
+    layout = problem.layout
+    runs = {
+        name: (Run(count=layout.weight_shape(layout.weights[name], width)[1], precision=formats[site]),)
+        for site, names in sites_of(layout, unit).items()
+        for name in names
+    }
+    biases = (unit.out_weight,) if cut and problem.refit_biases and unit.out_weight else ()
+    specs = layout.unit_tensors(unit, runs, width, biases=biases, adapters=problem.adapters(unit))
+    return sum(spec.nbytes for spec in specs.values())
+
+
+def pareto(found: list[Choice]) -> list[Choice]:
+    """The choices that no other one beats in both bytes and cost."""
+    front: list[Choice] = []
+    for choice in sorted(found, key=lambda c: (c.nbytes, c.cost)):
+        if not front or choice.cost < front[-1].cost:
+            front.append(choice)
+    return front

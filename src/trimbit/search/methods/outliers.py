@@ -1,0 +1,44 @@
+"""The same share of channels at every site is high, chosen before any search: by diag H, as Atom does, or at random.
+
+With a binary low format this is the layout of PTQ1.61 (arXiv:2502.13179). Baselines for learnt masks.
+"""
+
+import random
+from typing import Literal
+
+from trimbit.schema.plan import Plan
+from trimbit.search.problem import Problem
+from trimbit.search.two_formats.config import Mixed
+from trimbit.search.two_formats.tiles import Sites, default_limit, require_feasible
+
+PAPER = "Atom, arXiv:2310.19102"
+NEEDS: tuple[str, ...] = ()
+READS = "moments"
+__all__ = ["NEEDS", "PAPER", "READS", "Config", "default_limit", "require_feasible", "search"]
+
+
+class Config(Mixed):
+    """The formats, and what is high."""
+
+    by: Literal["energy", "random"] = "energy"
+
+
+def search(problem: Problem, config: Config) -> Plan:
+    """The plan of the largest share within the budget.
+
+    Raises:
+        BudgetError: if the budget is outside what the formats reach.
+    """
+    require_feasible(problem, config)
+    sites = Sites(problem, config)
+    tiles = sites.fitting
+    rng = random.Random(problem.seed)
+    high = {
+        site: sites.largest(site, count)
+        if config.by == "energy"
+        else rng.sample(range(sites.channels[site]), count * config.tile)
+        for site, count in tiles.items()
+    }
+    by = "largest diag H" if config.by == "energy" else "at random"
+    told = f"{sites.bits(sites.codes(tiles)):.3f} bits a code, channels {by} in {config.high.name}"
+    return sites.plan(high, told if any(tiles.values()) else f"{config.low.name} in all channels")

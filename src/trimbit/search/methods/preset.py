@@ -1,0 +1,51 @@
+"""Nothing to search: every block in one format, the embedding and the head in another. Baselines, and QPruner-1."""
+
+from trimbit.measure.choices import sites_of, spared_format
+from trimbit.schema.base import Data
+from trimbit.schema.plan import Plan
+from trimbit.schema.precision import BF16, NormalFloat, Precision
+from trimbit.search.problem import Problem
+
+PAPER = "QPruner, arXiv:2412.11629, as QPruner-1"
+NEEDS: tuple[str, ...] = ()
+
+
+class Config(Data):
+    """The formats."""
+
+    blocks: Precision = NormalFloat(group=64)  # code (harrysyz99/Qmixtuner): bitsandbytes NF4
+    table: Precision = BF16  # code (harrysyz99/Qmixtuner): the embedding and the head stay as they are
+
+
+def default_limit(problem: Problem, config: Config) -> int:
+    """The bytes of the one plan there is."""
+    return _plan(problem, config).found_by.nbytes
+
+
+def require_feasible(problem: Problem, config: Config) -> None:
+    """Refuse a budget that the one plan does not fit.
+
+    Raises:
+        BudgetError: naming its bytes.
+    """
+    problem.require_feasible(_plan(problem, config))
+
+
+def search(problem: Problem, config: Config) -> Plan:
+    """The one plan.
+
+    Raises:
+        BudgetError: if it does not fit; names its bytes.
+    """
+    plan = _plan(problem, config)
+    problem.require_feasible(plan)
+    return plan
+
+
+def _plan(problem: Problem, config: Config) -> Plan:
+    formats: dict[str, Precision] = {}
+    for unit in problem.layout.units.values():
+        own = config.table if unit.block is None else config.blocks
+        fixed = spared_format(unit, problem.space)
+        formats |= dict.fromkeys(sites_of(problem.layout, unit), fixed or own)
+    return problem.plan({}, formats, f"{config.blocks.name} in every block")

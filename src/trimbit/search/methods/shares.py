@@ -1,0 +1,82 @@
+"""How many channels of each site are high by measured damage: a knapsack over site-wise shares.
+
+Which channels of a site are high is fixed, those of largest diag H; how many is what is chosen. KL of the whole model
+is measured with one site at another share and all others at the same one; from there, damage is taken to add up.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field
+
+from trimbit.jobs.journal import Journal
+from trimbit.schema.plan import Plan
+from trimbit.search.problem import Problem
+from trimbit.search.two_formats.config import Masking, Versions
+from trimbit.search.two_formats.tiles import Sites, as_masks, default_limit, require_feasible
+
+PAPER = "this project; HiGHS through scipy.optimize.milp"
+NEEDS: tuple[str, ...] = ()
+READS = "moments"
+__all__ = ["NEEDS", "PAPER", "READS", "Config", "default_limit", "identity", "measure", "require_feasible", "search"]
+
+
+class Config(Masking):
+    """The formats, and what is measured."""
+
+    factors: tuple[float, ...] = (0.0, 0.5, 1.5, 2.0, 3.0, 4.0)  # ours: on the share that fits everywhere
+    versions: Versions = "expected"  # ours
+    rows: int = Field(default=4, ge=1)  # ours: the first of the training text
+    length: int = Field(default=512, ge=16)  # ours
+
+    def compared(self, rows: int) -> int:
+        """Those that are measured on, however many there are."""
+        return self.rows
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """What of the configuration decides the measurements."""
+    return config.model_dump(mode="json", exclude={"dense"})
+
+
+def search(problem: Problem, config: Config) -> Plan:
+    """The plan of least summed damage within the budget.
+
+    Raises:
+        BudgetError: if the budget is outside what the formats reach.
+        PlanError: if the journal belongs to another search.
+    """
+    require_feasible(problem, config)
+    sites = Sites(problem, config)
+    ranked = {site: sites.largest(site, count // config.tile) for site, count in sites.channels.items()}
+    return sites.filled(measure(problem, config, sites), ranked, f"shares by measured KL in {config.high.name}")
+
+
+def measure(problem: Problem, config: Config, sites: Sites) -> dict[str, dict[int, float]]:
+    """For each site, by its number of high tiles, the change of KL in nats a token."""
+    assert problem.masked is not None
+    masked, base = problem.masked(config), sites.fitting
+    journal = Journal(problem.journal, problem.key)
+    known: dict[tuple[str, int], float] = {(one["site"], one["tiles"]): one["kl"] for one in journal.read()}
+
+    def kl(site: str, tiles: int) -> float:
+        if (site, tiles) not in known:
+            counts = {**base, **({site: tiles} if site else {})}
+            masks = as_masks({one: sites.largest(one, n) for one, n in counts.items()}, sites)
+            known[site, tiles] = masked.damage(masks, config.rows).kl
+            journal.append({"site": site, "tiles": tiles, "kl": known[site, tiles]})
+        return known[site, tiles]
+
+    work = [(site, tiles) for site in base for tiles in _menu(site, config, sites, base)]
+    background, found = kl("", 0), dict[str, dict[int, float]]()
+    with problem.reporter.stage("damage of each share") as progress:
+        for at, (site, tiles) in enumerate(work):
+            change = 0.0 if tiles == base[site] else kl(site, tiles) - background
+            found.setdefault(site, {})[tiles] = change
+            progress(at + 1, len(work))
+    return found
+
+
+def _menu(site: str, config: Config, sites: Sites, base: Mapping[str, int]) -> list[int]:
+    most, around = sites.channels[site] // config.tile, max(base[site], 1)
+    return sorted({base[site], around, *(min(most, round(factor * around)) for factor in config.factors)})

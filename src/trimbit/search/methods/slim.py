@@ -1,0 +1,114 @@
+"""Bits by groups of input channels of each weight by itself: as many salient groups get a bit more as others one less.
+
+The salience of a group is the sum of w^2 / [H^-1]_jj^2 over its elements. How many groups move is what loses least of
+the layer's output. Ours: that is E |(W - Q) x|^2, where the paper compares the outputs' distributions by KL.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+
+from trimbit.errors import RecipeError
+from trimbit.measure.choices import sites_of
+from trimbit.schema.base import Data
+from trimbit.schema.plan import Plan
+from trimbit.schema.precision import BF16, Binary, Int, Precision, Run
+from trimbit.search.problem import Problem
+
+PAPER = "SliM-LLM, arXiv:2405.14917"
+NEEDS: tuple[str, ...] = ()
+READS = "moments"
+GROUP: Literal[128] = 128  # code (Aaronhuang-778/SliM-LLM): channels
+
+
+class Config(Data):
+    """The mean number of bits."""
+
+    bits: int = Field(default=2, ge=2, le=7)
+    table: Precision = BF16  # of the embedding and the head
+
+
+def _formats(bits: int) -> tuple[Precision, Precision, Precision]:
+    """One bit less, as many, one more."""
+    less = Int(bits=bits - 1, group=GROUP, symmetric=True) if bits > 2 else Binary(group=GROUP, mean=False)
+    return less, Int(bits=bits, group=GROUP, symmetric=True), Int(bits=bits + 1, group=GROUP, symmetric=True)
+
+
+def default_limit(problem: Problem, config: Config) -> int:
+    """Bytes with the mean number of bits everywhere: moving groups changes none."""
+    return _uniform(problem, config).found_by.nbytes
+
+
+def require_feasible(problem: Problem, config: Config) -> None:
+    """Refuse a budget below the mean number of bits, and a model that it does not fit.
+
+    Raises:
+        BudgetError: naming the smallest feasible budget.
+        RecipeError: if something is pruned before, or a weight has fewer than two groups.
+    """
+    if problem.space.kept:
+        raise RecipeError("bits of groups go with whole models alone: leave `prune` out of the recipe")
+    for name, weight in problem.layout.weights.items():
+        if problem.layout.readers(weight.site) and weight.cols < 2 * GROUP:
+            raise RecipeError(f"weight {name} has {weight.cols} input channels, fewer than two groups of {GROUP}")
+    problem.require_feasible(_uniform(problem, config))
+
+
+def search(problem: Problem, config: Config) -> Plan:
+    """The plan whose every weight loses least of its output.
+
+    Raises:
+        BudgetError: if the mean number of bits does not fit.
+    """
+    require_feasible(problem, config)
+    base, layout = _uniform(problem, config), problem.layout
+    names = [name for name, weight in layout.weights.items() if layout.readers(weight.site)]
+    weights, moved, groups = dict(base.weights), 0, 0
+    with problem.reporter.stage("bits of groups") as progress:
+        for at, name in enumerate(names):
+            weights[name], own = _best(problem, name, config.bits)
+            moved += own
+            groups += layout.weights[name].cols // GROUP
+            progress(at + 1, len(names))
+    plan = base.model_copy(update={"weights": weights})
+    method = f"SliM at {config.bits} bits: {moved} of {groups} groups have a bit more, and as many one less"
+    return plan.telling(nbytes=layout.file_nbytes(plan), method=method)
+
+
+def _uniform(problem: Problem, config: Config) -> Plan:
+    formats = {
+        site: config.table if unit.block is None else _formats(config.bits)[1]
+        for unit in problem.layout.units.values()
+        for site in sites_of(problem.layout, unit)
+    }
+    return problem.plan({}, formats, f"{config.bits} bits")
+
+
+def _best(problem: Problem, name: str, bits: int) -> tuple[tuple[Run, ...], int]:
+    """The runs of a weight, and how many of its groups have a bit more."""
+    assert problem.channels is not None, "the search reads saliences"
+    salience = problem.channels.salience(name)
+    whole = len(salience) // GROUP
+    sums = [sum(salience[at * GROUP : (at + 1) * GROUP]) for at in range(whole)]
+    ranked = sorted(range(whole), key=sums.__getitem__)
+    less, base, more = _formats(bits)
+    found: list[tuple[float, int, tuple[Run, ...]]] = []
+    for moved in range(whole // 2 + 1):
+        own = [base] * -(-len(salience) // GROUP)
+        for low, high in zip(ranked[:moved], ranked[whole - moved :], strict=True):
+            own[low], own[high] = less, more
+        runs = _joined(own, len(salience))
+        found.append((problem.channels.rounding_error(name, runs), moved, runs))
+    _, moved, runs = min(found, key=lambda one: one[:2])
+    return runs, moved
+
+
+def _joined(formats: list[Precision], channels: int) -> tuple[Run, ...]:
+    """Runs of the groups' formats, neighbours of one format in one run; the last group may be short."""
+    runs: list[Run] = []
+    for at, precision in enumerate(formats):
+        count = min(GROUP, channels - at * GROUP)
+        if runs and runs[-1].precision == precision:
+            count += runs.pop().count
+        runs.append(Run(count=count, precision=precision))
+    return tuple(runs)

@@ -1,0 +1,114 @@
+"""Masks of precision learnt by the loss of the whole model: which channels of every site are high, all others low.
+
+The weights stay as they are. A hypernetwork gives a logit for each channel; of a sample of the masks
+the loss of a row of text is taken, and its gradient passes through the sample to the network. The budget is held in
+one of two ways. As a penalty, weight |log(h / target)| is added to the loss, where h is the share of the codes that are
+high in the sample. By projection, all logits are moved by one number, so that h is the target in the mean; the
+gradient knows of the move, so that what one channel gains others lose. In the end the noise is left out, and the tiles
+of highest logits fill the budget. With `whole_tiles` a sample is of whole tiles, too: those of a site are cut by its
+falling logits, and the mean of a tile's logits is that of all its channels. Without, a site that wants less than a tile
+never learns what it is worth to have one or none.
+
+Only abstract and summaries of the paper could be read: constants are those of DISP-LLM's code, whose masks these
+are, or ours.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from trimbit.jobs.state import load_state, read_told, require_finite, save_state
+from trimbit.schema.plan import Plan
+from trimbit.search.problem import Problem
+from trimbit.search.two_formats.tiles import Sites, as_masks, require_feasible
+from trimbit.search.two_formats.training import Config, Training
+
+PAPER = "TOGA-q, arXiv:2606.07819; masks as in DISP-LLM, arXiv:2410.11988"
+NEEDS: tuple[str, ...] = ()
+READS = "moments"
+ADVICE = "With a lower search.learning_rate they are learnt anew"
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """What of the configuration decides the masks; on a GPU, `replayed` does, too."""
+    return config.model_dump(mode="json", exclude={"save_every", "checkpointing", "dense"})
+
+
+def search(problem: Problem, config: Config) -> Plan:
+    """Learn the masks, and fill the budget by them.
+
+    Raises:
+        BudgetError: if the budget is outside what the formats reach.
+        NumericsError: if the loss is not finite; says the step. The last stored state stays.
+        ArtifactError: if the stored state is that of another search.
+    """
+    require_feasible(problem, config)
+    sites = Sites(problem, config)
+    logits = learn(problem, config, sites)
+    plan = sites.topped(logits, f"learnt channels in {config.high.name}")
+    assert problem.masked is not None
+    found = problem.masked(config).damage(as_masks(sites.high(plan), sites))
+    notes = (
+        f"masks: {config.steps} steps of {config.batch} x {config.length} tokens; "
+        f"held out, as the search sees them: KL {found.kl:.4f}, loss {found.nll:.4f} nats",
+    )
+    return plan.telling(notes=(*notes, *plan.found_by.notes))
+
+
+def curve(problem: Problem, config: Config) -> list[dict[str, float]]:
+    """Of every step that was made: loss in nats a token, nominal bits of the sample, temperature."""
+    return list(json.loads(read_told(_state(problem))["curve"]))
+
+
+def learn(problem: Problem, config: Config, sites: Sites) -> dict[str, Float[Tensor, " channels"]]:
+    """The logits of every site's channels; a run that was broken off goes on from its stored state."""
+    training = Training(problem, config, sites)
+    parameters = dict(training.network.named_parameters())
+    optimizer = _optimizer(parameters.values(), config)
+    told = load_state(_state(problem), parameters, optimizer, "search", problem.key)
+    log: list[dict[str, float]] = json.loads(told["curve"]) if told else []
+    kept = len(log)
+    with problem.reporter.stage("masks") as progress:
+        for step in range(len(log), config.steps):
+            loss, codes, gradients = training.backward(step)
+            found = {"sample": [torch.tensor(codes)], "loss": [torch.tensor(loss)], "gradient": gradients}
+            require_finite("the masks", step + 1, kept, ADVICE, **found)
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * (1 - step / config.steps if config.schedule == "linear" else 1)
+            if config.optimizer == "sgd":
+                _normalize(parameters.values())
+            optimizer.step()
+            optimizer.zero_grad()
+            require_finite("the masks", step + 1, kept, ADVICE, parameter=parameters.values())
+            log.append({"loss": loss, "bits": sites.bits(int(codes)), "temperature": config.heat})
+            if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+                told = {"belongs": problem.key, "curve": json.dumps(log)}
+                save_state(_state(problem), parameters, optimizer, told)
+                kept = step + 1
+            progress(step + 1, config.steps)
+    with torch.no_grad():
+        return {site: own.cpu() for site, own in training.logits().items()}
+
+
+def _optimizer(parameters: Iterable[Tensor], config: Config) -> torch.optim.Optimizer:
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=config.learning_rate)
+    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.decay)
+
+
+def _normalize(parameters: Iterable[Tensor]) -> None:
+    """Scale the gradient of all parameters together to length 1: no row of text counts for more than another."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    length = torch.nn.utils.get_total_norm(gradients).clamp(min=torch.finfo(torch.float32).tiny)
+    for gradient in gradients:
+        gradient /= length
+
+
+def _state(problem: Problem) -> Path:
+    assert problem.journal is not None, "the search keeps its state"
+    return problem.journal.with_suffix(".safetensors")

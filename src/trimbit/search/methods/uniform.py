@@ -1,0 +1,47 @@
+"""The best single format that fits: every weight in it, the embedding included, nothing pruned. The baseline."""
+
+from pydantic import Field
+
+from trimbit.schema.base import Data
+from trimbit.schema.plan import Plan
+from trimbit.schema.precision import Int, Precision
+from trimbit.search.problem import Problem
+
+PAPER = "baseline"
+NEEDS: tuple[str, ...] = ()
+MENU = tuple(Int(bits=bits, group=group, symmetric=False) for bits in range(2, 9) for group in (32, 64, 128, None))
+
+
+class Config(Data):
+    """What is tried."""
+
+    formats: tuple[Precision, ...] = Field(default=MENU, min_length=1)
+    tries: int = Field(default=2, ge=1)  # ours: of the formats that fit, how many of the largest are evaluated
+
+
+def require_feasible(problem: Problem, config: Config) -> None:
+    """Refuse, before anything long, a budget that no format fits.
+
+    Raises:
+        BudgetError: naming the smallest feasible budget.
+    """
+    problem.require_feasible(_by_size(problem, config)[0])
+
+
+def search(problem: Problem, config: Config) -> Plan:
+    """Of the largest formats that fit, the one of least damage; the largest where nothing can be evaluated.
+
+    Raises:
+        BudgetError: if none fits; names the smallest feasible budget.
+    """
+    require_feasible(problem, config)
+    fitting = [plan for plan in _by_size(problem, config) if plan.found_by.nbytes <= problem.limit]
+    best, notes = problem.quick_best(fitting[-config.tries :][::-1])
+    return best.telling(notes=notes)
+
+
+def _by_size(problem: Problem, config: Config) -> list[Plan]:
+    return sorted(
+        (problem.uniform(precision, f"uniform {precision.name}") for precision in config.formats),
+        key=lambda plan: plan.found_by.nbytes,
+    )

@@ -1,0 +1,186 @@
+"""Bayesian optimisation of ordinal variables under a known budget; the core of a search, which knows no models.
+
+What fits is counted, so nothing over the limit is ever tried; only the damage is learnt, by a Gaussian process. A
+proposal is the point of most expected improvement among untried ones that fit: random ones and neighbours of the best,
+climbed from there.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import replace
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from trimbit.errors import NumericsError
+from trimbit.jobs.progress import Progress
+from trimbit.schema.base import Data
+from trimbit.search.solvers.box import Box, Point, feasible_points, neighbours
+from trimbit.search.solvers.gaussian_process import _acquisition, _botorch, _improvement, _surrogate
+
+Evaluate = Callable[[Sequence[Point]], Iterable[tuple[Point, float]]]  # as each becomes known, in any order
+Record = Callable[[int, Point, float], None]  # its place among all trials, the first 0
+Ask = Callable[[Mapping[Point, float], torch.Generator], list[Point]]
+CHUNK = 512  # points whose acquisition is computed at once
+
+
+class Config(Data):
+    """How many points are tried, and how hard each is looked for."""
+
+    trials: int = Field(default=40, ge=1)  # ours: all points that are evaluated, the initial ones included
+    initial: int = Field(default=10, ge=1)  # ours: the given start, and random points up to this number
+    batch: int = Field(default=1, ge=1)  # ours: points proposed from the same results
+    pool: int = Field(default=256, ge=1)  # ours: random points that the acquisition chooses from
+    best: int = Field(default=3, ge=1)  # ours: tried points of least damage whose neighbours join the pool
+    near: int = Field(default=128, ge=1)  # ours: random neighbours of a point that are swaps, and that are settled
+    climbs: int = Field(default=20, ge=0)  # ours: times that the winner's neighbours may win
+    steps: int = Field(default=50, ge=1)  # ours: iterations of the fit
+    samples: int = Field(default=256, ge=1)  # ours: of the posterior, where points of a batch are pending
+    smaller: int = Field(default=4, ge=0)  # ours: limits below the given one, for the Pareto set; a trial each
+
+
+def _climb(
+    box: Box, acquisition: Callable[[Tensor], Tensor], pool: Sequence[Point], taken: Set[Point],
+    generator: torch.Generator, config: Config,
+) -> Point | None:  # fmt: skip
+    """The best of the pool, then of its neighbours, and so on while that is better; None if all of it is taken."""
+    winner, score = None, -math.inf
+    for _ in range(config.climbs + 1):
+        pool = [point for point in pool if point not in taken]
+        if not pool:
+            break
+        with torch.no_grad():
+            scores = torch.cat([acquisition(x[:, None]) for x in box.features(pool).split(CHUNK)])
+        if bool(scores.isnan().any()):
+            raise NumericsError("the expected improvement of a point is not a number")
+        at = int(scores.argmax())
+        if winner is not None and float(scores[at]) <= score:
+            break
+        winner, score = pool[at], float(scores[at])
+        pool = neighbours(box, winner, config.near, generator)
+    return winner
+
+
+def propose(
+    box: Box, points: Sequence[Point], values: Sequence[float], batch: int, generator: torch.Generator, config: Config
+) -> list[Point]:
+    """Up to `batch` untried points that fit, to evaluate next, from the damage of those tried; fewer if there are none.
+
+    Raises:
+        NumericsError: if the Gaussian process cannot be fitted.
+    """
+    tried = set(points)
+    pool = feasible_points(box, max(config.pool, batch), generator, tried)
+    order = sorted(range(len(points)), key=lambda at: values[at])
+    for at in order[: config.best]:
+        pool += neighbours(box, points[at], config.near, generator)
+    pool = list(dict.fromkeys(pool))
+    y = _improvement(values)
+    seed = int(torch.randint(2**31, (), generator=generator))
+    chosen: list[Point] = []
+    with _botorch(seed):
+        model = _surrogate(box.features(points), y, config.steps)
+        for _ in range(batch):
+            acquisition = _acquisition(model, float(y.max()), box.features(chosen), config.samples, seed)
+            point = _climb(box, acquisition, pool, tried.union(chosen), generator, config)
+            if point is None:
+                break
+            chosen.append(point)
+    return chosen
+
+
+def smaller(box: Box, tried: Mapping[Point, float], config: Config, seed: int) -> list[Point]:
+    """Within `config.smaller` limits, evenly from the fewest bytes up, the untried point of least expected damage.
+
+    Raises:
+        NumericsError: if the Gaussian process cannot be fitted.
+    """
+    generator, least = _generator(seed, len(tried)), box.nbytes(box.lowest)
+    found: list[Point] = []
+    with _botorch(seed):
+        model: Any = _surrogate(box.features(list(tried)), _improvement(list(tried.values())), config.steps)
+        for part in range(config.smaller):
+            own = replace(box, limit=least + (box.limit - least) * part // config.smaller)
+            taken = tried.keys() | found
+            pool = feasible_points(own, config.pool, generator, taken)
+            point = _climb(own, lambda x: model.posterior(x).mean.flatten(), pool, taken, generator, config)
+            found += [] if point is None else [point]
+    return found
+
+
+def optimise(
+    box: Box, start: Sequence[Point], evaluate: Evaluate, known: Mapping[Point, float], config: Config, seed: int,
+    progress: Progress, record: Record,
+) -> list[tuple[Point, float]]:  # fmt: skip
+    """Evaluate the start and random points, then what is proposed: at most `config.trials` points, in their order.
+
+    Args:
+        box: the space.
+        start: points to begin with.
+        evaluate: gives the damage of points: of all initial ones, then of up to `config.batch` at a time.
+        known: results of an interrupted run, in their order; they are trials that need no evaluation. A run that goes
+            on ends like one that was not interrupted: a proposal depends on the seed and the results before it alone.
+        config: how many points.
+        seed: of the random points.
+        progress: told how many trials are done.
+        record: given each new result at once, and its place.
+
+    Raises:
+        NumericsError: if a damage is not finite, or the Gaussian process cannot be fitted.
+    """
+
+    def ask(found: Mapping[Point, float], generator: torch.Generator) -> list[Point]:
+        return propose(box, list(found), list(found.values()), config.batch, generator, config)
+
+    return _run(ask, box, start, evaluate, known, config, seed, progress, record)
+
+
+def random_search(
+    box: Box, start: Sequence[Point], evaluate: Evaluate, known: Mapping[Point, float], config: Config, seed: int,
+    progress: Progress, record: Record,
+) -> list[tuple[Point, float]]:  # fmt: skip
+    """As `optimise`, but all points after the start are random: the baseline."""
+
+    def ask(found: Mapping[Point, float], generator: torch.Generator) -> list[Point]:
+        return feasible_points(box, config.batch, generator, found.keys())
+
+    return _run(ask, box, start, evaluate, known, config, seed, progress, record)
+
+
+def _run(
+    ask: Ask, box: Box, start: Sequence[Point], evaluate: Evaluate, known: Mapping[Point, float], config: Config,
+    seed: int, progress: Progress, record: Record,
+) -> list[tuple[Point, float]]:  # fmt: skip
+    assert all(box.fits(point) for point in (*start, *known)), "over the limit"
+    first = list(dict.fromkeys(start))
+    first += feasible_points(box, max(config.initial - len(first), 0), _generator(seed, 0), set(first))
+    first = first[: config.trials]
+    found = dict(known)
+    progress(len(found), config.trials)
+
+    def tell(points: Sequence[Point], begin: int) -> None:
+        missing = [point for point in points if point not in found]
+        for point, damage in evaluate(missing) if missing else ():
+            if not math.isfinite(damage):
+                raise NumericsError(f"the damage of point {point} is {damage}")
+            found[point] = damage
+            record(begin + points.index(point), point, damage)
+            progress(len(found), config.trials)
+
+    tell(first, 0)
+    order = list(dict.fromkeys((*first, *known)))
+    order = order[: len(order) - (len(order) - len(first)) % config.batch]  # without a batch that was interrupted
+    while len(order) < config.trials:
+        asked = ask({point: found[point] for point in order}, _generator(seed, len(order)))
+        asked = asked[: config.trials - len(order)]
+        if not asked:
+            break
+        tell(asked, len(order))
+        order += asked
+    return [(point, found[point]) for point in order[: config.trials]]
+
+
+def _generator(seed: int, trial: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed * 1_000_003 + trial)

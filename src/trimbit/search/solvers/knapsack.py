@@ -1,0 +1,63 @@
+"""The multiple-choice knapsack, solved by HiGHS."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from pydantic import Field
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from trimbit.schema.base import Data
+
+
+class Config(Data):
+    """When the solver may stop."""
+
+    gap: float = Field(default=1e-4, ge=0)  # relative optimality gap
+    nodes: int = Field(default=2000, ge=1)  # branch-and-bound nodes: blocks alike make proofs endless
+
+
+def knapsack(groups: list[list[tuple[int, float]]], limit: int, config: Config) -> list[int] | None:
+    """One item (bytes, damage) of each group, of least total damage within `limit` bytes; None if impossible."""
+    if sum(min(nbytes for nbytes, _ in group) for group in groups) > limit:
+        return None
+    sizes = [len(group) for group in groups]
+    nbytes = np.array([item[0] for group in groups for item in group], dtype=float)
+    damage = np.array([item[1] for group in groups for item in group], dtype=float)
+    rows = np.repeat(np.arange(len(groups)), sizes)
+    one_each = csr_array((np.ones(len(rows)), (rows, np.arange(len(rows)))), shape=(len(groups), len(rows)))
+    unit = max(limit, 1) / 1e4  # bytes are scaled for the solver's tolerances; the sum is checked in whole bytes
+    starts = np.cumsum([0, *sizes[:-1]])
+    target = limit
+    while True:
+        constraints = [
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(csr_array(nbytes[None] / unit), -np.inf, target / unit),
+        ]
+        options = {"mip_rel_gap": config.gap, "node_limit": config.nodes}
+        with _silenced_stdout():
+            result = milp(
+                damage, integrality=np.ones(len(rows)), bounds=Bounds(0, 1), options=options, constraints=constraints
+            )
+        if result.x is None:
+            return None
+        picked = [int(np.argmax(result.x[start : start + size])) for start, size in zip(starts, sizes, strict=True)]
+        over = sum(group[at][0] for group, at in zip(groups, picked, strict=True)) - limit
+        if over <= 0:
+            return picked
+        target -= over  # within the solver's tolerances, but not within the limit
+
+
+@contextmanager
+def _silenced_stdout() -> Iterator[None]:
+    """HiGHS prints debugging lines to the C standard output, which belongs to results."""
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)

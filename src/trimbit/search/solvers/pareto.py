@@ -1,0 +1,28 @@
+"""Pareto sets of bytes and damage."""
+
+from collections.abc import Sequence
+
+PAGE = 4096  # bytes
+
+
+def front(sizes: Sequence[int], values: Sequence[float]) -> list[int]:
+    """Indices of the Pareto set of bytes and damage, the smallest first.
+
+    Of points within 4 KiB the best one stays: the digits of a file's header are nothing to trade for.
+    """
+    found: list[int] = []
+    begin = 0  # of the points of which the last one stays
+    for at in sorted(pareto(list(zip(map(float, sizes), values, strict=True))), key=sizes.__getitem__):
+        if found and sizes[at] - begin < PAGE:
+            found[-1] = at
+        else:
+            found.append(at)
+            begin = sizes[at]
+    return found
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other one beats: is at most as large in both, and smaller in one."""
+    return [
+        at for at, (a, b) in enumerate(points) if not any(c <= a and d <= b and (c, d) != (a, b) for c, d in points)
+    ]

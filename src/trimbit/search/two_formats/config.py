@@ -1,0 +1,81 @@
+"""Two formats in every weight of the blocks: the formats, and how masks are tried and learnt."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from trimbit.schema.activations import ActInt
+from trimbit.schema.base import Data
+from trimbit.schema.precision import BF16, Int, Precision
+
+Versions = Literal["nearest", "quant", "expected"]
+
+
+class Mixed(Data):
+    """The two formats of weights and of inputs, and how many channels are high."""
+
+    low: Precision = Int(bits=4, group=128, symmetric=True)  # code (efeslab/Atom)
+    high: Precision = Int(bits=8, group=128, symmetric=True)
+    low_acts: ActInt | None = None  # None: the inputs of low channels are not rounded
+    high_acts: ActInt | None = None
+    # of the codes, those in high channels, where no budget is given; 0: none, whatever the budget
+    share: float = Field(default=0.125, ge=0, le=1)
+    tile: int = Field(default=32, ge=1)  # ours: high channels of a site are a multiple of this
+    sort: bool = True  # by diag H within low and high; false: channels keep their order there
+    table: Precision = BF16  # of the embedding and the head
+
+
+class Masking(Mixed):
+    """Which model the masks are tried in, and on what; its embedding and head are dense, whatever `table` is.
+
+    `versions` is what a format does to a weight meanwhile: it rounds it to nearest; as the quantiser does; or not at
+    all, but adds noise to the output, as large as the error that GPTQ is expected to leave (ours).
+    """
+
+    share: float = Field(default=0.125, gt=0, le=1)
+    versions: Versions = "nearest"
+    length: int = Field(default=2048, ge=16)  # code (DISP-LLM): tokens of a row
+    residual_rank: int | None = Field(default=None, ge=0)  # of what later columns predict; None: ours, 16
+    dense: bool = False  # keep what is rounded ready to multiply by, twice bf16 or fp32: faster, else the same
+
+    @model_validator(mode="after")
+    def _check_dense(self) -> "Masking":
+        if self.dense and self.versions == "expected":
+            raise ValueError("dense is of what is rounded, and versions=expected rounds no weight")
+        if self.residual_rank is not None and self.versions != "expected":
+            raise ValueError("residual_rank is of errors as expected: it goes with versions=expected alone")
+        return self
+
+    @property
+    def rank(self) -> int:
+        """Of what later columns predict."""
+        return 16 if self.residual_rank is None else self.residual_rank
+
+    def compared(self, rows: int) -> int:
+        """How many rows of the training text, of so many, are compared with the original."""
+        raise NotImplementedError
+
+    def replayed(self, device: str) -> bool:
+        """Whether gradients are taken by CUDA graphs, whose noise is another than without."""
+        return False
+
+
+class Learning(Masking):
+    """How masks are learnt from the training text."""
+
+    steps: int = Field(default=2000, ge=1)  # paper
+    batch: int = Field(default=1, ge=1)  # paper: rows of a step
+    loss: Literal["lm", "kl"] = "lm"  # paper: of the next token; ours: KL(original || model)
+    checkpointing: bool = True  # keep each block's input alone, and run the block again for its gradients
+
+    def replayed(self, device: str) -> bool:
+        """On a GPU, where blocks do the same operations for every row and mask (`masked/replayed.py`).
+
+        Where inputs are rounded, what is done depends on the masks; what is packed is unpacked by tables of the CPU's.
+        """
+        same = self.low_acts is None and self.high_acts is None and (self.versions == "expected" or self.dense)
+        return device == "cuda" and same and not self.checkpointing
+
+    def compared(self, rows: int) -> int:
+        """All rows, or none."""
+        return rows if self.loss == "kl" else 0

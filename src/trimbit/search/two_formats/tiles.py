@@ -1,0 +1,292 @@
+"""Two formats in every weight of the blocks: of each site's channels some are high, all others low.
+
+What searches share that choose the high channels. A site stores its low channels first, then the high ones, each part
+by rising diag H of the site's inputs (arXiv:2310.19102 reorders like this), so that a group holds channels alike.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from heapq import heapify, heappop, heappush
+
+import torch
+from torch import Tensor
+
+from trimbit.errors import BudgetError, NumericsError, RecipeError
+from trimbit.measure.choices import sites_of
+from trimbit.schema.activations import ActRun
+from trimbit.schema.plan import Plan
+from trimbit.schema.precision import Run, row_nbytes
+from trimbit.search.problem import Problem
+from trimbit.search.solvers import knapsack
+from trimbit.search.two_formats.config import Mixed
+
+High = Mapping[str, Sequence[int]]  # site -> its high channels
+
+
+@dataclass(frozen=True)
+class Sites:
+    """The sites of a problem and what their high channels cost.
+
+    Raises:
+        RecipeError: if the tile does not divide the channels of a site, high does not have more bits than low, or
+            something is pruned before the search.
+    """
+
+    problem: Problem
+    mixed: Mixed
+
+    def __post_init__(self) -> None:
+        low, high = self.mixed.low, self.mixed.high
+        if self.problem.space.kept:
+            raise RecipeError("two formats in a weight go with whole models alone: leave `prune` out of the recipe")
+        if low.bits >= high.bits:
+            raise RecipeError(f"the high format {high.name} must have more bits than the low one, {low.name}")
+        for site, channels in self.channels.items():
+            if channels % self.mixed.tile:
+                raise RecipeError(
+                    f"a tile of {self.mixed.tile} channels does not divide the {channels} channels of {site}; "
+                    "give another search.tile"
+                )
+
+    @cached_property
+    def channels(self) -> dict[str, int]:
+        """Channels of each site."""
+        layout = self.problem.layout
+        units = [unit for unit in layout.units.values() if unit.block is not None]
+        return {site: layout.weights[names[0]].cols for unit in units for site, names in sites_of(layout, unit).items()}
+
+    @cached_property
+    def rows(self) -> dict[str, int]:
+        """Rows of all weights that read each site: what a channel costs, in codes."""
+        return {site: sum(weight.rows for weight in self.problem.layout.readers(site)) for site in self.channels}
+
+    @cached_property
+    def energies(self) -> Mapping[str, Sequence[float]]:
+        """Diag H of each site's inputs; for sizes alone, falling numbers, so that orders are stored."""
+        if self.problem.channels is None:
+            return {site: [-float(at) for at in range(count)] for site, count in self.channels.items()}
+        return self.problem.channels.energies()
+
+    def bits(self, codes: int) -> float:
+        """Mean nominal bits of a code, so many of them in high channels."""
+        low, high = self.mixed.low.bits, self.mixed.high.bits
+        return low + (high - low) * codes / self.all_codes
+
+    def codes(self, tiles: Mapping[str, int]) -> int:
+        """Codes in high channels."""
+        return sum(self.rows[site] * self.mixed.tile * count for site, count in tiles.items())
+
+    @cached_property
+    def all_codes(self) -> int:
+        """Codes in all channels."""
+        return sum(self.rows[site] * count for site, count in self.channels.items())
+
+    def spread(self, share: float) -> dict[str, int]:
+        """Tiles of each site for the same share of channels everywhere, as near as whole tiles come.
+
+        The next tile goes to the site with the smallest share of high channels so far, as long as it is within the
+        codes of `share`; of sites that are alike, to one far from those that have had theirs (van der Corput's order
+        of the blocks), so that early blocks get no more than late ones.
+        """
+        layout = self.problem.layout
+        left, tiles = share * self.all_codes, dict.fromkeys(self.channels, 0)
+        blocks = {site: layout.units[layout.readers(site)[0].unit].block for site in self.channels}
+        queue = [(0.0, int(f"{blocks[site]:032b}"[::-1], 2), site) for site in self.channels]
+        heapify(queue)
+        while queue:
+            _, turn, site = heappop(queue)
+            cost = self.rows[site] * self.mixed.tile
+            if cost <= left + 1e-6:
+                tiles[site] += 1
+                left -= cost
+                held = tiles[site] * self.mixed.tile
+                if held < self.channels[site]:
+                    heappush(queue, (held / self.channels[site], turn, site))
+        return tiles
+
+    def largest(self, site: str, tiles: int) -> tuple[int, ...]:
+        """The channels of largest diag H of a site, as many tiles."""
+        energies = self.energies[site]
+        ranked = sorted(range(len(energies)), key=lambda channel: (-energies[channel], channel))
+        return tuple(ranked[: tiles * self.mixed.tile])
+
+    def plan(self, high: High, method: str, notes: tuple[str, ...] = ()) -> Plan:
+        """The plan whose `high` channels are high."""
+        problem, mixed = self.problem, self.mixed
+        formats = {
+            site: mixed.table if unit.block is None else mixed.low
+            for unit in problem.layout.units.values()
+            for site in sites_of(problem.layout, unit)
+        }
+        base = problem.plan({}, formats, method)
+        weights, orders, acts = dict(base.weights), {}, {}
+        for site, channels in self.channels.items():
+            order = self._order(site, high[site])
+            if order != tuple(range(channels)):
+                orders[site] = order
+            runs = self._runs(site, len(high[site]))
+            weights |= dict.fromkeys((weight.name for weight in problem.layout.readers(site)), runs)
+            rounding = {mixed.low: mixed.low_acts, mixed.high: mixed.high_acts}
+            if any(rounding[run.precision] for run in runs):
+                acts[site] = tuple(ActRun(count=run.count, precision=rounding[run.precision]) for run in runs)
+        plan = base.model_copy(update={"weights": weights, "orders": orders, "acts": acts})
+        return plan.telling(nbytes=problem.layout.file_nbytes(plan), notes=notes)
+
+    def _runs(self, site: str, high: int) -> tuple[Run, ...]:
+        counts = ((self.channels[site] - high, self.mixed.low), (high, self.mixed.high))
+        return tuple(Run(count=count, precision=precision) for count, precision in counts if count)
+
+    def _order(self, site: str, high: Sequence[int]) -> tuple[int, ...]:
+        chosen = set(high)
+        channels = range(self.channels[site])
+        key = self.energies[site].__getitem__ if self.mixed.sort else int
+        low, rest = ([c for c in channels if (c in chosen) is kind] for kind in (False, True))
+        return (*sorted(low, key=key), *sorted(rest, key=key))
+
+    def sized(self, tiles: Mapping[str, int]) -> int:
+        """Bytes of the files of a plan with so many tiles."""
+        return self.plan({site: range(count * self.mixed.tile) for site, count in tiles.items()}, "").found_by.nbytes
+
+    def site_nbytes(self, site: str, tiles: int) -> int:
+        """Bytes of the weights of a site with so many high tiles, and of its order where that is stored."""
+        layout, runs = self.problem.layout, self._runs(site, tiles * self.mixed.tile)
+        folds = layout.readers(site)[0].col_axis == "mid" and self.problem.rotation is None
+        ordered = self.mixed.sort or len(runs) > 1
+        order = layout.order_tensor(site, self.channels[site])[1].nbytes if ordered and not folds else 0
+        return order + self.rows[site] * row_nbytes(runs)
+
+    @cached_property
+    def limit(self) -> int:
+        """What is left of the budget for the sites; the headers of other tiles may differ by some bytes."""
+        tiles = self.fitting
+        return self.problem.limit - self.sized(tiles) + sum(self.site_nbytes(*each) for each in tiles.items())
+
+    def filled(self, losses: Mapping[str, Mapping[int, float]], ranked: High, what: str) -> Plan:
+        """The plan of least summed loss within the budget, a multiple-choice knapsack.
+
+        `losses` are by site and number of high tiles, of which the first channels in `ranked` are.
+
+        Raises:
+            NumericsError: if the solver finds nothing.
+        """
+        options = {site: sorted(own) for site, own in losses.items()}
+        groups = [[(self.site_nbytes(site, n), losses[site][n]) for n in own] for site, own in options.items()]
+
+        def pick(limit: int) -> dict[str, int] | None:
+            picked = knapsack.knapsack(groups, limit, knapsack.Config())
+            if picked is not None:
+                return {site: own[at] for (site, own), at in zip(options.items(), picked, strict=True)}
+            if sum(min(nbytes for nbytes, _ in group) for group in groups) > limit:
+                return None
+            raise NumericsError("the knapsack over tiles of channels was not solved; give another budget")
+
+        return self._within(pick, ranked, what)
+
+    def topped(self, logits: Mapping[str, Tensor], what: str) -> Plan:
+        """The plan of the highest logits within the budget: one threshold for all sites, but for whole tiles.
+
+        A site's channels are cut into tiles by falling logit. The tile of highest mean, whatever its site, is next, as
+        long as its bytes fit.
+        """
+        ranked = {site: own.sort(descending=True, stable=True) for site, own in logits.items()}
+        means = {site: own.values.view(-1, self.mixed.tile).mean(-1).tolist() for site, own in ranked.items()}
+        queue = sorted((-mean, tile, site) for site, own in means.items() for tile, mean in enumerate(own))
+
+        def pick(limit: int) -> dict[str, int] | None:
+            tiles = dict.fromkeys(means, 0)
+            left = limit - sum(self.site_nbytes(site, 0) for site in tiles)
+            if left < 0:
+                return None
+            for _, tile, site in queue:
+                nbytes = self.site_nbytes(site, tile + 1) - self.site_nbytes(site, tile)
+                if tiles[site] == tile and nbytes <= left:
+                    tiles[site] += 1
+                    left -= nbytes
+            return tiles
+
+        return self._within(pick, {site: own.indices.tolist() for site, own in ranked.items()}, what)
+
+    def _within(self, pick: Callable[[int], dict[str, int] | None], ranked: High, what: str) -> Plan:
+        """The plan of the tiles that are picked for a limit in bytes, lowered until the files fit the budget.
+
+        So near the smallest budget that the header leaves no room, every site has the same share, and the plan's notes
+        say so.
+        """
+        limit = self.limit
+        while True:
+            tiles, notes = pick(limit), tuple[str, ...]()
+            if tiles is None:
+                tiles, notes = self.fitting, ("the same share of every site: the budget leaves no choice",)
+            high = {site: ranked[site][: count * self.mixed.tile] for site, count in tiles.items()}
+            plan = self.plan(high, f"{self.bits(self.codes(tiles)):.3f} bits a code, {what}", notes)
+            over = plan.found_by.nbytes - self.problem.limit
+            if over <= 0:
+                return plan
+            limit -= over  # the header is that much longer
+
+    def high(self, plan: Plan) -> High:
+        """The high channels of a plan."""
+        found = {}
+        for site, count in self.channels.items():
+            order = plan.orders.get(site, tuple(range(count)))
+            runs = plan.weights[self.problem.layout.readers(site)[0].name]
+            low = sum(run.count for run in runs if run.precision == self.mixed.low)
+            found[site] = order[low:]
+        return found
+
+    def require_feasible(self) -> None:
+        """Refuse a budget outside what the formats reach.
+
+        Raises:
+            BudgetError: naming the range.
+        """
+        least, most = self.sized(self.spread(0.0)), self.sized(self.spread(1.0))
+        below, above = self.problem.limit < least, self.problem.limit > most and self.mixed.share > 0
+        if below or above:
+            advice = f"smallest feasible budget is {least:,} bytes (--budget {least}B)"
+            if above:
+                advice = f"largest that they fill is {most:,} bytes (--budget {most}B)"
+            raise BudgetError(
+                f"the budget of {self.problem.limit:,} bytes is {'below' if below else 'above'} what "
+                f"{self.mixed.low.name} and {self.mixed.high.name} reach: {least:,} to {most:,} bytes; the {advice}"
+            )
+
+    @cached_property
+    def fitting(self) -> dict[str, int]:
+        """Tiles for the largest same share everywhere whose plan is within the budget."""
+        low, high = 0.0, 1.0
+        if not self.mixed.share:
+            return self.spread(low)
+        if self.sized(self.spread(high)) <= self.problem.limit:
+            return self.spread(high)
+        if self.sized(self.spread(self.mixed.share)) <= self.problem.limit:
+            low = self.mixed.share
+        for _ in range(20):  # far below a tile
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.sized(self.spread(middle)) <= self.problem.limit else (low, middle)
+        return self.spread(low)
+
+
+def default_limit(problem: Problem, config: Mixed) -> int:
+    """Bytes with the configured share of every site's channels high."""
+    sites = Sites(problem, config)
+    return sites.sized(sites.spread(config.share))
+
+
+def require_feasible(problem: Problem, config: Mixed) -> None:
+    """Refuse a budget outside what the formats reach.
+
+    Raises:
+        BudgetError: naming the range.
+        RecipeError: if the formats or the tile do not fit the model.
+    """
+    Sites(problem, config).require_feasible()
+
+
+def as_masks(high: High, sites: Sites) -> dict[str, Tensor]:
+    """Ones where a site's channel is high."""
+    masks = {site: torch.zeros(count) for site, count in sites.channels.items()}
+    for site, channels in high.items():
+        masks[site][list(channels)] = 1
+    return masks

@@ -1,0 +1,171 @@
+"""Apply a plan to one block after the other, each on the inputs that the compressed blocks before it give."""
+
+import copy
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trimbit.calibrate.moments import Accumulator, Moments
+from trimbit.calibrate.taps import Tap
+from trimbit.model.forward.compute import computing
+from trimbit.model.forward.halves import input_known, only_half
+from trimbit.model.forward.logits import following, judge, logit_slices
+from trimbit.model.forward.stream import BlockStream, Chunks, embed_chunks
+from trimbit.model.layout import Unit, Weight
+from trimbit.runtime.inputs import stored_order
+from trimbit.schema.plan import Plan
+from trimbit.transform.cut import change_sites, cut_unit
+from trimbit.transform.repair import refit
+from trimbit.transform.weight import Compressed, Method
+
+
+class _Job:
+    """The state of one application: the hidden states of both paths."""
+
+    def __init__(
+        self, stream: BlockStream, plan: Plan, tokens: Tensor, method: Method, repair: refit.Config,
+        table: Compressed, held_out: Tensor | None,
+    ) -> None:  # fmt: skip
+        self.stream = stream
+        self.layout = stream.layout
+        self.plan = plan
+        self.method = method
+        self.repair = repair
+        self.inputs: list[Tensor] = []  # of the unit's last projection, for each chunk
+        self.held_dense: Chunks = embed_chunks(stream, held_out) if held_out is not None else []
+        with stream.embedding_replaced(table.dense(torch.bfloat16)):
+            self.compressed: Chunks = embed_chunks(stream, tokens)
+            self.held_compressed: Chunks = embed_chunks(stream, held_out) if held_out is not None else []
+
+    def _refits(self, unit: Unit) -> bool:
+        if unit.dim is None or self.layout.dropped(unit, self.plan):
+            return False
+        return unit.out_weight in self.plan.biases
+
+    def block(self, index: int) -> dict[str, Tensor]:
+        """Compress one block, half by half, and move the hidden states past it; returns its stored tensors."""
+        dense = self.stream.load(index)
+        block = copy.deepcopy(dense)
+        prefix = f"{self.layout.family.blocks}.{index}."
+        stored: dict[str, Tensor] = {}
+        for kind in ("attn", "mlp"):
+            unit = self.layout.units[f"blocks.{index}.{kind}"]
+            with only_half(block, self.layout, unit), only_half(dense, self.layout, unit):
+                if not self.layout.dropped(unit, self.plan):
+                    if unit.dim in self.plan.cuts:
+                        cut_unit(block, self.layout, unit, self.plan.cuts[unit.dim], prefix)
+                    change_sites(block, self.layout, self.plan, unit, prefix)
+                    stored |= self._compress_unit(index, unit, dense, block, prefix)
+                    self._advance_compressed(index, unit, block, prefix)
+                    self._advance(self.held_compressed, index, block)
+                self._advance(self.held_dense, index, dense)
+        return stored
+
+    def _advance(self, hidden: Chunks, index: int, block: nn.Module) -> None:
+        for at, chunk in enumerate(hidden):
+            hidden[at] = self.stream.run(index, block, chunk)
+
+    def _advance_compressed(self, index: int, unit: Unit, block: nn.Module, prefix: str) -> None:
+        """Move past a unit; what lies before its last projection is not run again where its inputs were seen."""
+        if not self.inputs:
+            self._advance(self.compressed, index, block)
+        for at, x in enumerate(self.inputs):
+            chunk = self.compressed[at]
+            with input_known(block, unit, x.unflatten(0, chunk.shape[:-1]), prefix):
+                self.compressed[at] = self.stream.run(index, block, chunk)
+        self.inputs = []
+
+    def damage(self, original: Tensor, compressed: Tensor, held_out: Tensor) -> float:
+        """KL(original || compressed) on the held-out rows, which are past the last block, with both heads' weights."""
+        dense, own = (
+            logit_slices(
+                partial(functional.linear, weight=weight),
+                self.layout.config,
+                torch.cat([self.stream.final_norm(chunk).flatten(0, -2) for chunk in chunks]),
+            )
+            for weight, chunks in ((original, self.held_dense), (compressed, self.held_compressed))
+        )
+        with computing(self.stream.compute):
+            return judge((torch.log_softmax(logits, -1) for _, logits in dense), own, following(held_out)).kl
+
+    def _compress_unit(
+        self, index: int, unit: Unit, dense: nn.Module, block: nn.Module, prefix: str
+    ) -> dict[str, Tensor]:
+        stored: dict[str, Tensor] = {}
+        sites: dict[str, list[Weight]] = {}
+        for name in unit.weights:
+            sites.setdefault(self.layout.weights[name].site, []).append(self.layout.weights[name])
+        for members in sites.values():
+            modules: list[Any] = [block.get_submodule(weight.name.removeprefix(prefix)) for weight in members]
+            names = [weight.name for weight in members]
+            refits = names[0] == unit.out_weight and self._refits(unit)
+            train, held = self._moments(index, members[0], dense if refits else None, block, prefix)
+            if refits:
+                original: Any = dense.get_submodule(members[0].name.removeprefix(prefix))
+                compressed = self._refit_and_compress(names[0], modules[0], original, train, held)
+            else:
+                moments = train.moments() if train else None
+                compressed = self._compress(names, [linear.weight.detach() for linear in modules], moments)
+            for name, linear, one in zip(names, modules, compressed, strict=True):
+                linear.weight = nn.Parameter(one.dense(), requires_grad=False)
+                stored |= one.tensors(name)
+                if linear.bias is not None:
+                    stored[f"{name}.bias"] = linear.bias.detach().to(torch.bfloat16)
+        for name, _ in unit.kept:
+            stored[name] = block.get_parameter(name.removeprefix(prefix)).detach().to(torch.bfloat16)
+        for site in sites:
+            name = self.layout.input_of(site)[0]
+            order = stored_order(block.get_submodule(name.removeprefix(prefix)))
+            if order is not None:
+                stored[f"{name}.order"] = order
+        return stored
+
+    def _compress(self, names: Sequence[str], ws: Sequence[Tensor], moments: Moments | None) -> list[Compressed]:
+        ranks = [self.plan.adapters.get(name, 0) for name in names]
+        return self.method.compress(ws, moments, names, [self.plan.weights[name] for name in names], ranks)
+
+    def _moments(
+        self, index: int, weight: Weight, dense: nn.Module | None, block: nn.Module, prefix: str
+    ) -> tuple[Accumulator | None, Accumulator]:
+        """Moments of a site; with those of the `dense` half on the same inputs, split into train and held-out."""
+        train, held = Accumulator(), Accumulator()
+        if dense is None and not self.method.needs_moments:
+            return None, held
+        relative = weight.name.removeprefix(prefix)
+        chunks = len(self.compressed)
+        share = round(chunks * (1 - self.repair.held_out))
+        boundary = chunks if dense is None else max(1, min(share, chunks - 1))  # one is held out, if there are two
+        for at, chunk in enumerate(self.compressed):
+            x_dense = None
+            if dense is not None:
+                with Tap({"x": dense.get_submodule(relative)}, stop_at="x") as seen:
+                    self.stream.run(index, dense, chunk)
+                x_dense = seen["x"]
+            with Tap({"x": block.get_submodule(relative)}, stop_at="x") as seen:
+                self.stream.run(index, block, chunk)
+            (train if at < boundary else held).add(seen["x"], x_dense)
+            if weight.name == self.layout.units[weight.unit].out_weight:
+                self.inputs.append(seen["x"])
+        return train, held
+
+    def _refit_and_compress(
+        self, name: str, linear: Any, original: Any, train: Accumulator | None, held: Accumulator  # noqa: ANN401
+    ) -> list[Compressed]:  # fmt: skip
+        assert train is not None
+        w, bias = original.weight.detach(), None if original.bias is None else original.bias.detach()
+        fitted = refit.refit(
+            w,
+            linear.weight.detach(),
+            bias,
+            train.moments(),
+            held.moments() if held.count else train.moments(),
+            self.repair,
+        )
+        both = train.plus(held).moments() if held.count else train.moments()
+        compressed = self._compress([name], [fitted.weight], both)
+        linear.bias = nn.Parameter(refit.bias_for(w, compressed[0].dense(), bias, both), requires_grad=False)
+        return compressed

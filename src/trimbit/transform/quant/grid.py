@@ -1,0 +1,196 @@
+"""The quantisation grid of a weight: scale and zero point of each group, by absmax or by least squared error.
+
+Codes are numbered from 0 on. Value = s * (c - z) for every integer format, with z = 2^(b-1) for symmetric ones, and for
+ternary, with z = 1; m - s + 2 s * c for binary, where m stands in for z; s * level[c] for NF4.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from trimbit.errors import NumericsError
+from trimbit.kernels.weights import per_column
+from trimbit.schema.precision import NF4_LEVELS, BFloat16, Binary, Int, NormalFloat, Run, Ternary
+from trimbit.transform.quant.lloyd import mean_size, middle_of_two, ternary_scale
+
+ScaleSearch = Literal["absmax", "mse"]
+SHRINKS = tuple(1.0 - 0.03 * step for step in range(24))  # ours: 1.00 down to 0.31 of the group's range
+CHUNK = 4_000_000  # elements whose grids are searched at a time: bounds memory
+FLOAT16_MAX = 65504.0
+PLAIN, TABLE = 0.0, -1.0  # in place of a top code: bf16 values; NF4
+LEVELS = torch.tensor(NF4_LEVELS)
+MIDPOINTS = (LEVELS[1:] + LEVELS[:-1]) / 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """Scales and zero points (binary: means) of every run of a weight, fp16-exact; None for bf16 runs."""
+
+    runs: tuple[Run, ...]
+    scales: list[Float[Tensor, "rows _"] | None]
+    zeros: list[Float[Tensor, "rows _"] | None]
+
+    def columns(self, w: Float[Tensor, "rows cols"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What is to be rounded, and its step, zero point and top code (or PLAIN, TABLE), all [rows, cols].
+
+        What is to be rounded is w, but for binary runs, where it is w less m - s: from there on m - s and m + s are an
+        integer grid of step 2 s. Rounding with feedback does not mind: an error is a difference.
+        """
+        parts = w.split([run.count for run in self.runs], dim=1)
+        found = [_columns(*each) for each in zip(parts, self.runs, self.scales, self.zeros, strict=True)]
+        w, step, zero, top = (torch.cat(each, 1) for each in zip(*found, strict=True))
+        return w, step, zero, top
+
+
+def _columns(w: Tensor, run: Run, scale: Tensor | None, zero: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    precision = run.precision
+    if scale is None or zero is None or isinstance(precision, BFloat16):
+        return w, torch.ones_like(w), torch.zeros_like(w), torch.full_like(w, PLAIN)
+    scale, zero = (per_column(each, precision.group, run.count) for each in (scale, zero))
+    if isinstance(precision, Binary):
+        return w - (zero - scale), 2 * scale, torch.zeros_like(w), torch.ones_like(w)
+    if isinstance(precision, NormalFloat):
+        return w, scale, zero, torch.full_like(w, TABLE)
+    codes = len(precision.levels) if isinstance(precision, Ternary) else 2**precision.bits
+    return w, scale, zero, torch.full_like(w, codes - 1)
+
+
+def fit_grid(
+    w: Float[Tensor, "rows cols"],
+    runs: tuple[Run, ...],
+    search: ScaleSearch,
+    weighting: Float[Tensor, " cols"] | None = None,
+) -> Grid:
+    """Choose the grid of each group of each run.
+
+    `absmax` spans the group's range; `mse` shrinks that range to the least squared error, or, for two and three levels,
+    solves for it, with each column's squared error multiplied by `weighting` (the diagonal of H, where given).
+
+    Raises:
+        NumericsError: if a scale does not fit fp16.
+    """
+    scales: list[Tensor | None] = []
+    zeros: list[Tensor | None] = []
+    at = 0
+    for run in runs:
+        part = w[:, at : at + run.count]
+        weight = None if weighting is None else weighting[at : at + run.count]
+        at += run.count
+        if isinstance(run.precision, BFloat16):
+            scales.append(None)
+            zeros.append(None)
+            continue
+        rows = max(1, CHUNK // run.count)
+        fitted = [_fit_run(chunk, run.precision, search, weight) for chunk in part.split(rows)]
+        scales.append(torch.cat([scale for scale, _ in fitted]))
+        zeros.append(torch.cat([zero for _, zero in fitted]))
+    return Grid(runs=runs, scales=scales, zeros=zeros)
+
+
+def _fit_run(
+    w: Tensor, precision: Int | NormalFloat | Ternary | Binary, search: ScaleSearch, weighting: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    rows, count = w.shape
+    group = precision.group or count
+    pad = -count % group
+    x = functional.pad(w, (0, pad), mode="replicate").view(rows, -1, group)  # the range stays; the cost is nothing
+    cost = functional.pad(torch.ones(count) if weighting is None else weighting, (0, pad)).view(1, -1, group)
+    if isinstance(precision, Ternary | Binary):
+        scale, zero = _solved(x, precision, search, cost)
+    else:
+        scale, zero = _searched(x, precision, search, cost)
+    return scale.squeeze(-1), zero.squeeze(-1)
+
+
+def _solved(x: Tensor, precision: Ternary | Binary, search: ScaleSearch, cost: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point or mean, [rows, groups, 1], where the least squared error needs no search."""
+    if isinstance(precision, Ternary):
+        scale = _float16(ternary_scale(x, cost) if search == "mse" else x.abs().amax(-1, keepdim=True))
+        return scale, torch.ones_like(scale)
+    mean = torch.zeros_like(x[..., :1])
+    if precision.mean:
+        low, high = x.aminmax(dim=-1, keepdim=True)
+        mean = _float16(middle_of_two(x, cost) if search == "mse" else (low + high) / 2)
+    off = (x - mean).abs_()
+    return _float16(mean_size(off, cost) if search == "mse" else off.amax(-1, keepdim=True)), mean
+
+
+def _searched(x: Tensor, precision: Int | NormalFloat, search: ScaleSearch, cost: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point, [rows, groups, 1], from ranges of the group shrunk by factors."""
+    candidates = [
+        (shrink, side) for shrink in (SHRINKS if search == "mse" else (1.0,)) for side in _sides(precision, search)
+    ]
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    for shrink, side in candidates:
+        scale, zero = _grid(x, precision, shrink, side)
+        error = (rounded(x, scale, zero, precision) - x).square_().mul_(cost).sum(-1, keepdim=True)
+        if best is None:
+            best = (error, scale, zero)
+            continue
+        better = error < best[0]
+        best = (
+            torch.where(better, error, best[0]),
+            torch.where(better, scale, best[1]),
+            torch.where(better, zero, best[2]),
+        )
+    assert best is not None
+    return best[1], best[2]
+
+
+def _sides(precision: Int | NormalFloat, search: ScaleSearch) -> tuple[float, ...]:
+    """Signs of a scale to try where the two sides of zero do not have the same levels."""
+    both = isinstance(precision, NormalFloat) or precision.symmetric
+    return (1.0, -1.0) if both and search == "mse" else (1.0,)
+
+
+def _grid(x: Tensor, precision: Int | NormalFloat, shrink: float, side: float) -> tuple[Tensor, Tensor]:
+    """Scale and zero point, [rows, groups, 1], of the range of x shrunk by a factor."""
+    if isinstance(precision, NormalFloat):
+        scale = side * _float16(x.abs().amax(-1, keepdim=True) * shrink)
+        return scale, torch.zeros_like(scale)
+    levels = 2**precision.bits
+    if precision.symmetric:
+        reach = x.abs().amax(-1, keepdim=True) * shrink
+        scale = side * _float16(reach / (levels / 2 - 1))
+        return scale, torch.full_like(scale, levels / 2)
+    low = x.amin(-1, keepdim=True).clamp(max=0) * shrink
+    high = x.amax(-1, keepdim=True).clamp(min=0) * shrink
+    scale = _float16((high - low) / (levels - 1))
+    zero = torch.where(scale > 0, (-low / scale.clamp(min=torch.finfo(torch.float32).tiny)).round(), 0.0)
+    return scale, zero.clamp(0, levels - 1)
+
+
+def _float16(scale: Tensor) -> Tensor:
+    """A scale or mean as fp16 holds it."""
+    if not bool((scale.abs() <= FLOAT16_MAX).all()):
+        raise NumericsError(
+            f"a scale of {scale.abs().max():.3g} does not fit fp16 (largest {FLOAT16_MAX:g}); weights are too large"
+        )
+    return scale.to(torch.float16).to(torch.float32)
+
+
+def rounded(x: Tensor, scale: Tensor, zero: Tensor, precision: Int | NormalFloat) -> Tensor:
+    """The nearest values on the grid; zero where the scale is zero."""
+    safe = torch.where(scale == 0, torch.ones_like(scale), scale)
+    if isinstance(precision, NormalFloat):
+        return LEVELS[torch.bucketize(x / safe, MIDPOINTS)] * scale
+    codes = ((x / safe).round_() + zero).clamp_(0, 2**precision.bits - 1)
+    return (codes - zero) * scale
+
+
+def nearest(x: Tensor, safe: Tensor, zero: Tensor, top: Tensor, *, tables: bool) -> tuple[Tensor, Tensor]:
+    """The codes nearest to x and their levels, in units of the scale; those of PLAIN elements mean nothing.
+
+    All tensors have one shape; `safe` is the scale, one where it is zero; `tables` says whether any top is TABLE.
+    """
+    x = x / safe
+    codes = torch.minimum(x.round().add_(zero).clamp_(min=0), top)
+    levels = codes - zero
+    if tables:
+        table, index = top == TABLE, torch.bucketize(x, MIDPOINTS)
+        codes, levels = torch.where(table, index.float(), codes), torch.where(table, LEVELS[index], levels)
+    return codes, levels

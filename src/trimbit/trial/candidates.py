@@ -1,0 +1,198 @@
+"""The weights of every choice, made from the dense model alone and kept on disk, to measure and to try plans.
+
+A candidate has the full shape: what is cut is zero, which computes the same as being gone.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trimbit.calibrate.moments import Moments
+from trimbit.calibrate.stats import Stats
+from trimbit.jobs.cache import save_whole
+from trimbit.jobs.progress import Progress
+from trimbit.kernels.acts import take_channels
+from trimbit.kernels.qtensor import QTensor
+from trimbit.measure.choices import format_of, menu_of, sites_of
+from trimbit.model import axes
+from trimbit.model.checkpoint.checkpoint import Checkpoint
+from trimbit.model.layout import Layout, Unit, Weight
+from trimbit.schema.base import digest
+from trimbit.schema.precision import Precision, Run
+from trimbit.schema.space import Space
+from trimbit.transform.repair import refit
+from trimbit.transform.repair.lowrank import LowRank
+from trimbit.transform.weight import Compressed, Method, identity_moments, tied_moments
+
+RIDGE = refit.Config(ridges=(0.01,))  # ours; there are no held-out moments here
+
+
+class CandidateWeights:
+    """Compressed weights by unit, width and format; each is made once."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, layout: Layout, stats: Stats | None, method: Method, folder: Path,
+        rankings: Mapping[str, tuple[int, ...]], space: Space | None, *, rank: int = 0, refits: bool = True,
+        orders: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
+        self.checkpoint = checkpoint
+        self.layout = layout
+        self.stats = stats
+        self.method = method
+        self.folder = folder
+        self.rankings = rankings
+        self.space = space
+        self.rank = rank
+        self.refits = refits
+        self.orders = orders  # of the columns, by site
+
+    def unit_state(self, unit: Unit, width: int | None, formats: Mapping[str, Precision]) -> dict[str, Tensor]:
+        """Parameters of a unit by name, each weight in its or its site's format; a zero bias where nothing is cut."""
+        state: dict[str, Tensor] = {}
+        keep = None
+        if unit.dim is not None and width is not None and width != unit.size:
+            keep = tuple(sorted(self.rankings[unit.dim][:width]))
+        for site, names in sites_of(self.layout, unit).items():
+            for name in names:
+                weight, precision = self.layout.weights[name], format_of(formats, site, name)
+                if name == unit.out_weight:
+                    state |= self._out_state(unit, weight, keep, precision)
+                elif keep and self.rank:
+                    state[f"{name}.weight"] = self._cut_rows(unit, weight, keep, precision)
+                else:
+                    state[f"{name}.weight"] = self.compressed(weight, precision).dense(torch.bfloat16)
+        return state
+
+    def _out_state(
+        self, unit: Unit, weight: Weight, keep: tuple[int, ...] | None, precision: Precision
+    ) -> dict[str, Tensor]:
+        """The weight that writes to the residual stream, and its bias."""
+        name = weight.name
+        if keep is None:
+            dense = self.compressed(weight, precision).dense(torch.bfloat16)
+            return {f"{name}.weight": dense, f"{name}.bias": self._bias(weight)}
+        if not keep:
+            return {f"{name}.weight": torch.zeros(weight.rows, weight.cols), f"{name}.bias": torch.zeros(weight.rows)}
+        return self._cut_columns(unit, weight, keep, precision)
+
+    def moments(self, weight: Weight) -> Moments | None:
+        """What the quantiser is given for a weight."""
+        if self.stats is None:
+            return None
+        if weight.unit == "embed":
+            return tied_moments(self.stats.moments("head_in")) if self.layout.tied else identity_moments(weight.cols)
+        found = self.stats.moments(weight.site)
+        return found.at(self.orders[weight.site]) if weight.site in self.orders else found
+
+    def compressed(self, weight: Weight, precision: Precision) -> Compressed:
+        """The whole weight in one format."""
+        path = self._path(weight, precision)
+        if not path.exists():
+            self._make(weight, precision)
+        return _stored(path, (Run(count=weight.cols, precision=precision),))[0]
+
+    def make(self, progress: Progress) -> None:
+        """Make all that a search over bits alone asks for: every weight, cut as `space.kept` says, in every format."""
+        assert self.space is not None
+        units = [unit for unit in self.layout.units.values() if unit.block is not None]
+        for at, unit in enumerate(units):
+            for precision in menu_of(unit, self.space):
+                formats = dict.fromkeys(sites_of(self.layout, unit), precision)
+                self.unit_state(unit, self.space.kept.get(unit.dim or "", unit.size), formats)
+            progress(at + 1, len(units))
+
+    def _rank(self, weight: Weight) -> int:
+        return self.rank if self.layout.units[weight.unit].block is not None else 0
+
+    def _path(self, weight: Weight, precision: Precision, keep: tuple[int, ...] | None = None) -> Path:
+        cut = "" if keep is None else f"{len(keep)}.{digest(keep)}."
+        return self.folder / f"{weight.name}.{cut}{precision.name}.safetensors"
+
+    def _make(self, weight: Weight, precision: Precision) -> None:
+        """Compress all weights of a site in all formats of the menu at once: they share the input and its factor."""
+        unit = self.layout.units[weight.unit]
+        members = [self.layout.weights[name] for name in unit.weights if self.layout.weights[name].site == weight.site]
+        menu = dict.fromkeys((precision, *(menu_of(unit, self.space) if self.space and unit.block is not None else ())))
+        work = [(member, p) for member in members for p in menu if not self._path(member, p).exists()]
+        if not work:  # another process has made them meanwhile
+            return
+        dense = {member.name: self._dense(member) for member in members}
+        made = self.method.compress(
+            [dense[m.name] for m, _ in work], self.moments(weight), [m.name for m, _ in work],
+            [(Run(count=m.cols, precision=p),) for m, p in work], [self._rank(m) for m, _ in work],
+        )  # fmt: skip
+        for (member, p), one in zip(work, made, strict=True):
+            _store(self._path(member, p), one, {})
+
+    def _dense(self, weight: Weight) -> Tensor:
+        dense = self.checkpoint.tensor(f"{weight.name}.weight").float()
+        return take_channels(dense, self.orders[weight.site]) if weight.site in self.orders else dense
+
+    def _bias(self, weight: Weight) -> Tensor:
+        return self.checkpoint.tensor(f"{weight.name}.bias") if weight.bias else torch.zeros(weight.rows)
+
+    def _indices(self, unit: Unit, axis: str, keep: tuple[int, ...]) -> Tensor:
+        assert unit.dim is not None
+        return axes.kept_indices(axis, self.layout.sizes, unit.dim.rsplit(".", 1)[1], keep)
+
+    def _cut_rows(self, unit: Unit, weight: Weight, keep: tuple[int, ...], precision: Precision) -> Tensor:
+        """A weight that writes into the cut dim, in the full shape: its pair depends on which rows are left."""
+        index, runs = self._indices(unit, weight.row_axis, keep), (Run(count=weight.cols, precision=precision),)
+        path = self._path(weight, precision, keep)
+        if not path.exists():
+            w = self._dense(weight)[index]
+            (made,) = self.method.compress([w], self.moments(weight), [weight.name], [runs], [self.rank])
+            _store(path, made, {})
+        spread = torch.zeros(weight.rows, weight.cols)
+        spread[index] = _stored(path, runs)[0].dense()
+        return spread
+
+    def _cut_columns(
+        self, unit: Unit, weight: Weight, keep: tuple[int, ...], precision: Precision
+    ) -> dict[str, Tensor]:
+        """The output weight of a cut unit: refitted if asked, compressed, and spread over the full shape."""
+        index = self._indices(unit, weight.col_axis, keep)
+        runs = (Run(count=len(index), precision=precision),)
+        path = self._path(weight, precision, keep)
+        if not path.exists():
+            full = self.stats.moments(weight.site) if self.stats is not None else None
+            kept = None if full is None else replace(full.at(index), cross=full.h[:, index], dense_mean=full.mean)
+            w = self._dense(weight)
+            bias = self._bias(weight).float() if weight.bias else None
+            fitted = w[:, index]
+            if self.refits:
+                assert kept is not None
+                fitted = refit.refit(w, fitted, bias, kept, kept, RIDGE).weight
+            (made,) = self.method.compress([fitted], kept, [weight.name], [runs], [self.rank])
+            new = self._bias(weight) if kept is None or not self.refits else refit.bias_for(w, made.dense(), bias, kept)
+            _store(path, made, {"bias": new})
+        made, more = _stored(path, runs)
+        spread = torch.zeros(weight.rows, weight.cols)
+        spread[:, index] = made.dense()
+        return {f"{weight.name}.weight": spread, f"{weight.name}.bias": more["bias"]}
+
+
+def _store(path: Path, one: Compressed, more: dict[str, Tensor]) -> None:
+    packed, pair = one.packed, one.pair
+    zeros = {} if packed.zeros is None else {"zeros": packed.zeros}
+    low = (
+        {}
+        if pair is None
+        else {"a": pair.a.to(torch.bfloat16).contiguous(), "b": pair.b.to(torch.bfloat16).contiguous()}
+    )
+    tensors = {"codes": packed.codes, "scales": packed.scales, **zeros, **low, **more}
+    save_whole(path, lambda beside: save_file(tensors, beside))
+
+
+def _stored(path: Path, runs: tuple[Run, ...]) -> tuple[Compressed, dict[str, Tensor]]:
+    tensors = load_file(path)
+    packed = QTensor(
+        codes=tensors.pop("codes"), scales=tensors.pop("scales"), zeros=tensors.pop("zeros", None), runs=runs
+    )
+    pair = LowRank(a=tensors.pop("a").float(), b=tensors.pop("b").float()) if "a" in tensors else None
+    return Compressed(packed, pair), tensors

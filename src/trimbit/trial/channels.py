@@ -1,0 +1,42 @@
+"""What searches over the input channels of weights read of a model: energies, saliences, errors of rounding."""
+
+from dataclasses import dataclass
+
+import torch
+
+from trimbit.calibrate.inverse import damped_inverse
+from trimbit.calibrate.stats import Stats
+from trimbit.model.checkpoint.checkpoint import Checkpoint
+from trimbit.model.layout import Layout
+from trimbit.schema.precision import Run
+from trimbit.transform.quant import rtn
+
+DAMPING = 0.01  # code (Aaronhuang-778/SliM-LLM): of diag H, as a share of its mean
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Channels:
+    """The channels of one model, as the dense model's statistics show them."""
+
+    checkpoint: Checkpoint
+    layout: Layout
+    stats: Stats
+
+    def energies(self) -> dict[str, list[float]]:
+        """Diag H of the inputs of each site of the blocks."""
+        sites = dict.fromkeys(w.site for w in self.layout.weights.values() if self.layout.readers(w.site))
+        return {site: self.stats.moments(site).h.diagonal().tolist() for site in sites}
+
+    def salience(self, name: str) -> list[float]:
+        """Of each input channel of a weight: the sum of w^2 / [H^-1]_jj^2 over its rows."""
+        h = self.stats.moments(self.layout.weights[name].site).h.double()
+        w = self.checkpoint.tensor(f"{name}.weight").double()
+        inverse = damped_inverse(h, DAMPING).diagonal()
+        return (w.square().sum(0) / inverse.square()).tolist()
+
+    def rounding_error(self, name: str, runs: tuple[Run, ...]) -> float:
+        """E |(W - Q) x|^2 of a weight that is rounded to nearest in these runs."""
+        h = self.stats.moments(self.layout.weights[name].site).h
+        w = self.checkpoint.tensor(f"{name}.weight").float()
+        off = w - rtn.quantize(w, None, runs, rtn.Config(scales="mse")).dequantize()
+        return float(torch.linalg.vecdot(off @ h, off).sum())

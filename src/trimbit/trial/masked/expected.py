@@ -1,0 +1,138 @@
+"""Linear layers with the error that GPTQ is expected to leave in each channel, in place of one rounding.
+
+Which way GPTQ will round a weight is not known while masks are learnt: it rounds what other columns have changed, in
+other groups. Masks that see one rounding learn its signs, and the packed model has others. What can be known is how
+large the error will be, what it is felt on, and how much of it goes along the weight.
+
+What it is felt on: GPTQ makes up for the error dW_ij of column j by the columns swept after it, so of x_j only that is
+left which they do not predict, the residual r_j (`quant.gptq.residuals`):
+
+    Q x = W x - dW r
+
+Along the weight: rounding to few levels shrinks a column, so with a_j the least-squares factor dW_ij = a_j W_ij + rest.
+What is along W does not average out over columns; the rest is as good as chance. So here
+
+    y = W (x - a r) + xi sqrt(v),  v_i = sum_j rest_ij^2 r_j^2
+
+with xi normal, its own for each token and row. The mask says for each j whether a and rest are those of the low or of
+the high format. Noise is drawn where the error is felt, not for each weight (local reparameterisation,
+arXiv:1506.02557): its gradient for the mask is that of the variance, with far less chance in it.
+
+The squares of the rest are kept as a mean for each row and group, times a factor for each column, and the prediction
+of x_j as a matrix of low rank (`residuals.py`): no rounded weight is stored, and all products but that with W are thin.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from trimbit.trial.masked.cuda_graphs import noise
+from trimbit.trial.masked.inputs import Inputs, MaskedLinear, Read
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Squares:
+    """Squared errors of a weight, rows @ cols^T."""
+
+    rows: Float[Tensor, "rows groups"]
+    cols: Float[Tensor, "cols groups"]  # zero but in the column's group
+
+
+def squares(errors: Float[Tensor, "rows cols"], group: int | None) -> Squares:
+    """The squares as a mean for each row and group of consecutive columns, times a factor for each column.
+
+    The sums over the columns of a group, row by row, are those of the squares, and so are the sums over all rows.
+    """
+    squared, cols = errors.square(), errors.shape[1]
+    group_of = torch.arange(cols) // (group or cols)
+    member = nn.functional.one_hot(group_of).to(squared)
+    rows = squared @ member / member.sum(0)
+    factors = squared.sum(0) / rows.sum(0)[group_of].clamp(min=torch.finfo(rows.dtype).tiny)
+    return Squares(rows=rows, cols=member * factors[:, None])
+
+
+def along(errors: Float[Tensor, "rows cols"], w: Float[Tensor, "rows cols"]) -> Float[Tensor, " cols"]:
+    """The a_j for which a_j w_j is nearest to the errors of column j."""
+    return (errors * w).sum(0) / w.square().sum(0).clamp(min=torch.finfo(w.dtype).tiny)
+
+
+class Noise(nn.Module):
+    """The errors of a format, in the original order of columns: what is along the weight, and squares of the rest."""
+
+    along: Tensor
+    rows: Tensor
+    cols: Tensor
+
+    def __init__(self, errors: Float[Tensor, "rows cols"], w: Tensor, group: int | None, inputs: Inputs) -> None:
+        """`errors` and `w` are in the site's order."""
+        super().__init__()
+        a = along(errors, w)
+        found = squares(errors - a * w, group)
+        for name, own in (("along", a[inputs.back]), ("rows", found.rows), ("cols", found.cols[inputs.back])):
+            self.register_buffer(name, own.to(inputs.compute))
+
+    def variance(self, squared: Float[Tensor, "*batch cols"], chosen: Tensor) -> Float[Tensor, "*batch rows"]:
+        """Of the output, by the squared residuals of the chosen channels."""
+        return squared @ (self.cols * chosen[:, None]) @ self.rows.T
+
+    def slope(self, of_variance: Float[Tensor, "*batch rows"]) -> Float[Tensor, "*batch cols"]:
+        """The gradient for the squared residual of each channel, if it is chosen."""
+        return of_variance @ self.rows @ self.cols.T
+
+
+class _NoisyProduct(torch.autograd.Function):
+    """Gradients pass to the input straight through its rounding, and through residuals and variance."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, _mask: Tensor, read: Read, layer: "ExpectedLinear") -> Tensor:  # noqa: ANN401
+        r, chosen = read.residuals, layer.inputs.chosen
+        assert r is not None
+        squared = r.square()
+        sigma = (layer.low.variance(squared, ~chosen) + layer.high.variance(squared, chosen)).sqrt_()
+        xi = noise(sigma, layer.seed)
+        ctx.layer, ctx.dtype, ctx.alike = layer, x.dtype, read.low is read.high
+        slope = torch.where(sigma > 0, xi / (2 * sigma), 0)  # of the noise, for the variance
+        ctx.save_for_backward(read.low, read.high, r, chosen, slope)
+        shrunk = torch.addcmul(read.mixed, layer.along(chosen), r, value=-1)
+        return torch.addcmul(shrunk @ layer.weight.T, sigma, xi)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # noqa: ANN401
+        low, high, r, chosen, slope = ctx.saved_tensors
+        layer: ExpectedLinear = ctx.layer
+        assert layer.inputs.residuals is not None
+        through = grad @ layer.weight
+        of_low, of_high = (noise.slope(grad * slope) for noise in (layer.low, layer.high))
+        of_r = 2 * r * torch.where(chosen, of_high, of_low) - layer.along(chosen) * through
+        of_x = through + layer.inputs.residuals.back(of_r)
+        per_token = r * (r * (of_high - of_low) - (layer.high.along - layer.low.along) * through)
+        of_mask = per_token.flatten(0, -2).sum(0, dtype=torch.float32)
+        if not ctx.alike:
+            of_mask += ((high - low) * of_x).flatten(0, -2).sum(0, dtype=torch.float32)
+        return of_x.to(ctx.dtype), of_mask, None, None
+
+
+class ExpectedLinear(MaskedLinear):
+    """y = W x + b with the error that the packed layer is expected to have: its shrinking, and noise."""
+
+    function = _NoisyProduct
+    weight: Tensor
+
+    def __init__(
+        self, weight: Float[Tensor, "rows cols"], low: Noise, high: Noise, inputs: Inputs, bias: Tensor | None
+    ) -> None:
+        super().__init__(inputs, bias)
+        self.register_buffer("weight", weight.to(inputs.compute))
+        self.low, self.high = low, high
+        self.seed = 0
+
+    def along(self, chosen: Tensor) -> Float[Tensor, " cols"]:
+        """How much of each channel's weight is rounded away, by the mask."""
+        return torch.where(chosen, self.high.along, self.low.along)
+
+    def draw(self, generator: torch.Generator) -> None:
+        """Other noise from now on, the same whenever the layer is run."""
+        self.seed = int(torch.randint(2**62, (), generator=generator))

@@ -1,0 +1,95 @@
+"""What a site's layers share under a mask: the inputs, as each of its two formats rounds them."""
+
+from typing import ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from trimbit.kernels.acts import round_among, take_channels
+from trimbit.schema.activations import ActInt
+from trimbit.trial.masked.residuals import Residuals
+
+
+class Read(NamedTuple):
+    """What the weights of a site read, [*batch, cols] each; all three are the input itself where nothing is rounded."""
+
+    low: Tensor
+    high: Tensor
+    mixed: Tensor  # each channel as the mask says
+    residuals: Tensor | None  # of the mixed channels
+
+
+class Inputs(nn.Module):
+    """A site's inputs as each version rounds them, and their residuals where errors are expected.
+
+    The channels of a version are rounded as they are once stored: in groups of their own, along the site's
+    order. The weights of the site read one tensor, one after the other: it is rounded for the first of
+    them, and kept until the last.
+    """
+
+    order: Tensor
+    back: Tensor
+
+    def __init__(
+        self, acts: tuple[ActInt | None, ActInt | None], order: Int[Tensor, " cols"], compute: torch.dtype,
+        residuals: Residuals | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.acts = acts  # of the low channels, and of the high ones
+        self.compute = compute
+        self.residuals = residuals
+        self.register_buffer("order", order)
+        self.register_buffer("back", order.argsort())
+        self.mask: Tensor | None = None  # [cols], in the original order
+        self.readers = self.left = 0
+        self.last: tuple[Tensor, Read] | None = None
+
+    @property
+    def chosen(self) -> Bool[Tensor, " cols"]:
+        """The channels that are high."""
+        assert self.mask is not None, "the masks were not set"
+        return self.mask.detach() > 0.5
+
+    def forward(self, x: Float[Tensor, "*batch cols"]) -> Read:
+        """What is read of x."""
+        if self.last is None or self.last[0] is not x:
+            self.last, self.left = (x, self._read(x.detach().to(self.compute))), self.readers
+        found = self.last[1]
+        self.left -= 1
+        if not self.left:
+            self.last = None
+        return found
+
+    def _read(self, x: Tensor) -> Read:
+        chosen = self.chosen
+        low, high = (self._rounded(x, acts, own) for acts, own in zip(self.acts, (~chosen, chosen), strict=True))
+        mixed = low if low is high else torch.where(chosen, high, low)
+        return Read(low, high, mixed, None if self.residuals is None else self.residuals(mixed))
+
+    def _rounded(self, x: Tensor, acts: ActInt | None, counted: Tensor) -> Tensor:
+        if acts is None:
+            return x
+        return take_channels(round_among(take_channels(x, self.order), acts, counted[self.order]), self.back)
+
+
+class MaskedLinear(nn.Module):
+    """A linear layer whose input channels are low or high, as the mask of its site says."""
+
+    function: ClassVar[type[Function]]  # of x, the mask, what is read of x, and the layer: the product
+    bias: Tensor | None
+
+    def __init__(self, inputs: Inputs, bias: Tensor | None) -> None:
+        super().__init__()
+        self.inputs = inputs
+        inputs.readers += 1
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Float[Tensor, "*batch cols"]) -> Float[Tensor, "*batch rows"]:
+        """Round, mix and multiply."""
+        y: Tensor = self.function.apply(x, self.inputs.mask, self.inputs(x), self)
+        return y if self.bias is None else y + self.bias
+
+    def draw(self, generator: torch.Generator) -> None:
+        """Draw anew what is left to chance."""

@@ -1,0 +1,230 @@
+"""The model under masks: its losses, and their gradients."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from trimbit.calibrate.teacher import Original
+from trimbit.errors import NumericsError
+from trimbit.jobs.progress import Progress
+from trimbit.model.checkpoint.open import materialize
+from trimbit.model.forward.absent import set_module
+from trimbit.model.forward.compute import fastest_device, native, products_in
+from trimbit.model.forward.logits import Head, Judged, Logits, following, judge, logit_slices, loss_gradient
+from trimbit.model.forward.stream import BlockStream, block_arguments, build_skeleton, run_block
+from trimbit.search.two_formats.config import Learning, Masking
+from trimbit.trial.masked.cuda_graphs import Block, recorded, replay
+from trimbit.trial.masked.layers import Layers
+
+if TYPE_CHECKING:
+    from trimbit.trial.masked.inputs import MaskedLinear
+
+
+def of_length(rows: Int[Tensor, "rows length"], length: int) -> Int[Tensor, "pieces piece"]:
+    """Rows cut into pieces of this length; what is left of each is not used."""
+    whole = rows.shape[1] // length * length
+    return rows[:, :whole].reshape(-1, length)
+
+
+class Background(NamedTuple):
+    """Masks that others are tried around: by row what lies before each block, and the original's log-probabilities."""
+
+    masks: Mapping[str, Tensor]
+    before: list[list[Tensor]]  # and behind the last one
+    log_ps: list[list[Tensor]]  # in fp16, which adds less than 1e-5 nats
+
+
+class MaskedModel:
+    """Losses of a model under masks by site, and their gradients; on a GPU where there is one."""
+
+    def __init__(
+        self, stream: BlockStream, layers: Layers, rows: Int[Tensor, "rows length"],
+        held_out: Int[Tensor, "held held_length"], original: Original, config: Masking, progress: Progress,
+    ) -> None:  # fmt: skip
+        self.rows = rows
+        self.held_out = held_out
+        self.original = original
+        self.device = fastest_device()
+        self.distil, self.batch, self.checkpointing = False, 1, False
+        self.replayed = config.replayed(self.device.type)
+        if isinstance(config, Learning):
+            self.distil, self.batch, self.checkpointing = config.loss == "kl", config.batch, config.checkpointing
+        self.compute = native(stream.compute, self.device.type)
+        self.layers: dict[str, list[MaskedLinear]] = {}  # by site
+        self.block_of: dict[str, int] = {}  # of each site
+        self.model = build_skeleton(stream.checkpoint.config, stream.compute)
+        self._materialize(stream, layers, progress)
+        nn.Module.to(self.model, self.device).requires_grad_(requires_grad=False)
+        self.blocks: nn.ModuleList = self.model.get_decoder().layers
+        self.sites_of: list[list[str]] = [[] for _ in self.blocks]
+        for site, index in self.block_of.items():
+            self.sites_of[index].append(site)
+        self.norm = self.model.get_submodule(stream.layout.family.final_norm)
+        self.head: Head = self.model.get_output_embeddings()
+        self.arguments: dict[int, list[dict[str, Any]]] = {}  # by the length of a row
+        self.recorded: dict[int, Sequence[Block]] = {}  # likewise
+        self.backgrounds: dict[int, Background] = {}  # by the number of rows
+
+    def _materialize(self, stream: BlockStream, layers: Layers, progress: Progress) -> None:
+        """Take the weights in, block by block, and a masked layer in the place of each linear one."""
+        layout, checkpoint = stream.layout, stream.checkpoint
+        for index in range(layout.blocks):
+            name = f"{layout.family.blocks}.{index}"
+            materialize(self.model.get_submodule(name), checkpoint, f"{name}.", torch.float32)
+            for weight in layout.weights.values():
+                if weight.name.startswith(f"{name}."):
+                    old: Any = self.model.get_submodule(weight.name)
+                    bias = None if old.bias is None else old.bias.detach().to(self.compute)
+                    known = self.layers.setdefault(weight.site, [])
+                    inputs = known[0].inputs if known else layers.inputs(weight, self.compute)
+                    known.append(layers.linear(weight, inputs, bias))
+                    self.block_of[weight.site] = index
+                    set_module(self.model, weight.name, known[-1])
+            progress(index + 1, layout.blocks)
+        family = layout.family
+        tables = (family.embed,) if layout.tied else (family.embed, family.head)
+        for name, dtype in ((family.final_norm, torch.float32), *((table, self.compute) for table in tables)):
+            materialize(self.model.get_submodule(name), checkpoint, f"{name}.", dtype)
+        if layout.tied:
+            self.model.tie_weights()
+        stream.go_online(self.model)
+
+    def gradients(
+        self, masks: Mapping[str, Tensor], step: int, generator: torch.Generator
+    ) -> tuple[float, dict[str, Tensor]]:
+        """The loss of a step's rows, the mean over tokens, and its gradient for every mask; noise is a row's own."""
+        drawn = [at % len(self.rows) for at in range(step * self.batch, (step + 1) * self.batch)]
+        leaves = {site: mask.detach().to(self.device).requires_grad_() for site, mask in masks.items()}
+        for leaf in leaves.values():
+            leaf.grad = torch.zeros_like(leaf)  # or it would be the memory that the next row's is recorded to be in
+        self._set(leaves)
+        total, count = 0.0, self.batch * (self.rows.shape[1] - 1)
+        for at in drawn:
+            row = self.rows[at]
+            self._draw(generator)
+            with products_in(self.compute, self.device.type):
+                replay = partial(self._replay, masks=leaves, generator=generator)
+                hidden = self._final(row, replay if self.replayed else self._run)[:-1]
+                taught = self._taught(row, slice(-1)) if self.distil else None
+                labels = row[1:].to(self.device)
+                total += loss_gradient(self.head, self.model.config, hidden, labels, taught, count)
+        return total, {site: leaf.grad.to(masks[site]) for site, leaf in leaves.items() if leaf.grad is not None}
+
+    @torch.no_grad()
+    def damage(self, masks: Mapping[str, Tensor], rows: int | None = None) -> Judged:
+        """KL to the original, and the loss, on the first rows that are learnt from; None: on the held-out ones.
+
+        The first masks that are tried on some rows are the background of those that follow, which are run from the
+        first block on whose masks are others. Noise is a row's own, and the same at each call.
+
+        Raises:
+            NumericsError: if it is not finite.
+        """
+        own = {site: mask.to(self.device) for site, mask in masks.items()}
+        with products_in(self.compute, self.device.type):
+            found = self._held_out(own) if rows is None else self._around(self._background(own, rows), own)
+        judged = Judged(*(sum(each) / len(found) for each in zip(*found, strict=True)))
+        if not all(map(math.isfinite, judged)):
+            raise NumericsError(f"the model under masks is not finite: KL {judged.kl}, loss {judged.nll}")
+        return judged
+
+    def _held_out(self, masks: Mapping[str, Tensor]) -> list[Judged]:
+        self._set(masks)
+        found = []
+        for at, row in enumerate(self.held_out):
+            self._draw(torch.Generator().manual_seed(at))
+            found.append(self._judged(row, self._run(self._embedded(row)), self._log_ps(row)))
+        return found
+
+    def _around(self, seen: Background, masks: Mapping[str, Tensor]) -> list[Judged]:
+        self._set(masks)
+        others = (self.block_of[site] for site, mask in masks.items() if not torch.equal(mask, seen.masks[site]))
+        start = min(others, default=len(self.blocks))
+        found = []
+        for at, (before, log_ps) in enumerate(zip(seen.before, seen.log_ps, strict=True)):
+            self._draw(torch.Generator().manual_seed(at))
+            hidden = self._run(before[start], start)
+            found.append(self._judged(self.rows[at], hidden, (log_p.float() for log_p in log_ps)))
+        return found
+
+    def _background(self, masks: Mapping[str, Tensor], rows: int) -> Background:
+        if rows not in self.backgrounds:
+            self._set(masks)
+            before: list[list[Tensor]] = [[] for _ in range(rows)]
+            for at, kept in enumerate(before):
+                self._draw(torch.Generator().manual_seed(at))
+                kept.append(self._run(self._embedded(self.rows[at]), keep=kept))
+            log_ps = [[log_p.half() for log_p in self._log_ps(row)] for row in self.rows[:rows]]
+            self.backgrounds[rows] = Background(masks, before, log_ps)
+        return self.backgrounds[rows]
+
+    def _judged(self, row: Int[Tensor, " length"], hidden: Tensor, log_ps: Iterable[Tensor]) -> Judged:
+        logits = logit_slices(self.head, self.model.config, self.norm(hidden)[0])
+        return judge(log_ps, logits, following(row[None]).to(self.device))
+
+    def _log_ps(self, row: Int[Tensor, " length"]) -> Iterator[Tensor]:
+        return (torch.log_softmax(logits, -1) for _, logits in self._taught(row, slice(None)))
+
+    def _taught(self, row: Int[Tensor, " length"], part: slice) -> Logits:
+        return logit_slices(self.head, self.model.config, self.original.hidden(row)[part].to(self.device, self.compute))
+
+    def _set(self, masks: Mapping[str, Tensor]) -> None:
+        for site, layers in self.layers.items():
+            layers[0].inputs.mask = masks[site]
+
+    def _draw(self, generator: torch.Generator) -> None:
+        """Other noise from now on."""
+        for layers in self.layers.values():
+            for layer in layers:
+                layer.draw(generator)
+
+    def _final(
+        self, row: Int[Tensor, " length"], run: Callable[[Tensor], Tensor] | None = None
+    ) -> Float[Tensor, "length hidden"]:
+        """What the head reads."""
+        return self.norm((run or self._run)(self._embedded(row)))[0]  # type: ignore[no-any-return]
+
+    def _embedded(self, row: Int[Tensor, " length"]) -> Float[Tensor, "1 length hidden"]:
+        """The residual stream, which is fp32, before the first block."""
+        return self.model.get_input_embeddings()(row[None].to(self.device)).float()  # type: ignore[no-any-return]
+
+    def _run(
+        self, hidden: Float[Tensor, "1 length hidden"], start: int = 0, keep: list[Tensor] | None = None
+    ) -> Float[Tensor, "1 length hidden"]:
+        """The stream behind the last block, from the one before block `start` on; `keep` gets those between."""
+        for index in range(start, len(self.blocks)):
+            if keep is not None:
+                keep.append(hidden)
+            run = self._block(index, hidden.shape[1])
+            again = self.checkpointing and torch.is_grad_enabled()
+            hidden = checkpoint(run, hidden, use_reentrant=False) if again else run(hidden)
+        return hidden
+
+    def _replay(
+        self, hidden: Float[Tensor, "1 length hidden"], masks: Mapping[str, Tensor], generator: torch.Generator
+    ) -> Float[Tensor, "1 length hidden"]:
+        """The same behind the last block, each block one CUDA graph, with noise of its own."""
+        length, each = hidden.shape[1], [[masks[site] for site in sites] for sites in self.sites_of]
+        if length not in self.recorded:
+            blocks = [self._masked_block(index, length) for index in range(len(self.blocks))]
+            self.recorded[length] = recorded(blocks, hidden, each)
+        return replay(self.recorded[length], hidden, each, int(torch.randint(2**62, (), generator=generator)))
+
+    def _masked_block(self, index: int, length: int) -> Block:
+        def run(hidden: Tensor, *masks: Tensor) -> Tensor:
+            for site, mask in zip(self.sites_of[index], masks, strict=True):
+                self.layers[site][0].inputs.mask = mask
+            return self._block(index, length)(hidden)
+
+        return run
+
+    def _block(self, index: int, length: int) -> Callable[[Tensor], Tensor]:
+        if length not in self.arguments:
+            self.arguments[length] = block_arguments(self.model, 1, length)
+        return partial(run_block, self.blocks[index], self.arguments[length][index])
