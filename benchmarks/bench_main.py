@@ -162,7 +162,7 @@ class Bench:
         """
         small = (
             "space.formats=[uint2g64, uint3g64, uint4g64]",
-            "space.table_formats=[uint3g64, uint4g64, uint5g64, uint6g64]",
+            "space.embedding_formats=[uint3g64, uint4g64, uint5g64, uint6g64]",
             "measure.rows=4",
             "measure.length=256",
             "search.uniform=null",

@@ -35,15 +35,15 @@ from trimbit.evaluate.tasks import SOURCES
 from trimbit.jobs.progress import Silent
 from trimbit.measure.choices import background_of
 from trimbit.measure.damage import install
-from trimbit.measure.kl_probe import Judge
-from trimbit.model.forward.in_memory import WholeModel
+from trimbit.measure.kl_probe import KLProbe
+from trimbit.model.forward.in_memory import InMemoryModel
 from trimbit.pipeline.session import Session, compress
 from trimbit.runtime.load import load_model, load_tokenizer
 from trimbit.schema.budget import Budget
 from trimbit.schema.plan import Plan
 from trimbit.search.methods.bayes import known_trials
 from trimbit.search.solvers.box import Box, feasible_points
-from trimbit.search.variables import levels
+from trimbit.search.variables import variables
 
 RESULTS = HERE / "results" / "qpruner.json"
 PAGE = HERE.parent / "docs" / "qpruner.md"
@@ -91,7 +91,7 @@ class QPruner(Bench):
         original, out = self.off_grid(0), WORK / "pairs"
         shutil.rmtree(out, ignore_errors=True)
         own = ("tune=null", "quant.scales=mse", f"search.blocks={FORMATS[bits]}")
-        pairs = (f"lowrank.start={start}", f"lowrank.rank={RANK}")
+        pairs = (f"lowrank.init={start}", f"lowrank.rank={RANK}")
         plan = compress(self.session(original, "loftq-only", 0, (*own, *pairs)), None, out)
         kl = plan.found_by.measured_damage
         return {"nbytes": weight_nbytes(out), "held_out_kl": kl} | self.quality(out, original)
@@ -219,7 +219,7 @@ class Plans(QPruner):
         }
         limit = sessions["qpruner-2"].limit(None)
         if like_uniform:  # as many bytes for the blocks' weights, beside what searches keep free for longer headers
-            own = levels(sessions["qpruner-3"].problem(uniform.found_by.nbytes, ready=False), per)
+            own = variables(sessions["qpruner-3"].problem(uniform.found_by.nbytes, ready=False), per)
             held = sum(costs[[p.name for p in own.formats].index("nf4g64")] for costs in own.costs)
             limit = uniform.found_by.nbytes + held - own.limit
         plans, seconds = {"uniform": uniform}, {}
@@ -231,7 +231,7 @@ class Plans(QPruner):
             seconds[method] = round(time.perf_counter() - started, 1)
         problem = sessions["best of random"].problem(limit)
         points = known_trials(problem)
-        own = levels(problem, per)
+        own = variables(problem, per)
         others = list(points)[1:]  # the first is the plan by importance
         return Found(
             sessions["qpruner-3"], limit, plans, [own.plan(point, "random") for point in others],
@@ -254,11 +254,11 @@ class Plans(QPruner):
         windows = texts.evaluation_windows(
             self.folder / "wikitext-2" / "wiki.test.raw", load_tokenizer(self.off_grid(seed)), context=512, limit=16
         )
-        judge = Judge(WholeModel(session.stream), windows, repeated=False)
+        compare_logits = KLProbe(InMemoryModel(session.stream), windows, repeated=False)
 
         def kl(plan: Plan) -> float:
-            install(judge.whole, session.layout, session.candidates, background_of(plan, session.layout))
-            return judge.damage(None)
+            install(compare_logits.whole, session.layout, session.candidates, background_of(plan, session.layout))
+            return compare_logits.damage(None)
 
         return kl
 
@@ -269,7 +269,7 @@ class Plans(QPruner):
         }
         first = sessions[ESTIMATORS[0]]
         limit = first.limit(None)
-        own = levels(first.problem(limit), "block")
+        own = variables(first.problem(limit), "block")
         box = Box(costs=own.costs, values=((4.0, 8.0),) * len(own.costs), limit=own.limit)
         points = feasible_points(box, RANDOM, torch.Generator().manual_seed(seed))
         raised = [tuple(int(at == one) for at in range(len(own.costs))) for one in range(len(own.costs))]

@@ -36,7 +36,7 @@ from bench_qpruner import table
 from trimbit.artifact.files import weight_nbytes
 from trimbit.calibrate import text as texts
 from trimbit.evaluate.perplexity import final_hidden, read_hidden, score
-from trimbit.jobs.cache import save_whole
+from trimbit.jobs.cache import save_atomically
 from trimbit.jobs.progress import Progress, Silent
 from trimbit.model.forward.compute import fastest_device
 from trimbit.model.kv_nbytes import cache_nbytes
@@ -49,7 +49,7 @@ from trimbit.runtime.load import load_model, load_tokenizer
 from trimbit.schema.kv_cache import KVPrecision
 from trimbit.schema.plan import Plan
 from trimbit.search.methods.toga import learn
-from trimbit.search.two_formats.tiles import Sites, as_masks
+from trimbit.search.two_formats.tiles import TileProblem, as_masks
 from trimbit.search.two_formats.training import Training
 from trimbit.transform.quant import gptq, rtn
 from trimbit.trial.masked.expected import ExpectedLinear
@@ -120,17 +120,17 @@ OPTIONS = {  # at W1.6A16, in fewer steps: what of the masks' training differs f
     "no prior": ("search.prior=0.0",),
     "Gumbel": ("search.estimator=gumbel", "search.temperature=0.4"),
     "errors of rank 0": ("search.residual_rank=0",),
-    "rounded to nearest": ("search.versions=nearest", "search.dense=true"),
-    "GPTQ's versions": ("search.versions=quant", "search.dense=true"),
+    "rounded to nearest": ("search.error_model=rtn", "search.dense=true"),
+    "GPTQ's versions": ("search.error_model=quantizer", "search.dense=true"),
 }  # fmt: skip
 FAST = ("search.checkpointing=false",)  # on a CPU the same masks, in more memory
 MODES = {  # of the masks' training, and what each costs
     "expected errors, blocks run twice": ("search.checkpointing=true",),
     "expected errors": ("search.checkpointing=false",),
     "two roundings, packed, blocks run twice": (
-        "search.versions=nearest", "search.dense=false", "search.checkpointing=true",
+        "search.error_model=rtn", "search.dense=false", "search.checkpointing=true",
     ),
-    "two roundings, dense": ("search.versions=nearest", "search.dense=true", "search.checkpointing=false"),
+    "two roundings, dense": ("search.error_model=rtn", "search.dense=true", "search.checkpointing=false"),
 }  # fmt: skip
 FASTEST = "expected errors"
 MOST_PPL = 100_000  # of the picture: beyond it nothing is left of the model
@@ -161,7 +161,7 @@ ALL_LOGITS = ("search.network=logits",)
 AGREEMENT: dict[str, tuple[str, ...]] = dict.fromkeys(WITH_ALL, ()) | {
     "W3.2A3.2, channel by channel": ("search.whole_tiles=false",)
 }
-ROUNDED = ("search.versions=nearest", "search.dense=true")
+ROUNDED = ("search.error_model=rtn", "search.dense=true")
 ROWS = 8  # of the text, of each of which the gradient of one piece is compared
 STEPS, ROUNDS = 4, 2  # of each mode whose cost is measured
 
@@ -243,7 +243,7 @@ class Toga(Bench):
         cached = WORK / f"dense-{original.name}-{text}-{device.type}.safetensors"
         if not cached.exists():
             hidden = {str(at): final_hidden(dense, window).clone() for at, window in enumerate(windows)}
-            save_whole(cached, lambda beside: save_file(hidden, beside))
+            save_atomically(cached, lambda beside: save_file(hidden, beside))
         reference, model = load_file(cached, device.type), keep_dense(load_model(path, torch.bfloat16).to(device))
         if kv_cache is not None:
             pack_cache(model, kv_cache)
@@ -301,7 +301,7 @@ class Toga(Bench):
         """
         session = self.opened(SETTINGS["W3.2A3.2"][1])
         config, problem = session.search[1], session.problem(session.limit(None))
-        sites, masked = Sites(problem, config), session.masked(config)
+        sites, masked = TileProblem(problem, config), session.masked(config)
         logits = learn(problem, config, sites)
         highest = {tile: highest_tiles(logits, sites, tile) for tile in TILES}
         free = [len(own) for own in highest[1].values()]
@@ -351,11 +351,11 @@ class Toga(Bench):
         if kind == "diag H":
             return session, masked, plan, masks, {}
         config = session.search[1]
-        sites = Sites(session.problem(session.limit(None)), config)
+        sites = TileProblem(session.problem(session.limit(None)), config)
         learnt = sites.high(session.find_plan(None))
-        largest = {site: sites.largest(site, len(own) // config.tile) for site, own in learnt.items()}
-        alike = sum(len({*own} & {*largest[site]}) for site, own in learnt.items())
-        high = learnt if kind == "learnt" else largest
+        top_channels = {site: sites.top_channels(site, len(own) // config.tile) for site, own in learnt.items()}
+        alike = sum(len({*own} & {*top_channels[site]}) for site, own in learnt.items())
+        high = learnt if kind == "learnt" else top_channels
         found = {"alike": round(alike / sum(map(len, learnt.values())), 4)}
         return session, masked, sites.plan(high, kind), as_masks(high, sites), found
 
@@ -375,7 +375,7 @@ class Toga(Bench):
             own = (*AGREEMENT[name], *ALL_LOGITS, f"search.loss={loss}", f"calibration.training={ROWS}")
             session = self.opened(SETTINGS[name.split(",")[0]][1], own)
             config, problem = session.search[1], session.problem(session.limit(None))
-            training = Training(problem, config, Sites(problem, config))
+            training = Training(problem, config, TileProblem(problem, config))
             # of a row, of which one is taken: the others would be its neighbours
             pieces = session.recipe.calibration.length // config.length
             rows = []
@@ -429,15 +429,15 @@ def train(session: Session, ends: "Ends") -> None:
     session.reporter, config = ends, session.search[1]
     with tempfile.TemporaryDirectory() as folder:  # modes share a key, and a finished training has no more steps
         problem = replace(session.problem(session.limit(None)), journal=Path(folder) / "masks.jsonl")
-        learn(problem, config, Sites(problem, config))
+        learn(problem, config, TileProblem(problem, config))
 
 
-def highest_tiles(logits: Mapping[str, Tensor], sites: Sites, tile: int) -> dict[str, list[int]]:
+def highest_tiles(logits: Mapping[str, Tensor], sites: TileProblem, tile: int) -> dict[str, list[int]]:
     """The channels of each site that are high where tiles of this size, of the highest logits, fill the codes."""
     orders = {site: own.argsort(descending=True, stable=True) for site, own in logits.items()}
     means = {site: own[orders[site]].view(-1, tile).mean(-1).tolist() for site, own in logits.items()}
     ranked = sorted((-mean, at, site) for site, own in means.items() for at, mean in enumerate(own))
-    high, left = {site: list[int]() for site in logits}, sites.codes(sites.fitting)
+    high, left = {site: list[int]() for site in logits}, sites.codes(sites.uniform_within_budget)
     for _, at, site in ranked:
         if (codes := sites.rows[site] * tile) <= left:
             high[site] += orders[site][at * tile : (at + 1) * tile].tolist()
@@ -448,8 +448,10 @@ def highest_tiles(logits: Mapping[str, Tensor], sites: Sites, tile: int) -> dict
 def diag_h(session: Session) -> tuple[MaskedModel, Plan, dict[str, Tensor]]:
     """The model under masks, and the plan and masks whose high channels are those of largest diag H."""
     config, problem = session.search[1], session.problem(session.limit(None))
-    sites = Sites(problem, config)
-    plan = sites.plan({site: sites.largest(site, tiles) for site, tiles in sites.fitting.items()}, "diag H")
+    sites = TileProblem(problem, config)
+    plan = sites.plan(
+        {site: sites.top_channels(site, tiles) for site, tiles in sites.uniform_within_budget.items()}, "diag H"
+    )
     return session.masked(config), plan, as_masks(sites.high(plan), sites)
 
 
@@ -717,8 +719,8 @@ def cost_table(results: dict) -> list[str]:
     ]  # fmt: skip
     lines = table(["while masks are learnt", "seconds a step, median", "range", "ratio", "peak, MB"], rows)
     shares = sorted(cell["operators"].items(), key=lambda own: -own[1])
-    largest = [[f"`{name}`", f"{100 * share:.1f}"] for name, share in shares]
-    return [*lines, "", *table([f"operator, while masks are learnt: {FASTEST}", "% of a step"], largest)]
+    top_channels = [[f"`{name}`", f"{100 * share:.1f}"] for name, share in shares]
+    return [*lines, "", *table([f"operator, while masks are learnt: {FASTEST}", "% of a step"], top_channels)]
 
 
 def errors_table(results: dict) -> list[str]:
@@ -759,9 +761,11 @@ def draw_bits(results: dict) -> None:
                 kind = {"marker": "osD^vP*X<>h"[at % 11], "color": f"C{at % 10}", "linestyle": ""}
                 for setting in SETTINGS:
                     if cell := results.get(f"settings/{setting}/{method}"):
-                        filled = "full" if setting.endswith("A16") else "none"
-                        point = axes.plot(cell["block_bits"], cell["texts"][text][what], fillstyle=filled, **kind)
-                        marks[method] = point[0] if filled == "full" else marks.get(method, point[0])
+                        fill_by_knapsack = "full" if setting.endswith("A16") else "none"
+                        point = axes.plot(
+                            cell["block_bits"], cell["texts"][text][what], fillstyle=fill_by_knapsack, **kind
+                        )
+                        marks[method] = point[0] if fill_by_knapsack == "full" else marks.get(method, point[0])
             axes.set(title=text, yscale="log")
         panels[0].set_ylabel(label)
     for axes in rows[1]:

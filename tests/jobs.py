@@ -24,7 +24,12 @@ def write_recipe(path: Path) -> None:
     fields["calibration"] = {"rows": 12, "length": 32, "held_out": 2}
     fields["measure"] = {"rows": 2, "length": 16}
     formats = ["uint2g32", "int4g32", "uint8row"]
-    fields["space"] |= {"formats": formats, "table_formats": formats, "widths": [1.0, 0.5, 0.0], "multiple": 16}
+    fields["space"] |= {
+        "formats": formats,
+        "embedding_formats": formats,
+        "widths": [1.0, 0.5, 0.0],
+        "channel_multiple": 16,
+    }
     fields["search"] = {"name": "knapsack", "params": {"pruning_costs": [1.0, 3.0], "uniform": {"formats": formats}}}
     path.write_text(yaml.safe_dump(fields), encoding="utf-8")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tiny import tiny_config
-from trimbit.measure.choices import menu_of, reference_width, sites_of, widths_of
+from trimbit.measure.choices import allowed_formats, allowed_widths, reference_width, sites_of
 from trimbit.model.build import build_layout
 from trimbit.schema.measurements import Background, FormatDamage, Measurements, WidthDamage
 from trimbit.schema.plan import ModelRef, Plan
@@ -24,10 +24,10 @@ def formats(*names: str) -> tuple[Precision, ...]:
 
 SPACE = Space(
     formats=formats("uint2g32", "int3row", "int4g32", "uint8row"),
-    table_formats=formats("uint2g32", "int4g32", "uint8row"),
+    embedding_formats=formats("uint2g32", "int4g32", "uint8row"),
     widths=(1.0, 0.5, 0.0),
-    groups=True,
-    multiple=16,
+    prune_kv_groups=True,
+    channel_multiple=16,
 )
 
 
@@ -62,7 +62,7 @@ def measurements(
 ) -> Measurements:
     sites = {site: unit for unit in LAYOUT.units.values() for site in sites_of(LAYOUT, unit)}
     background = Background(
-        widths=dict(widths or {}), formats={site: menu_of(unit, space)[-1] for site, unit in sites.items()}
+        widths=dict(widths or {}), formats={site: allowed_formats(unit, space)[-1] for site, unit in sites.items()}
     )
     share = {unit.name: (reference_width(unit, background) or 1) / (unit.size or 1) for unit in sites.values()}
     return Measurements(
@@ -75,13 +75,13 @@ def measurements(
         formats=tuple(
             FormatDamage(site=site, precision=p, damage=share[unit.name] * of_format(site, p))
             for site, unit in sites.items()
-            for p in menu_of(unit, space)
+            for p in allowed_formats(unit, space)
         ),
         widths=tuple(
             WidthDamage(dim=unit.dim, width=width, damage=width_damage(unit.dim, width))
             for unit in LAYOUT.units.values()
             if unit.dim
-            for width in widths_of(LAYOUT, unit, space)
+            for width in allowed_widths(LAYOUT, unit, space)
         ),
     )
 
@@ -90,7 +90,7 @@ def measurements(
 class Figures:
     """Invented figures of channels."""
 
-    energies: Callable[..., Any] = dict
+    second_moments: Callable[..., Any] = dict
     salience: Callable[..., Any] = list
     rounding_error: Callable[..., Any] = float
 

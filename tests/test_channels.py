@@ -41,7 +41,7 @@ def weight(channels, name):
 
 def test_energies_are_mean_squares(opened):
     channels, seen = opened
-    found = channels.energies()
+    found = channels.second_moments()
     assert found.keys() == {w.site for w in channels.layout.weights.values() if channels.layout.readers(w.site)}
     for site, own in found.items():
         torch.testing.assert_close(torch.tensor(own), seen[site].square().mean(0).float(), rtol=2e-3, atol=1e-6)

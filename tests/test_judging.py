@@ -23,7 +23,7 @@ from trimbit.report.pareto import Trial, picture, table
 from trimbit.schema.budget import Budget
 from trimbit.schema.objective import Outcome
 from trimbit.schema.plan import Plan, load_plan
-from trimbit.search.variables import levels
+from trimbit.search.variables import variables
 
 QUICK = "search.optimiser={trials: 6, initial: 3, pool: 16, near: 8, steps: 5, batch: 2, smaller: 2}"
 FOUR = "space.formats=[uint2g32, uint3g32, uint4g32, int8row]"
@@ -113,13 +113,13 @@ def test_recovery_is_part_of_an_outcome(job, tmp_path):
 
 def test_the_nll_of_the_dense_model(job, tmp_path):
     opened = session(job, tmp_path)
-    judge = opened.judging.judges[1]
-    model, tokens = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32), judge.tokens
+    compare_logits = opened.judging.judges[1]
+    model, tokens = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32), compare_logits.tokens
     with torch.no_grad():
         logits = model(tokens).logits[:, :-1]
     want = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-    assert judge.judged().nll == pytest.approx(float(want), rel=1e-3)
-    assert judge.judged().kl == pytest.approx(0, abs=1e-5)
+    assert compare_logits.judged().nll == pytest.approx(float(want), rel=1e-3)
+    assert compare_logits.judged().kl == pytest.approx(0, abs=1e-5)
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def test_weights_may_each_have_a_format(job, tmp_path):
     """Weights that read the same input too; what is put together is what is written."""
     opened = session(job, tmp_path, "search.per=weight")
     problem = opened.problem(opened.limit(None))
-    found = levels(problem, "weight")
+    found = variables(problem, "weight")
     point = [at % 4 for at in range(len(found.costs))]
     plan = found.plan(point, "by hand")
     q, k = (plan.weights[f"model.layers.1.self_attn.{name}_proj"][0].precision for name in "qk")
@@ -194,7 +194,7 @@ def test_weights_may_each_have_a_format(job, tmp_path):
 
 def test_a_weight_has_the_importance_of_its_sub_block(job, tmp_path):
     opened = session(job, tmp_path, "search.per=weight")
-    found = levels(opened.problem(opened.limit(None)), "weight")
+    found = variables(opened.problem(opened.limit(None)), "weight")
     named = dict(zip(found.covers, found.layers, strict=True))
     assert named["model.layers.2.self_attn.k_proj"] == "blocks.2.attn"
     assert named["model.layers.1.mlp.up_proj"] == "blocks.1.mlp"
@@ -252,7 +252,7 @@ def test_the_pareto_set_can_be_applied(job, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "override", ["space.widths=[1.0,0.5]", "space.groups=true", "space.table_formats=[bf16,int8row]"]
+    "override", ["space.widths=[1.0,0.5]", "space.prune_kv_groups=true", "space.embedding_formats=[bf16,int8row]"]
 )
 @pytest.mark.parametrize("search", ["bayes", "importance"])
 def test_choices_that_the_search_does_not_make_are_refused(job, tmp_path, override, search):
@@ -294,13 +294,13 @@ def test_bad_objectives_are_refused_first(job, tmp_path, override, error, says):
     assert not any(tmp_path.iterdir())
 
 
-def sized(nbytes):
+def plan_nbytes(nbytes):
     return Plan(model=REF, weights={}, found_by=FOUND.model_copy(update={"nbytes": nbytes}))
 
 
 def test_a_table_and_a_picture_with_accuracy():
     tried = [
-        Trial(sized(nbytes), Outcome(kl=kl, nll=3.0, accuracy=accuracy, stderr=0.02))
+        Trial(plan_nbytes(nbytes), Outcome(kl=kl, nll=3.0, accuracy=accuracy, stderr=0.02))
         for nbytes, kl, accuracy in [(10_000, 0.5, 0.4), (20_000, 0.3, 0.6), (30_000, 0.4, 0.5), (20_008, 0.31, 0.5)]
     ]
     rows = list(csv.DictReader(io.StringIO(table(tried))))

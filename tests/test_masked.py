@@ -17,7 +17,7 @@ from trimbit.runtime.load import load_model
 from trimbit.schema.plan import load_plan
 from trimbit.schema.recipe import Recipe, Step
 from trimbit.search.methods import toga
-from trimbit.search.two_formats.tiles import Sites
+from trimbit.search.two_formats.tiles import TileProblem
 from trimbit.transform.quant import gptq
 from trimbit.trial.masked import model as masked_model
 from trimbit.trial.masked.expected import along, squares
@@ -56,7 +56,7 @@ def test_at_both_ends_it_is_the_plain_quantised_model(job, tmp_path, acts, sort,
     made = session(job, sort=sort, **acts)
     config = made.search[1]
     problem = made.problem(10**9)
-    sites = Sites(problem, config)
+    sites = TileProblem(problem, config)
     high = {site: range(end * count) for site, count in sites.channels.items()}
     written = made.write(sites.plan(high, "an end"), tmp_path / "end")
     masks = {site: torch.full((count,), float(end)) for site, count in sites.channels.items()}
@@ -73,7 +73,7 @@ def test_at_both_ends_it_is_the_plain_quantised_model(job, tmp_path, acts, sort,
 def test_every_family_under_masks(job, tmp_path, model_type):
     save_tiny(tiny_model(model_type).bfloat16(), tmp_path / "model")
     made = open_session(tmp_path / "model", recipe(**ACTS), calibration=str(job.text), seed=3)
-    sites = Sites(made.problem(10**9), made.search[1])
+    sites = TileProblem(made.problem(10**9), made.search[1])
     made.write(sites.plan(dict.fromkeys(sites.channels, ()), "all low"), tmp_path / "low")
     masked, row = made.masked(made.search[1]), made.held_out.tokens[0]
     masked._set({site: torch.zeros(count) for site, count in sites.channels.items()})
@@ -150,9 +150,9 @@ def test_kept_dense_they_give_the_same(job, acts):
     assert all(torch.equal(own, found[1][1][site]) for site, own in found[0][1].items())
 
 
-@pytest.mark.parametrize("kind", ["nearest", "expected"])
+@pytest.mark.parametrize("kind", ["rtn", "expected"])
 def test_what_is_tried_around_a_background_is_judged_as_if_alone(job, kind):
-    made = session(job, loss="kl", versions=kind)  # so that the original's answers on these rows are there
+    made = session(job, loss="kl", error_model=kind)  # so that the original's answers on these rows are there
     model = made.masked(made.search[1])
     zeros = {site: torch.zeros(len(own[0].inputs.order)) for site, own in model.layers.items()}
     tried = [zeros] + [zeros | {site: torch.ones(len(zeros[site]))} for site in zeros] + [zeros]
@@ -215,7 +215,7 @@ def test_residuals_of_low_rank_have_the_mean_squares_of_all(rank, generator):
 
 
 def expected_layer(job, **params):
-    made = session(job, versions="expected", **params)
+    made = session(job, error_model="expected", **params)
     model = made.masked(made.search[1])
     layer = model.layers["blocks.1.mlp.mid"][0]
     generator = torch.Generator().manual_seed(4)
@@ -245,7 +245,7 @@ def test_expected_errors_have_the_mean_and_the_variance_of_the_formula(job, acts
     mixed, variance = torch.where(mask > 0.5, high, low), 0
     r, mean = residuals(mixed), mixed @ weight.T
     for kind, chosen in (("low", mask < 0.5), ("high", mask > 0.5)):
-        near = session(job, versions="nearest", **acts, **more)
+        near = session(job, error_model="rtn", **acts, **more)
         version = getattr(near.masked(near.search[1]).layers[site][0], kind).dense(torch.float32)
         a = along(weight - version, weight)
         found = squares((weight - version - a * weight)[:, order], None if "low" in more else 32)
@@ -302,13 +302,13 @@ def test_no_error_has_no_noise_and_no_gradient_from_noise(job):
     torch.testing.assert_close(layer.inputs.mask.grad, shrinking.sum(0))
 
 
-@pytest.mark.parametrize("kind", ["nearest", "expected"])
+@pytest.mark.parametrize("kind", ["rtn", "expected"])
 @pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
 def test_bf16_on_a_cpu_with_instructions_for_it_or_without(job, monkeypatch, kind, capability):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     found = []
     for compute in ("bfloat16", "float32"):
-        own = recipe(versions=kind, loss="kl", **ACTS).model_copy(update={"compute": compute})
+        own = recipe(error_model=kind, loss="kl", **ACTS).model_copy(update={"compute": compute})
         made = open_session(job.model, own, calibration=str(job.text), seed=3)
         model = made.masked(made.search[1])
         native = torch.bfloat16 if (compute, capability) == ("bfloat16", "AVX512") else torch.float32
@@ -319,7 +319,7 @@ def test_bf16_on_a_cpu_with_instructions_for_it_or_without(job, monkeypatch, kin
 
 
 def test_noise_is_a_row_s_own_and_comes_again(job):
-    made = session(job, versions="expected", loss="kl", batch=2)
+    made = session(job, error_model="expected", loss="kl", batch=2)
     model = made.masked(made.search[1])
     masks = {site: torch.zeros(len(layers[0].inputs.order)) for site, layers in model.layers.items()}
     judged = model.damage(masks)
@@ -356,7 +356,7 @@ def test_every_step_takes_the_next_rows(job):
 
 
 def test_the_versions_are_the_quantiser_s_if_asked(job):
-    near, own = (session(job, versions=kind) for kind in ("nearest", "quant"))
+    near, own = (session(job, error_model=kind) for kind in ("rtn", "quantizer"))
     own.quant = replace_quant(own)
     layers = [made.masked(made.search[1]).layers["blocks.1.mlp.mid"][0] for made in (near, own)]
     assert not torch.equal(layers[0].low.packed.codes, layers[1].low.packed.codes)
@@ -368,10 +368,10 @@ def replace_quant(made):
 
 
 @pytest.mark.parametrize("acts", [{}, ACTS], ids=["weights", "activations, too"])
-@pytest.mark.parametrize("kind", ["nearest", "expected"])
+@pytest.mark.parametrize("kind", ["rtn", "expected"])
 def test_the_whole_job(job, tmp_path, acts, kind):
     """Within its budget; the file is what the plan says; the packed model is near what the search saw."""
-    own = recipe(versions=kind, **acts)
+    own = recipe(error_model=kind, **acts)
     if kind == "expected":  # of GPTQ, on text enough for its H
         rows = own.calibration.model_copy(update={"rows": 24})
         own = own.model_copy(update={"quant": Step(name="gptq"), "calibration": rows})
@@ -392,7 +392,7 @@ def test_the_whole_job(job, tmp_path, acts, kind):
 
 def test_a_job_that_was_broken_off_goes_on(job, tmp_path, monkeypatch):
     """As the recipes learn: a hypernetwork, expected errors, bf16, whole tiles."""
-    kind = {"versions": "expected", "network": "hypernetwork", "budget": "projection", "loss": "kl"}
+    kind = {"error_model": "expected", "network": "hypernetwork", "budget": "projection", "loss": "kl"}
     learnt = recipe(**kind, whole_tiles=True).model_copy(update={"compute": "bfloat16"})
     steps, gradients = [], MaskedModel.gradients
 
@@ -493,7 +493,7 @@ def test_what_decides_the_masks_is_in_their_key(job):
 
 def test_what_errors_are_expected_of_is_in_the_key(job):
     def key(**quant):
-        own = recipe(versions="expected").model_copy(update={"quant": Step(**quant)})
+        own = recipe(error_model="expected").model_copy(update={"quant": Step(**quant)})
         return open_session(job.model, own, calibration=str(job.text), seed=3).problem(40_000).key
 
     assert key(name="rtn") == key(name="gptq") == key(name="gptq", params={"damping": 0.01})
@@ -530,7 +530,7 @@ def test_rows_of_a_step_add_up_where_blocks_are_replayed(job, monkeypatch):
         masked_model, "recorded", lambda blocks, *_: [partial(Recorded.apply, own, {}) for own in blocks]
     )
     monkeypatch.setattr(masked_model, "replay", run_all)
-    model.replayed = True
+    model.cuda_graphs = True
     for step in (1, 0):
         found = gradients(model, masks, step)
     assert found[0] == pytest.approx(plain[0])
@@ -546,27 +546,27 @@ def run_all(blocks, hidden, masks, _seed):
 @pytest.mark.parametrize(
     ("params", "replayed"),
     [
-        ({"versions": "expected"}, True),
+        ({"error_model": "expected"}, True),
         ({"dense": True}, True),
         ({}, False),  # packed
         ({"dense": True, "low_acts": ACTS["low_acts"]}, False),
-        ({"versions": "expected", "high_acts": ACTS["high_acts"]}, False),
+        ({"error_model": "expected", "high_acts": ACTS["high_acts"]}, False),
     ],
 )
-def test_what_a_gpu_replays_is_in_the_key(job, monkeypatch, params, replayed):
+def test_what_a_gpu_replays_is_in_the_key(job, monkeypatch, params, cuda_graphs):
     """Noise is another then; on a CPU nothing is replayed, and blocks that are run twice give the same masks."""
     whole = {"checkpointing": False} | params
     config = toga.Config(**recipe(**whole).search.params)
-    assert config.replayed("cuda") == replayed
-    assert not config.replayed("cpu")
-    assert not config.model_copy(update={"checkpointing": True}).replayed("cuda")
+    assert config.cuda_graphs("cuda") == cuda_graphs
+    assert not config.cuda_graphs("cpu")
+    assert not config.model_copy(update={"checkpointing": True}).cuda_graphs("cuda")
     for gpu in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda own=gpu: own)
         keys = {session(job, **whole | {"checkpointing": twice}).problem(40_000).key for twice in (True, False)}
-        assert len(keys) == 1 + (gpu and replayed)
+        assert len(keys) == 1 + (gpu and cuda_graphs)
 
 
-EXACT = {"versions": "expected", "high": "bf16", "loss": "kl"}
+EXACT = {"error_model": "expected", "high": "bf16", "loss": "kl"}
 REPLAYED = {"low_acts": None, "high_acts": None, "checkpointing": False}
 
 
@@ -588,7 +588,7 @@ def test_a_gpu_gives_the_same_gradients(job, monkeypatch, kind):
             site: (torch.rand(len(layers[0].inputs.order), generator=generator) < share).float()
             for site, layers in model.layers.items()
         }
-        assert model.replayed == (gpu and not kind.get("checkpointing", True))
+        assert model.cuda_graphs == (gpu and not kind.get("checkpointing", True))
         gradients(model, {site: 1 - mask for site, mask in masks.items()}, 1)  # what is recorded is none of the masks'
         found.append(gradients(model, masks, 0))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-3)
@@ -608,6 +608,6 @@ def test_replayed_noise_is_that_of_its_seed(job):
     others = [gradients(model, masks, step)[0] for step in steps]
     assert len(set(others)) == 8
     assert torch.equal(torch.cuda.get_rng_state(), before)
-    model.replayed = False
+    model.cuda_graphs = False
     plain = [gradients(model, masks, step)[0] for step in steps]
     assert sum(others) / 8 == pytest.approx(sum(plain) / 8, rel=0.1)

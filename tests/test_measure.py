@@ -9,12 +9,12 @@ from torch.nn import functional
 
 from tiny import VOCAB, save_tiny, tiny_model
 from trimbit.calibrate.stats import collect
-from trimbit.measure.choices import menu_of, sites_of, widths_of
+from trimbit.measure.choices import allowed_formats, allowed_widths, sites_of
 from trimbit.measure.damage import measure
-from trimbit.measure.kl_probe import Judge
+from trimbit.measure.kl_probe import KLProbe
 from trimbit.model.build import build_layout
 from trimbit.model.checkpoint.open import open_checkpoint
-from trimbit.model.forward.in_memory import WholeModel
+from trimbit.model.forward.in_memory import InMemoryModel
 from trimbit.model.forward.stream import BlockStream
 from trimbit.schema.measurements import Background, Measurements
 from trimbit.schema.plan import ModelRef
@@ -27,7 +27,7 @@ from trimbit.trial.candidates import CandidateWeights
 TOKENS = torch.randint(3, VOCAB, (4, 24), generator=torch.Generator().manual_seed(0))
 REF = ModelRef(id="tiny", config_hash="0", weights_hash="0")
 INT2, INT4, INT8 = (parse_precision(name) for name in ("int2g32", "int4g32", "int8row"))
-SPACE = Space(formats=(INT2, INT4), table_formats=(INT4, INT8), widths=(1.0, 0.5, 0.0), groups=True, multiple=16)
+SPACE = Space(formats=(INT2, INT4), embedding_formats=(INT4, INT8), widths=(1.0, 0.5, 0.0), groups=True, multiple=16)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
@@ -39,8 +39,8 @@ def stream(request, tmp_path_factory):
 
 
 @pytest.fixture
-def judge(stream):
-    return Judge(WholeModel(stream), TOKENS)
+def compare_logits(stream):
+    return KLProbe(InMemoryModel(stream), TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -75,24 +75,24 @@ def noise(parameter, seed):
 # --- the judge -------------------------------------------------------------------------------------------------------
 
 
-def test_the_dense_model_has_no_damage(judge):
-    assert judge.damage(None) == pytest.approx(0, abs=1e-4)
-    assert all(judge.damage(block) == judge.damage(None) for block in range(3))
+def test_the_dense_model_has_no_damage(compare_logits):
+    assert compare_logits.damage(None) == pytest.approx(0, abs=1e-4)
+    assert all(compare_logits.damage(block) == compare_logits.damage(None) for block in range(3))
 
 
-def test_damage_is_the_kl_of_full_logits(judge):
-    whole = judge.whole
+def test_damage_is_the_kl_of_full_logits(compare_logits):
+    whole = compare_logits.whole
     dense = log_probabilities(tiny_copy(whole))
     name = "model.layers.1.mlp.down_proj.weight"
     whole.install({name: noise(whole.model.get_parameter(name), 1)})
     expected = kl(dense, log_probabilities(tiny_copy(whole)))
     assert expected > 1e-3
-    assert judge.damage(None) == pytest.approx(expected, rel=1e-2, abs=1e-4)
+    assert compare_logits.damage(None) == pytest.approx(expected, rel=1e-2, abs=1e-4)
 
 
 def test_a_judge_of_few_plans_says_the_same(stream):
-    whole = WholeModel(stream)
-    often, seldom = Judge(whole, TOKENS), Judge(whole, TOKENS, repeated=False)
+    whole = InMemoryModel(stream)
+    often, seldom = KLProbe(whole, TOKENS), KLProbe(whole, TOKENS, repeated=False)
     assert seldom.damage(None) == pytest.approx(0, abs=1e-6)
     for name in ("model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight", "lm_head.weight"):
         whole.install({name: noise(whole.model.get_parameter(name), 1)})
@@ -115,25 +115,25 @@ def tiny_copy(whole):
 
 @pytest.mark.parametrize("block", range(3))
 @pytest.mark.parametrize("part", ["self_attn.q_proj", "mlp.down_proj"])
-def test_a_change_in_one_block_is_seen_from_there(judge, block, part):
+def test_a_change_in_one_block_is_seen_from_there(compare_logits, block, part):
     name = f"model.layers.{block}.{part}.weight"
-    judge.whole.install({name: noise(judge.whole.model.get_parameter(name), block)})
-    assert judge.damage(block) == pytest.approx(judge.damage(None), rel=1e-5)
-    assert judge.damage(block) > 1e-4
+    compare_logits.whole.install({name: noise(compare_logits.whole.model.get_parameter(name), block)})
+    assert compare_logits.damage(block) == pytest.approx(compare_logits.damage(None), rel=1e-5)
+    assert compare_logits.damage(block) > 1e-4
     if block < 2:
-        assert judge.damage(block + 1) == pytest.approx(0, abs=1e-4)  # nothing after it has changed
-    judge.refresh()
-    assert judge.damage(2) == pytest.approx(judge.damage(None), rel=1e-5)
+        assert compare_logits.damage(block + 1) == pytest.approx(0, abs=1e-4)  # nothing after it has changed
+    compare_logits.refresh()
+    assert compare_logits.damage(2) == pytest.approx(compare_logits.damage(None), rel=1e-5)
 
 
-def test_installing_and_taking_back(judge):
-    whole, names = judge.whole, ("model.layers.0.mlp.down_proj.weight", "model.layers.0.mlp.down_proj.bias")
+def test_installing_and_taking_back(compare_logits):
+    whole, names = compare_logits.whole, ("model.layers.0.mlp.down_proj.weight", "model.layers.0.mlp.down_proj.bias")
     before = whole.current(names)
     assert not before[names[1]].any()  # a llama has no bias here: it is made for refits
     whole.install({names[0]: noise(before[names[0]], 0), names[1]: torch.ones(48)})
-    assert judge.damage(None) > 1e-3
+    assert compare_logits.damage(None) > 1e-3
     whole.install(before)
-    assert judge.damage(None) == pytest.approx(0, abs=1e-4)
+    assert compare_logits.damage(None) == pytest.approx(0, abs=1e-4)
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -141,8 +141,8 @@ def test_installing_and_taking_back(judge):
 
 def run(stream, candidates, journal, progress=lambda *_: None, space=SPACE, around=None):
     around = around or background(stream.layout)
-    judge = Judge(WholeModel(stream), TOKENS)
-    return measure(judge, stream.layout, candidates, space, around, journal, REF, "digest", 0, progress)
+    compare_logits = KLProbe(InMemoryModel(stream), TOKENS)
+    return measure(compare_logits, stream.layout, candidates, space, around, journal, REF, "digest", 0, progress)
 
 
 @pytest.fixture(scope="module")
@@ -152,8 +152,10 @@ def measured(stream, candidates, tmp_path_factory):
 
 def test_every_choice_is_measured(stream, candidates, measured):
     layout = stream.layout
-    sites = {(site, p.name) for u in layout.units.values() for site in sites_of(layout, u) for p in menu_of(u, SPACE)}
-    widths = {(unit.dim, w) for unit in layout.units.values() if unit.dim for w in widths_of(layout, unit, SPACE)}
+    sites = {
+        (site, p.name) for u in layout.units.values() for site in sites_of(layout, u) for p in allowed_formats(u, SPACE)
+    }
+    widths = {(unit.dim, w) for unit in layout.units.values() if unit.dim for w in allowed_widths(layout, unit, SPACE)}
     assert {(m.site, m.precision.name) for m in measured.formats} == sites
     assert {(m.dim, m.width) for m in measured.widths} == widths
     assert {width for dim, width in widths if dim.endswith("kv")} == {0, 1, 2, 3}
@@ -165,21 +167,23 @@ def test_every_choice_is_measured(stream, candidates, measured):
 
 
 def test_a_damage_is_the_difference_to_the_background(stream, candidates, measured):
-    judge = Judge(WholeModel(stream), TOKENS)
+    compare_logits = KLProbe(InMemoryModel(stream), TOKENS)
     layout, base = stream.layout, background(stream.layout).formats
     for unit in layout.units.values():
-        judge.whole.install(candidates.unit_state(unit, unit.size, dict.fromkeys(sites_of(layout, unit), INT4)))
-    around = judge.damage(None)
+        compare_logits.whole.install(
+            candidates.unit_state(unit, unit.size, dict.fromkeys(sites_of(layout, unit), INT4))
+        )
+    around = compare_logits.damage(None)
     assert measured.background_damage == pytest.approx(around, rel=1e-6)
     unit, site = layout.units["blocks.1.mlp"], "blocks.1.mlp.m_in"
     own = {s: base[s] for s in sites_of(layout, unit)}
-    judge.whole.install(candidates.unit_state(unit, 80, {**own, site: INT2}))
+    compare_logits.whole.install(candidates.unit_state(unit, 80, {**own, site: INT2}))
     (found,) = (m.damage for m in measured.formats if (m.site, m.precision) == (site, INT2))
-    assert found == pytest.approx(judge.damage(None) - around, abs=1e-6)
+    assert found == pytest.approx(compare_logits.damage(None) - around, abs=1e-6)
     assert found > 0
-    judge.whole.install(candidates.unit_state(unit, 32, own))
+    compare_logits.whole.install(candidates.unit_state(unit, 32, own))
     (found,) = (m.damage for m in measured.widths if (m.dim, m.width) == (unit.dim, 32))
-    assert found == pytest.approx(judge.damage(None) - around, abs=1e-6)
+    assert found == pytest.approx(compare_logits.damage(None) - around, abs=1e-6)
 
 
 class Counting:
@@ -244,7 +248,7 @@ def test_a_torn_last_line_is_measured_again(stream, candidates, measured, tmp_pa
 
 def test_another_space_shares_the_journal(stream, candidates, measured, tmp_path):
     journal = tmp_path / "journal.jsonl"
-    small = SPACE.model_copy(update={"groups": False, "widths": (1.0, 0.5)})
+    small = SPACE.model_copy(update={"prune_kv_groups": False, "widths": (1.0, 0.5)})
     run(stream, candidates, journal, space=small)
     lines = len(journal.read_text().splitlines())
     again = Counting(candidates)
@@ -272,15 +276,15 @@ def test_formats_of_a_unit_that_the_background_drops(stream, candidates, tmp_pat
     assert widths[0] == 0
     assert widths[80] != 0
     site, unit = "blocks.1.mlp.m_in", stream.layout.units["blocks.1.mlp"]
-    judge = Judge(WholeModel(stream), TOKENS)
+    compare_logits = KLProbe(InMemoryModel(stream), TOKENS)
     states = []
     for fmt in (INT4, INT2):
         for own in stream.layout.units.values():
             width = around.widths.get(own.dim, own.size) if own is not unit else 80
             formats = dict.fromkeys(sites_of(stream.layout, own), INT4)
             formats |= {site: fmt} if own is unit else {}
-            judge.whole.install(candidates.unit_state(own, width, formats))
-        states.append(judge.damage(None))
+            compare_logits.whole.install(candidates.unit_state(own, width, formats))
+        states.append(compare_logits.damage(None))
     (damage,) = (m.damage for m in found.formats if (m.site, m.precision) == (site, INT2))
     assert damage == pytest.approx(states[1] - states[0], abs=1e-6)
 
@@ -288,10 +292,10 @@ def test_formats_of_a_unit_that_the_background_drops(stream, candidates, tmp_pat
 def test_widths_are_multiples_and_the_full_one_is_always_there(stream):
     unit = stream.layout.units["blocks.0.mlp"]
     for multiple, shares in itertools.product((16, 32, 128), ((0.5,), (1.0, 0.75, 0.25), (0.0,))):
-        space = SPACE.model_copy(update={"multiple": multiple, "widths": shares})
-        widths = widths_of(stream.layout, unit, space)
+        space = SPACE.model_copy(update={"channel_multiple": multiple, "widths": shares})
+        widths = allowed_widths(stream.layout, unit, space)
         assert widths[0] == 80
         assert all(width % min(multiple, 80) == 0 for width in widths[1:])
         assert list(widths) == sorted(set(widths), reverse=True)
-    assert widths_of(stream.layout, stream.layout.units["embed"], SPACE) == ()
-    assert widths_of(stream.layout, stream.layout.units["blocks.0.attn"], SPACE) == (3, 2, 1, 0)
+    assert allowed_widths(stream.layout, stream.layout.units["embed"], SPACE) == ()
+    assert allowed_widths(stream.layout, stream.layout.units["blocks.0.attn"], SPACE) == (3, 2, 1, 0)

@@ -217,7 +217,7 @@ def test_windows_that_are_read_together(job, tmp_path, monkeypatch, together):
 def test_the_other_recipes(job, tmp_path, name):
     space = (
         "space.formats=[int2g32, int4g32]",
-        "space.table_formats=[int4g32]",
+        "space.embedding_formats=[int4g32]",
         "search.uniform={formats: [int2g32, int4g32]}",
     )
     small = (
@@ -295,7 +295,7 @@ def test_an_unready_budget_is_refused_before_anything_long(job, tmp_path):
 
 def test_a_measured_search_without_moments(job, tmp_path):
     """Round to nearest needs no text, but the search does, and what it tries is judged."""
-    recipe = ("quant.name=rtn", "criterion=null", "space.widths=[1.0]", "space.groups=false")
+    recipe = ("quant.name=rtn", "criterion=null", "space.widths=[1.0]", "space.prune_kv_groups=false")
     plan = compress(session(job, *recipe), Budget.parse("40kB"), tmp_path / "out")
     assert plan.found_by.measured_damage > 0
     assert plan.cuts == {}
@@ -309,7 +309,7 @@ def test_a_search_that_needs_measurements(job, missing):
 
 def test_a_plan_without_trials(job, tmp_path):
     """Another budget takes a solution and some quick evaluations; the damage is told once the plan is applied."""
-    opened = session(job, "measure.trials=false", cache=tmp_path / "cache")
+    opened = session(job, "measure.apply_finalists=false", cache=tmp_path / "cache")
     plan = opened.find_plan(Budget.parse(BUDGET))
     assert not (tmp_path / "cache" / "trials").exists()
     assert plan.found_by.measured_damage is None
@@ -319,7 +319,7 @@ def test_a_plan_without_trials(job, tmp_path):
 
 def test_without_trials_the_better_of_two_rounds_is_taken(job, tmp_path, monkeypatch):
     """The second round's plan is not thrown away for want of a real figure."""
-    opened = session(job, "measure.trials=false", "measure.rounds=2", cache=tmp_path / "cache")
+    opened = session(job, "measure.apply_finalists=false", "measure.rounds=2", cache=tmp_path / "cache")
     search, rounds = opened.search[0].search, []
 
     def numbered(problem, config):

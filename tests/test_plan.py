@@ -30,7 +30,7 @@ def test_file_round_trip(tmp_path):
 
 
 def test_an_edited_plan_tells_nothing_of_the_one_that_it_was(tmp_path):
-    plan = random_plan(LAYOUT, 1).telling(predicted_damage=0.5, measured_damage=0.6, notes=("tried",))
+    plan = random_plan(LAYOUT, 1).with_provenance(predicted_damage=0.5, measured_damage=0.6, notes=("tried",))
     plan.save(tmp_path / "plan.json")
     fields = json.loads((tmp_path / "plan.json").read_text())
     fields["kv_cache"] = {"bits": 4}

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from tiny import VOCAB, tiny_model
 from trimbit.artifact.files import weight_nbytes
 from trimbit.calibrate import teacher
-from trimbit.calibrate.teacher import original_of
+from trimbit.calibrate.teacher import teacher_outputs
 from trimbit.errors import BudgetError, DataError, NumericsError, PlanError, RecipeError
 from trimbit.model.forward.logits import logit_slices, loss_gradient
 from trimbit.pipeline.dry_run import estimate
@@ -31,7 +31,7 @@ SMALL = (
     "lowrank.rank=2", "tune.steps=4", "tune.batch=12", "tune.micro=5", "tune.length=32", "tune.save_every=2",
     "tune.learning_rate=0.01", "tune.dropout=0",
 )  # fmt: skip
-PRUNED = ("criterion.samples=4", "criterion.length=32", "prune.first=0.3", "prune.last=0", "prune.multiple=16")
+PRUNED = ("criterion.samples=4", "criterion.length=32", "prune.first=0.3", "prune.last=0", "prune.channel_multiple=16")
 CHOOSING = ("importance.classes=8", "space.formats=[nf4g64, int8row]")
 TRIALS = (
     "search.optimiser={trials: 6, initial: 3, pool: 16, near: 8, steps: 5, smaller: 2}", "search.per=unit",
@@ -263,8 +263,8 @@ def test_instructions_mask_the_prompt(job, tmp_path):
         cache=tmp_path / "c",
     )
     for row in opened.examples:
-        assert int(row.target.sum()) == 3  # the output and its end
-        assert bool(row.target[-3:].all())
+        assert int(row.loss_mask.sum()) == 3  # the output and its end
+        assert bool(row.loss_mask[-3:].all())
     compress(opened, None, tmp_path / "out")
     losses = json.loads((tmp_path / "out" / "tuning.json").read_text())["losses"]
     assert losses[-1] < losses[0]
@@ -275,15 +275,15 @@ def test_the_originals_answers_are_kept_and_are_those_of_the_whole_model(job, tm
     data = tmp_path / "rows.jsonl"
     data.write_text("\n".join(json.dumps({"instruction": "w5", "output": f"w{at + 8} " * (at + 1)}) for at in range(5)))
     opened = session(job, "qpruner-1", f"tune.data={data}", "tune.length=64", cache=tmp_path / "c")
-    assert all(bool(row.target[1:].all()) and not bool(row.target[0]) for row in opened.examples)
+    assert all(bool(row.loss_mask[1:].all()) and not bool(row.loss_mask[0]) for row in opened.examples)
     examples = [row.tokens for row in opened.examples]
     monkeypatch.setattr(teacher, "CARRIED", 4 * 48 * 100)
     swept = []
-    first = original_of(opened.stream, examples[:2], tmp_path / "kept", lambda *done: swept.append(done))
+    first = teacher_outputs(opened.stream, examples[:2], tmp_path / "kept", lambda *done: swept.append(done))
     count = len(swept)
-    original = original_of(opened.stream, examples, tmp_path / "kept", lambda *done: swept.append(done))
+    original = teacher_outputs(opened.stream, examples, tmp_path / "kept", lambda *done: swept.append(done))
     assert 0 < count < len(swept)
-    again = original_of(opened.stream, examples, tmp_path / "kept", lambda *_: pytest.fail("all are there"))
+    again = teacher_outputs(opened.stream, examples, tmp_path / "kept", lambda *_: pytest.fail("all are there"))
     whole = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
     for row in examples:
         found = original.hidden(row)
@@ -302,7 +302,7 @@ def test_what_training_draws_is_known_before():
 
 def test_training_asks_the_original_for_what_was_drawn_and_no_more(job, tmp_path, monkeypatch):
     opened = session(job, "qpruner-1", "tune.batch=3", "tune.steps=2", cache=tmp_path)
-    asked, found = set(), recovery.original_of
+    asked, found = set(), recovery.teacher_outputs
 
     def listening(*arguments):
         original = found(*arguments)
@@ -330,7 +330,7 @@ def test_training_asks_the_original_for_what_was_drawn_and_no_more(job, tmp_path
         ("qpruner-1", ["lowrank=null"], RecipeError, "needs a `lowrank`"),
         ("qpruner-1", ["lowrank.rank=40"], RecipeError, "rank 40 does not fit a weight of"),
         ("qpruner-2", ["space.formats=[]"], RecipeError, "space.formats is empty"),
-        ("qpruner-2", ["space.multiple=0"], RecipeError, "greater than or equal to 1"),
+        ("qpruner-2", ["space.channel_multiple=0"], RecipeError, "greater than or equal to 1"),
         ("qpruner-2", ["space.widths=[2.0]"], RecipeError, "less than or equal to 1"),
         ("qpruner-2", ["criterion.samples=99"], RecipeError, "99 samples of 32 tokens"),
     ],

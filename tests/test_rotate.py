@@ -20,7 +20,7 @@ from trimbit.kernels.hadamard import factors, matrix
 from trimbit.model.build import build_layout
 from trimbit.model.checkpoint.open import open_checkpoint
 from trimbit.model.families import FAMILIES
-from trimbit.model.forward.in_memory import WholeModel
+from trimbit.model.forward.in_memory import InMemoryModel
 from trimbit.model.forward.stream import BlockStream, build_skeleton
 from trimbit.pipeline.recipes import load_recipe
 from trimbit.pipeline.session import compress, open_session
@@ -31,7 +31,7 @@ from trimbit.schema.plan import Plan, Rotation, load_plan
 from trimbit.schema.precision import BF16
 from trimbit.schema.recipe import Recipe, Step
 from trimbit.schema.structure import Structure
-from trimbit.search.two_formats.tiles import Sites
+from trimbit.search.two_formats.tiles import TileProblem
 from trimbit.transform.apply import apply_plan
 from trimbit.transform.quant import gptq, rtn
 from trimbit.transform.repair import refit
@@ -122,7 +122,7 @@ def test_a_rotated_model_computes_the_same(model_type, tied, tmp_path):
     runtime.load_state_dict(state, strict=False, assign=True)
     torch.testing.assert_close(logits(runtime), want, rtol=0, atol=1e-4)
 
-    torch.testing.assert_close(logits(WholeModel(stream).model), want, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits(InMemoryModel(stream).model), want, rtol=0, atol=1e-4)
 
     hidden = stream.embed(sample(3, 1))
     for index in range(layout.blocks):
@@ -148,7 +148,7 @@ def test_biases_of_every_weight_are_rotated(tmp_path):
                 parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
     save_tiny(model, tmp_path / "original")
     stream = streams(tmp_path / "original", ROTATION)
-    torch.testing.assert_close(logits(WholeModel(stream).model), logits(model), rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits(InMemoryModel(stream).model), logits(model), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "phi3"])
@@ -344,7 +344,7 @@ def test_masks_choose_among_rotated_channels(job, tmp_path, end):
     acts = {"low_acts": {"bits": 4, "group": 32, "clip": 0.9}, "high_acts": {"bits": 8, "group": 32}}
     params = {"low": "int3g32", "high": "int8g32", "tile": 16, "steps": 6, "length": 16, "share": 0.25} | acts
     made = session(job, search=Step(name="toga", params=params), quant=Step(name="rtn", params={"scales": "mse"}))
-    sites = Sites(made.problem(10**9), made.search[1])
+    sites = TileProblem(made.problem(10**9), made.search[1])
     written = made.write(sites.plan({s: range(end * n) for s, n in sites.channels.items()}, ""), tmp_path / "end")
     assert any(site.endswith("mid") for site in written.orders)
     found = made.masked(made.search[1]).damage({s: torch.full((n,), float(end)) for s, n in sites.channels.items()})

@@ -173,7 +173,7 @@ def test_pairs_are_trained_on_the_inputs_that_they_are_written_for(tmp_path):
     acts = {site: (ActRun(count=len(order), precision=ActInt(bits=4, group=32)),) for site, order in orders.items()}
     ranks = {name: 4 for name, weight in layout.weights.items() if layout.readers(weight.site)}
     plan = plain.model_copy(update={"orders": orders, "acts": acts, "adapters": ranks})
-    method = Method(module=rtn, config=rtn.Config(), pairs=lowrank.Config(start="loftq", rank=4))
+    method = Method(module=rtn, config=rtn.Config(), pairs=lowrank.Config(init="loftq", rank=4))
     small = write(tmp_path / "original", tmp_path / "small", plan, method)
     before = logits(small)
     pairs = _taken_out(small)

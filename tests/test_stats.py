@@ -92,9 +92,9 @@ def test_products_of_bf16_inputs_are_exact():
     x = torch.randn(300, 9, generator=torch.Generator().manual_seed(1)).bfloat16().float()
     y = torch.randn(300, 5, generator=torch.Generator().manual_seed(2)).bfloat16().float()
     expected = (x.double().T @ y.double()).float()
-    torch.testing.assert_close(moments.product(x, y), expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(moments.bf16_gram(x, y), expected, atol=1e-4, rtol=1e-5)
     before = torch.backends.mkldnn.matmul.fp32_precision
-    moments.product(x, y)
+    moments.bf16_gram(x, y)
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 

@@ -138,7 +138,7 @@ def naive_winogrande(model, tokenizer, rows):
 def compressed(job, tmp_path_factory):
     out = tmp_path_factory.mktemp("zero-shot") / "small"
     session = open_session(
-        job.model, load_recipe(str(job.recipe), ("measure.trials=false",)), calibration=str(job.text)
+        job.model, load_recipe(str(job.recipe), ("measure.apply_finalists=false",)), calibration=str(job.text)
     )
     pipeline.compress(session, Budget.parse(BUDGET), out)
     return out

@@ -145,7 +145,7 @@ def test_qera_reaches_the_optimum(shape, tokens, generator):
     w, h = torch.randn(shape, generator=generator), correlated(shape[1], generator, tokens)
     q = rounding(shape[1])(w).dequantize()
     d = w - q
-    pair = lowrank.qera(w, q, moments(h), Config(start="qera", rank=4))
+    pair = lowrank.qera(w, q, moments(h), Config(init="qera", rank=4))
     u, s, vt, tail = cut(d.double() @ root_of(h), 4)
     least, got = (tail**2).sum(), output_error(d - pair.dense(), h)
     slack = 1e-4 * float((s**2).sum())  # the pair is rounded
@@ -162,7 +162,7 @@ def test_qera_reaches_the_optimum(shape, tokens, generator):
 def test_qera_on_a_singular_h_is_the_limit_of_damping(shape, generator):
     w, h = torch.randn(shape, generator=generator), correlated(shape[1], generator, tokens=10)
     q = rounding(shape[1])(w).dequantize()
-    pair = lowrank.qera(w, q, moments(h), Config(start="qera", rank=4))
+    pair = lowrank.qera(w, q, moments(h), Config(init="qera", rank=4))
     root = root_of(h + 1e-7 * h.diagonal().mean() * torch.eye(shape[1]))
     u, s, vt, _ = cut((w - q).double() @ root, 4)
     want = u * s @ vt @ torch.linalg.inv(root)
@@ -177,9 +177,9 @@ def test_each_is_the_better_one_by_its_own_measure(shape, method, generator):
     if method == "gptq":
         quantize = partial(gptq.quantize, moments=moments(h), runs=runs((shape[1], COARSE)), config=gptq.Config())
     found = {}
-    for start in ("loftq", "qera"):
-        q, pair = lowrank.correct(w, quantize, moments(h), Config(start=start, rank=4), generator)
-        found[start] = w - q.dequantize() - pair.dense()
+    for init in ("loftq", "qera"):
+        q, pair = lowrank.correct(w, quantize, moments(h), Config(init=init, rank=4), generator)
+        found[init] = w - q.dequantize() - pair.dense()
     plain = w - q.dequantize()
     assert output_error(found["qera"], h) < 0.95 * output_error(found["loftq"], h)
     assert found["loftq"].norm() < 0.99 * found["qera"].norm()
@@ -190,18 +190,18 @@ def test_each_is_the_better_one_by_its_own_measure(shape, method, generator):
 def test_qera_on_white_inputs_is_the_svd(shape, generator):
     w = torch.randn(shape, generator=generator)
     q = rounding(shape[1])(w).dequantize()
-    pair = lowrank.qera(w, q, moments(3 * torch.eye(shape[1])), Config(start="qera", rank=5))
+    pair = lowrank.qera(w, q, moments(3 * torch.eye(shape[1])), Config(init="qera", rank=5))
     u, s, vt, _ = cut(w - q, 5)
     assert_near(pair, u * s @ vt)
 
 
-@pytest.mark.parametrize("start", ["loftq", "qera"])
+@pytest.mark.parametrize("init", ["loftq", "qera"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_nothing_to_make_up_for_gives_nothing(start, shape, generator):
+def test_nothing_to_make_up_for_gives_nothing(init, shape, generator):
     w = torch.randn(shape, generator=generator).to(torch.bfloat16).float()
     quantize = rounding(shape[1], "bf16")
     q, pair = lowrank.correct(
-        w, quantize, moments(correlated(shape[1], generator)), Config(start=start, iterations=2), generator
+        w, quantize, moments(correlated(shape[1], generator)), Config(init=init, iterations=2), generator
     )
     assert torch.equal(q.dequantize() + pair.dense(), w)
 
@@ -210,13 +210,13 @@ def test_nothing_to_make_up_for_gives_nothing(start, shape, generator):
 def test_inputs_that_are_always_zero_are_no_trouble(shape, generator):
     w = torch.randn(shape, generator=generator)
     q = rounding(shape[1])(w).dequantize()
-    pair = lowrank.qera(w, q, moments(torch.zeros(shape[1], shape[1])), Config(start="qera"))
+    pair = lowrank.qera(w, q, moments(torch.zeros(shape[1], shape[1])), Config(init="qera"))
     assert (w - q - pair.dense()).norm() < (w - q).norm()
 
 
 def test_zeros_change_nothing(generator):
     w = torch.randn(48, 32, generator=generator)
-    q, pair = lowrank.correct(w, rounding(32), None, Config(start="zeros"), torch.Generator().manual_seed(3))
+    q, pair = lowrank.correct(w, rounding(32), None, Config(init="zeros"), torch.Generator().manual_seed(3))
     assert torch.equal(q.dequantize() + pair.dense(), rounding(32)(w).dequantize())
     with torch.random.fork_rng():
         torch.manual_seed(3)
@@ -224,33 +224,33 @@ def test_zeros_change_nothing(generator):
     assert torch.equal(pair.a, want.to(torch.bfloat16).float())
 
 
-@pytest.mark.parametrize("start", ["zeros", "loftq", "qera"])
+@pytest.mark.parametrize("init", ["zeros", "loftq", "qera"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_pairs_fit_bf16_and_are_balanced(start, shape, generator):
+def test_pairs_fit_bf16_and_are_balanced(init, shape, generator):
     w, h = torch.randn(shape, generator=generator), correlated(shape[1], generator)
-    config = Config(start=start, rank=6, iterations=2)
+    config = Config(init=init, rank=6, iterations=2)
     _, pair = lowrank.correct(w, rounding(shape[1]), moments(h), config, generator)
     assert (pair.a.shape, pair.b.shape) == ((6, shape[1]), (shape[0], 6))
     assert all(x.dtype == torch.float32 and torch.equal(x, x.to(torch.bfloat16).float()) for x in (pair.a, pair.b))
-    if start != "zeros":
+    if init != "zeros":
         torch.testing.assert_close(pair.a.norm(dim=1), pair.b.norm(dim=0), rtol=2**-7, atol=0)
 
 
-@pytest.mark.parametrize("start", ["zeros", "loftq", "qera"])
-def test_a_rank_beyond_the_weight_is_refused(start, generator):
-    w, config = torch.ones(12, 32), Config(start=start, rank=13)
+@pytest.mark.parametrize("init", ["zeros", "loftq", "qera"])
+def test_a_rank_beyond_the_weight_is_refused(init, generator):
+    w, config = torch.ones(12, 32), Config(init=init, rank=13)
     with pytest.raises(RecipeError, match=r"rank 13 does not fit a weight of 12 x 32: the rank can be 12 at most"):
         lowrank.correct(w, rounding(32), moments(torch.eye(32)), config, generator)
-    lowrank.correct(w, rounding(32), moments(torch.eye(32)), Config(start=start, rank=12), generator)
+    lowrank.correct(w, rounding(32), moments(torch.eye(32)), Config(init=init, rank=12), generator)
 
 
-@pytest.mark.parametrize("start", ["zeros", "loftq", "qera"])
+@pytest.mark.parametrize("init", ["zeros", "loftq", "qera"])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_a_weight_that_is_not_finite_is_refused(start, value, generator):
+def test_a_weight_that_is_not_finite_is_refused(init, value, generator):
     w = torch.ones(12, 32)
     w[3, 3] = value
     with pytest.raises(NumericsError, match="not finite"):
-        lowrank.correct(w, rounding(32, "bf16"), moments(torch.eye(32)), Config(start=start), generator)
+        lowrank.correct(w, rounding(32, "bf16"), moments(torch.eye(32)), Config(init=init), generator)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
@@ -258,9 +258,9 @@ def test_an_h_that_is_not_finite_is_refused(value, generator):
     h = torch.eye(32)
     h[3, 3] = value
     with pytest.raises(NumericsError, match="H of a layer's inputs is not finite"):
-        lowrank.correct(torch.ones(12, 32), rounding(32), moments(h), Config(start="qera"), generator)
+        lowrank.correct(torch.ones(12, 32), rounding(32), moments(h), Config(init="qera"), generator)
 
 
 def test_qera_asks_for_moments(generator):
     with pytest.raises(AssertionError, match="needs moments"):
-        lowrank.correct(torch.ones(12, 32), rounding(32), None, Config(start="qera"), generator)
+        lowrank.correct(torch.ones(12, 32), rounding(32), None, Config(init="qera"), generator)

@@ -10,7 +10,7 @@ import trimbit.measure.criteria
 import trimbit.search.methods
 import trimbit.transform.quant
 from trimbit.measure.criteria import mutual_information
-from trimbit.schema.base import Data
+from trimbit.schema.base import Schema
 from trimbit.schema.recipe import Recipe
 
 
@@ -55,8 +55,8 @@ def test_the_walk_finds_what_there_is():
 def test_has_a_paper_and_a_configuration_with_defaults(module):
     assert isinstance(module.PAPER, str)
     assert module.PAPER
-    assert issubclass(module.Config, Data)
-    assert module.Config is not Data
+    assert issubclass(module.Config, Schema)
+    assert module.Config is not Schema
     assert module.Config.model_validate_json("{}") == module.Config()
     assert module.Config.model_config["extra"] == "forbid"
     assert module.Config.model_config["frozen"]

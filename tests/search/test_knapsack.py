@@ -148,7 +148,7 @@ def test_predicted_damage_is_the_least_of_all(share):
         pruned = rng.random()
         cut = {u.dim: rng.choice(widths[u.name[-4:].strip(".")]) for u in LAYOUT.units.values() if u.dim}
         cut = {dim: width for dim, width in cut.items() if rng.random() < pruned}
-        menu = {site: rng.choice(SPACE.formats if "." in site else SPACE.table_formats) for site in sites()}
+        menu = {site: rng.choice(SPACE.formats if "." in site else SPACE.embedding_formats) for site in sites()}
         other = problem(limit).plan(cut, menu, "random")
         if other.found_by.nbytes <= limit - 2000:  # the search reckons with the longest header
             beaten += 1
@@ -262,7 +262,7 @@ def test_the_background_may_be_the_uniform_plan_nearest_to_the_budget():
             assert {p for site, p in found.formats.items() if "." in site} == {precision}
             tables = {p.name for site, p in found.formats.items() if "." not in site}
             assert tables == {"int4g32" if name == "uint2g32" else name}  # never below `table_bits`
-    anchored = knapsack.background(problem(SMALLEST), Config(background=formats("uint8row")[0], table_bits=8))
+    anchored = knapsack.background(problem(SMALLEST), Config(background=formats("uint8row")[0], embedding_bits=8))
     assert set(anchored.formats.values()) == set(formats("uint8row"))
 
 
@@ -270,5 +270,5 @@ def test_the_background_may_be_the_uniform_plan_nearest_to_the_budget():
 def test_the_background_of_a_table_has_the_nearest_bits_whole_or_not(bits, table):
     menu = formats("binaryrow", "ternaryrow", "mbinaryg32", "int2g32")
     given = problem(SMALLEST, space=SPACE.model_copy(update={"table_formats": menu}))
-    found = knapsack.background(given, Config(background=formats("ternaryg32")[0], table_bits=bits))
+    found = knapsack.background(given, Config(background=formats("ternaryg32")[0], embedding_bits=bits))
     assert {p.name for site, p in found.formats.items() if "." not in site} == {table}

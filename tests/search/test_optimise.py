@@ -20,7 +20,7 @@ from trimbit.search.solvers.box import Box
 QUICK = Config(pool=32, near=16, steps=15, samples=32)
 
 
-levels = st.lists(st.integers(0, 1000), min_size=1, max_size=4, unique=True).map(sorted)
+variables = st.lists(st.integers(0, 1000), min_size=1, max_size=4, unique=True).map(sorted)
 shares = st.integers(0, 100)
 
 
@@ -91,14 +91,14 @@ def run(method, box, damage, config, *, start=(), known=None, seed=0, stop=None)
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.lists(levels, min_size=1, max_size=7), shares, st.integers(0, 40), st.integers(0, 9))
+@given(st.lists(variables, min_size=1, max_size=7), shares, st.integers(0, 40), st.integers(0, 9))
 def test_random_points_fit_and_are_new_and_as_many_as_there_are(costs, share, count, seed):
     box, rng = box_of(costs, share), random.Random(seed)
-    fitting = everything(box)
-    tried = set(rng.sample(fitting, rng.randint(0, len(fitting))))
+    uniform_within_budget = everything(box)
+    tried = set(rng.sample(uniform_within_budget, rng.randint(0, len(uniform_within_budget))))
     found = boxes.feasible_points(box, count, seeded(seed), tried)
-    assert len(set(found)) == len(found) == min(count, len(fitting) - len(tried))
-    assert set(found) <= set(fitting) - tried
+    assert len(set(found)) == len(found) == min(count, len(uniform_within_budget) - len(tried))
+    assert set(found) <= set(uniform_within_budget) - tried
 
 
 def test_random_points_leave_no_room_and_differ_where_chance_would_never_fit():
@@ -113,17 +113,17 @@ def test_random_points_leave_no_room_and_differ_where_chance_would_never_fit():
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.lists(levels, min_size=1, max_size=7), shares, st.integers(1, 40), st.integers(0, 9))
+@given(st.lists(variables, min_size=1, max_size=7), shares, st.integers(1, 40), st.integers(0, 9))
 def test_neighbours_fit_and_hold_all_steps_and_swaps(costs, share, near, seed):
     box = box_of(costs, share)
-    fitting = everything(box)
-    point = random.Random(seed).choice(fitting)
+    uniform_within_budget = everything(box)
+    point = random.Random(seed).choice(uniform_within_budget)
     found = boxes.neighbours(box, point, near, seeded(seed))
     assert len(set(found)) == len(found)
-    assert set(found) <= set(fitting) - {point}
-    moves = [tuple(b - a for a, b in zip(point, other, strict=True)) for other in fitting]
-    steps = {p for p, move in zip(fitting, moves, strict=True) if sum(map(abs, move)) == 1}
-    swaps = {p for p, move in zip(fitting, moves, strict=True) if sorted(filter(None, move)) == [-1, 1]}
+    assert set(found) <= set(uniform_within_budget) - {point}
+    moves = [tuple(b - a for a, b in zip(point, other, strict=True)) for other in uniform_within_budget]
+    steps = {p for p, move in zip(uniform_within_budget, moves, strict=True) if sum(map(abs, move)) == 1}
+    swaps = {p for p, move in zip(uniform_within_budget, moves, strict=True) if sorted(filter(None, move)) == [-1, 1]}
     assert set(found) >= steps
     if len(point) ** 2 <= near:
         assert set(found) >= swaps
@@ -146,16 +146,16 @@ def test_features_are_scaled():
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.lists(levels, min_size=1, max_size=7), shares, st.integers(1, 4), st.integers(0, 9))
+@given(st.lists(variables, min_size=1, max_size=7), shares, st.integers(1, 4), st.integers(0, 9))
 def test_proposals_fit_and_are_new_and_distinct(costs, share, batch, seed):
     box = box_of(costs, share)
-    fitting = everything(box)
+    uniform_within_budget = everything(box)
     rng = random.Random(seed)
-    points = rng.sample(fitting, min(len(fitting), 12))
+    points = rng.sample(uniform_within_budget, min(len(uniform_within_budget), 12))
     values = [rng.choice([0.0, 1.0, rng.random()]) for _ in points]
     found = bayes.propose(box, points, values, batch, seeded(seed), QUICK)
-    assert len(set(found)) == len(found) == min(batch, len(fitting) - len(points))
-    assert set(found) <= set(fitting) - set(points)
+    assert len(set(found)) == len(found) == min(batch, len(uniform_within_budget) - len(points))
+    assert set(found) <= set(uniform_within_budget) - set(points)
 
 
 def test_a_batch_begins_with_the_proposal_for_one_and_takes_the_pending_into_account():
@@ -250,10 +250,10 @@ def test_better_than_chance():
 def test_finds_the_least_of_all():
     """A space of hundreds of points, of which a few dozen are tried."""
     box, damage = binary(4, variables=10, share=0.4)
-    fitting = everything(box)
-    assert len(fitting) > 200
+    uniform_within_budget = everything(box)
+    assert len(uniform_within_budget) > 200
     done = run(bayes.optimise, box, damage, QUICK.model_copy(update={"trials": 36}))
-    assert min(value for _, value in done.found) == min(map(damage, fitting))
+    assert min(value for _, value in done.found) == min(map(damage, uniform_within_budget))
 
 
 @pytest.mark.parametrize("method", [bayes.optimise, bayes.random_search])

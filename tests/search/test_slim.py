@@ -46,7 +46,7 @@ def error(name, runs):
 def problem(limit=None, layout=LAYOUT, **fields):
     channels = Figures(**{"salience": salience, "rounding_error": error} | fields)
     made = Problem(
-        layout=layout, model=REF, limit=limit or 0, space=Space(formats=(), table_formats=()), rankings={},
+        layout=layout, model=REF, limit=limit or 0, space=Space(formats=(), embedding_formats=()), rankings={},
         recipe={}, calibration="self", seed=0, channels=channels,
     )  # fmt: skip
     return made if limit else problem(slim.default_limit(made, slim.Config()), **fields)
@@ -91,7 +91,7 @@ def test_what_does_not_fit_is_refused():
     small = problem(limit=10**8, layout=SMALL)
     with pytest.raises(RecipeError, match="has 48 input channels, fewer than two groups of 128"):
         slim.search(small, slim.Config())
-    pruned = replace(problem(), space=Space(formats=(), table_formats=(), kept={"blocks.0.mlp.mid": 320}))
+    pruned = replace(problem(), space=Space(formats=(), embedding_formats=(), kept={"blocks.0.mlp.mid": 320}))
     with pytest.raises(RecipeError, match="leave `prune` out"):
         slim.require_feasible(pruned, slim.Config())
 

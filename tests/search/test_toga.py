@@ -13,16 +13,16 @@ from transformers import AutoConfig
 from problems import LAYOUT, Figures, measurements, problem
 from trimbit.errors import ArtifactError, BudgetError, NumericsError, RecipeError
 from trimbit.model.build import build_layout
-from trimbit.model.forward.logits import Judged
+from trimbit.model.forward.logits import Divergence
 from trimbit.schema.activations import ActInt
 from trimbit.schema.precision import parse_precision
 from trimbit.schema.space import Space
 from trimbit.search.methods import outliers as salient
 from trimbit.search.methods import shares, toga
 from trimbit.search.two_formats import training
-from trimbit.search.two_formats.tiles import Sites, as_masks
+from trimbit.search.two_formats.tiles import TileProblem, as_masks
 
-SPACE = Space(formats=(), table_formats=())
+SPACE = Space(formats=(), embedding_formats=())
 SMALL = {"low": parse_precision("binaryg32"), "high": parse_precision("int4g32"), "tile": 16, "share": 0.25}
 CONFIG = toga.Config(
     **SMALL, steps=60, batch=1, length=16, learning_rate=0.05, weight_decay=0.0, network="logits", save_every=7
@@ -30,7 +30,7 @@ CONFIG = toga.Config(
 ACTS = {"low_acts": ActInt(bits=3, group=32, clip=0.9), "high_acts": ActInt(bits=8, group=32)}
 
 
-def energies():
+def second_moments():
     generator = torch.Generator().manual_seed(5)
     sites = dict.fromkeys(w.site for w in LAYOUT.weights.values() if LAYOUT.readers(w.site))
     return {site: torch.rand(LAYOUT.readers(site)[0].cols, generator=generator).tolist() for site in sites}
@@ -52,21 +52,21 @@ class Invented:
         return loss, {site: -self.worth[site] for site in masks}
 
     def damage(self, masks, rows=None):
-        return Judged(kl=self.gradients(masks, -1, torch.Generator())[0], nll=1.0)
+        return Divergence(kl=self.gradients(masks, -1, torch.Generator())[0], nll=1.0)
 
 
 def worths(seed=1):
     generator = torch.Generator().manual_seed(seed)
     return {
         site: torch.where(torch.rand(len(own), generator=generator) < 0.2, 0.5, 0.001) * len(LAYOUT.readers(site))
-        for site, own in energies().items()
+        for site, own in second_moments().items()
     }
 
 
 def made(tmp_path, config=CONFIG, limit=None, **fields):
     masked = fields.pop("masked", None) or Invented(worths())
     found = problem(
-        limit or 10**9, space=SPACE, measurements=measurements(), channels=Figures(energies=energies),
+        limit or 10**9, space=SPACE, measurements=measurements(), channels=Figures(second_moments=second_moments),
         masked=lambda _: masked, journal=tmp_path / "masks.jsonl", key="k", **fields,
     )  # fmt: skip
     module = importlib.import_module(type(config).__module__)
@@ -80,7 +80,7 @@ def high_of(plan, sites):
 
 def kept(plan, task, config):
     """What the high channels of a plan are worth."""
-    worth, high = worths(), high_of(plan, Sites(task, config))
+    worth, high = worths(), high_of(plan, TileProblem(task, config))
     return sum(float(worth[site][sorted(own)].sum()) for site, own in high.items())
 
 
@@ -103,10 +103,10 @@ def test_what_matters_is_found(tmp_path, network, estimator, temperature, budget
 def test_the_budget_is_filled_by_whole_tiles_and_never_exceeded(tmp_path_factory, seed, share, rounded, sort):
     config = CONFIG.model_copy(update={"share": share, "sort": sort, **(ACTS if rounded else {})})
     task = made(tmp_path_factory.mktemp("m"), config)
-    sites = Sites(task, config)
+    sites = TileProblem(task, config)
     generator = torch.Generator().manual_seed(seed)
     logits = {site: torch.randn(count, generator=generator) - 2 for site, count in sites.channels.items()}
-    plan = sites.topped(logits, "")
+    plan = sites.fill_by_logits(logits, "")
     LAYOUT.check(plan)
     high = high_of(plan, sites)
     for site, own in high.items():
@@ -126,15 +126,17 @@ def test_the_budget_is_filled_by_whole_tiles_and_never_exceeded(tmp_path_factory
 
 def test_a_channel_that_costs_more_is_not_left_behind(tmp_path):
     """A logit has the price of its channel in it: the threshold does not count it again."""
-    sites = Sites(made(tmp_path), CONFIG)
+    sites = TileProblem(made(tmp_path), CONFIG)
     wide, narrow = "blocks.0.mlp.m_in", "blocks.0.mlp.mid"
     assert sites.rows[wide] > sites.rows[narrow]
     none = dict.fromkeys(sites.channels, 0)
-    sites = Sites(made(tmp_path, limit=sites.sized(none | {wide: sites.channels[wide] // 16})), CONFIG)  # holds no more
+    sites = TileProblem(
+        made(tmp_path, limit=sites.plan_nbytes(none | {wide: sites.channels[wide] // 16})), CONFIG
+    )  # holds no more
     logits = {site: torch.zeros(count) for site, count in sites.channels.items()}
     logits[wide] += 1.0
     logits[narrow] += 0.9
-    high = high_of(sites.topped(logits, ""), sites)
+    high = high_of(sites.fill_by_logits(logits, ""), sites)
     assert {site: len(own) for site, own in high.items() if own} == {wide: sites.channels[wide]}
 
 
@@ -142,7 +144,7 @@ def test_filling_is_the_best_there_is(tmp_path):
     """Against all ways to give three sites tiles, the others none."""
     config = CONFIG.model_copy(update={"share": 0.05})
     task = made(tmp_path, config)
-    sites = Sites(replace(task, limit=10**8), config)
+    sites = TileProblem(replace(task, limit=10**8), config)
     names = list(sites.channels)[:3]
     generator = torch.Generator().manual_seed(0)
     gains = {site: torch.full((count // 16,), -50.0) for site, count in sites.channels.items()}
@@ -160,7 +162,7 @@ def test_filling_is_the_best_there_is(tmp_path):
         tiles = dict(zip(names, counts, strict=True))
         if sum(sites.site_nbytes(s, n) - sites.site_nbytes(s, 0) for s, n in tiles.items()) <= 3000:
             best = max(best, sums(tiles))
-    found = high_of(sites.filled(losses, ranked, ""), sites)
+    found = high_of(sites.fill_by_knapsack(losses, ranked, ""), sites)
     assert sums({site: len(found[site]) // 16 for site in names}) == pytest.approx(best, rel=1e-6)
 
 
@@ -168,7 +170,7 @@ def test_filling_is_the_best_there_is(tmp_path):
 def test_a_solver_that_finds_nothing_is_an_error_but_where_there_is_no_choice(tmp_path, monkeypatch, least):
     config = CONFIG.model_copy(update={"share": 0.0 if least else 0.25})
     task = made(tmp_path, config)
-    sites = Sites(task, config)
+    sites = TileProblem(task, config)
     monkeypatch.setattr("trimbit.search.solvers.knapsack.knapsack", lambda *_: None)
     if least:
         sites.__dict__["limit"] = 100  # as if the header left no room
@@ -176,19 +178,19 @@ def test_a_solver_that_finds_nothing_is_an_error_but_where_there_is_no_choice(tm
     losses = {site: {n: -float(n) for n in range(count // 16 + 1)} for site, count in sites.channels.items()}
     ranked = {site: range(count) for site, count in sites.channels.items()}
     if least:
-        for plan in (sites.filled(losses, ranked, ""), sites.topped(logits, "")):
+        for plan in (sites.fill_by_knapsack(losses, ranked, ""), sites.fill_by_logits(logits, "")):
             assert "leaves no choice" in plan.found_by.notes[0]
     else:
         with pytest.raises(NumericsError, match="was not solved"):
-            sites.filled(losses, ranked, "")
+            sites.fill_by_knapsack(losses, ranked, "")
 
 
 @pytest.mark.parametrize("share", [0.02, 0.05, 0.125, 0.2, 0.6])
 def test_the_same_share_everywhere_favours_no_end_of_the_model(tmp_path, share):
     shape = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
     layout = build_layout(AutoConfig.for_model("llama", num_hidden_layers=30, vocab_size=100, **shape))
-    sites = Sites(replace(made(tmp_path), layout=layout), CONFIG.model_copy(update={"tile": 32}))
-    tiles = sites.spread(share)
+    sites = TileProblem(replace(made(tmp_path), layout=layout), CONFIG.model_copy(update={"tile": 32}))
+    tiles = sites.uniform_tiles(share)
     assert share * sites.all_codes - 32 * max(sites.rows.values()) < sites.codes(tiles) <= share * sites.all_codes
     for kind in ("attn.a_in", "attn.o_in", "mlp.m_in", "mlp.mid"):
         counts = [tiles[f"blocks.{block}.{kind}"] for block in range(30)]
@@ -197,16 +199,16 @@ def test_the_same_share_everywhere_favours_no_end_of_the_model(tmp_path, share):
         assert all(abs(sum(counts[at : at + 6]) - sum(counts) / 5) <= 2 for at in range(0, 30, 6))
     if share >= 0.05:
         assert min(tiles.values()) >= 1
-    assert sites.spread(1.0) == {site: count // 32 for site, count in sites.channels.items()}
-    assert not any(sites.spread(0.0).values())
+    assert sites.uniform_tiles(1.0) == {site: count // 32 for site, count in sites.channels.items()}
+    assert not any(sites.uniform_tiles(0.0).values())
 
 
 def test_a_site_without_high_channels_may_get_some(tmp_path):
     """Of a share that is too small for a tile everywhere."""
     config = shares.Config(**(SMALL | {"share": 0.03}))
     task = made(tmp_path, config)
-    sites = Sites(task, config)
-    base = sites.fitting
+    sites = TileProblem(task, config)
+    base = sites.uniform_within_budget
     none = [site for site, count in base.items() if not count]
     assert none
     found = shares.measure(task, config, sites)
@@ -272,8 +274,8 @@ def test_a_step_along_the_gradient_is_as_long_as_the_rate_whatever_the_loss(tmp_
     for scale in (1.0, 1e-4, 0.0):
         worth = {site: scale * own for site, own in worths().items()}
         task = made(tmp_path / str(scale), config, masked=Invented(worth))
-        sites = Sites(task, config)
-        start = training._start(config, sites, sites.codes(sites.fitting))
+        sites = TileProblem(task, config)
+        start = training._start(config, sites, sites.codes(sites.uniform_within_budget))
         learnt = toga.learn(task, config, sites)
         moved[scale] = torch.cat([own - start[site] for site, own in learnt.items()])
     assert moved[1.0].norm() == pytest.approx(3.0, rel=1e-4)
@@ -351,15 +353,15 @@ def test_logits_that_overflow_are_seen(tmp_path, monkeypatch):
 def test_a_temperature_on_the_wrong_side_is_refused(estimator, temperature):
     with pytest.raises(ValueError, match=f"but {estimator} wants at"):
         toga.Config(estimator=estimator, temperature=temperature)
-    assert (toga.Config().heat, toga.Config(estimator="gumbel").heat) == (1.0, 0.4)
+    assert (toga.Config().resolved_temperature, toga.Config(estimator="gumbel").resolved_temperature) == (1.0, 0.4)
 
 
 @pytest.mark.parametrize(("offset", "prior"), [(None, 0.0), (None, 2.0), (3.0, 1.0)])
 def test_training_starts_at_the_budget_or_where_it_is_told(tmp_path, offset, prior):
     config = CONFIG.model_copy(update={"offset": offset, "prior": prior})
     task = made(tmp_path, config)
-    sites = Sites(task, config)
-    target = sites.codes(sites.fitting)
+    sites = TileProblem(task, config)
+    target = sites.codes(sites.uniform_within_budget)
     start = training._start(config, sites, target)
     codes = sum(sites.rows[site] * float(torch.sigmoid(own).sum()) for site, own in start.items())
     if offset is None:
@@ -368,7 +370,7 @@ def test_training_starts_at_the_budget_or_where_it_is_told(tmp_path, offset, pri
         if offset is not None:
             assert float(own.mean()) == pytest.approx(offset, abs=1e-4)
         assert float(own.std()) == pytest.approx(prior, abs=1e-4)
-        assert not prior or own.argsort().tolist() == torch.tensor(energies()[site]).argsort().tolist()
+        assert not prior or own.argsort().tolist() == torch.tensor(second_moments()[site]).argsort().tolist()
 
 
 @dataclass
@@ -386,7 +388,7 @@ class Recorded(Invented):
 @pytest.mark.parametrize("network", ["logits", "hypernetwork"])
 def test_whole_tiles_learn_where_one_channel_is_worth_a_tile(tmp_path, network):
     """Half of the sites have one channel that matters, more than a tile of the others together."""
-    shape = Sites(made(tmp_path), CONFIG)
+    shape = TileProblem(made(tmp_path), CONFIG)
     few = list(shape.channels)[::2]
     each = {
         site: torch.eye(count)[count // 2] * 24 if site in few else torch.full((count,), 0.4)
@@ -404,7 +406,7 @@ def test_whole_tiles_learn_where_one_channel_is_worth_a_tile(tmp_path, network):
         sizes = [int(mask.sum()) for masks in masked.masks for mask in masks.values()]
         assert whole == all(size % config.tile == 0 for size in sizes)
         bits = [step["bits"] for step in toga.curve(task, config)]
-        assert abs(sum(bits) / len(bits) - shape.bits(shape.codes(shape.fitting))) < 0.1
+        assert abs(sum(bits) / len(bits) - shape.bits(shape.codes(shape.uniform_within_budget))) < 0.1
     assert taken == {False: 0, True: len(few)}
 
 
@@ -425,8 +427,8 @@ def test_the_tiles_of_a_site_share_their_mean_and_channels_keep_their_gradients(
 def test_the_penalty_holds_the_share_that_is_high(tmp_path):
     """Where every channel is worth more than the penalty by all bits would take, and less than that by the share."""
     config = CONFIG.model_copy(update={"steps": 100})
-    sites = Sites(made(tmp_path, config), config)
-    target = sites.codes(sites.fitting)
+    sites = TileProblem(made(tmp_path, config), config)
+    target = sites.codes(sites.uniform_within_budget)
     by_share, by_bits = 6 / target, 6 / target * (1 - sites.mixed.low.bits / sites.bits(target))
     worth = {
         site: torch.full((count,), sites.rows[site] * (by_share + by_bits) / 2)
@@ -439,8 +441,8 @@ def test_the_penalty_holds_the_share_that_is_high(tmp_path):
 
 
 def test_projection_holds_the_budget_and_gradients_know_of_it(tmp_path):
-    sites = Sites(made(tmp_path), CONFIG)
-    target, generator = sites.codes(sites.fitting), torch.Generator().manual_seed(4)
+    sites = TileProblem(made(tmp_path), CONFIG)
+    target, generator = sites.codes(sites.uniform_within_budget), torch.Generator().manual_seed(4)
     logits = {s: (3 * torch.randn(n, generator=generator)).requires_grad_() for s, n in sites.channels.items()}
     worth = {site: torch.rand(count, generator=generator) for site, count in sites.channels.items()}
 
@@ -472,15 +474,18 @@ def test_projection_holds_the_budget_and_gradients_know_of_it(tmp_path):
         ({"budget": "projection", "budget_weight": 6.0}, "budget_weight goes with budget=penalty alone"),
         ({"optimizer": "sgd", "budget": "projection", "weight_decay": 0.1}, "goes with optimizer=adamw alone"),
         ({"optimizer": "sgd"}, "goes with budget=projection alone"),
-        ({"versions": "expected", "dense": True}, "versions=expected rounds no weight"),
+        ({"error_model": "expected", "dense": True}, "error_model=expected rounds no weight"),
         ({"residual_rank": 4}, "residual_rank is of errors as expected"),
     ],
 )
 def test_what_would_be_ignored_is_refused(fields, says):
     with pytest.raises(ValueError, match=says):
         toga.Config(**fields)
-    assert (toga.Config().penalty_weight, toga.Config().decay, toga.Config().rank) == (6.0, 0.05, 16)
-    assert (toga.Config(budget_weight=0.0).penalty_weight, toga.Config(weight_decay=0.0).decay) == (0.0, 0.0)
+    assert (toga.Config().penalty_weight, toga.Config().resolved_weight_decay, toga.Config().rank) == (6.0, 0.05, 16)
+    assert (toga.Config(budget_weight=0.0).penalty_weight, toga.Config(weight_decay=0.0).resolved_weight_decay) == (
+        0.0,
+        0.0,
+    )
 
 
 @pytest.mark.parametrize("module", [toga, salient, shares])
@@ -490,7 +495,7 @@ def test_bad_input(tmp_path, module):
         task = made(tmp_path, config, limit=limit)
         with pytest.raises(BudgetError, match=rf"{side} what binaryg32 and int4g32 reach: [\d,]+ to [\d,]+ bytes"):
             module.search(task, config)
-    pruned = replace(made(tmp_path, config, limit=50_000), space=Space(formats=(), table_formats=(), kept={"x": 1}))
+    pruned = replace(made(tmp_path, config, limit=50_000), space=Space(formats=(), embedding_formats=(), kept={"x": 1}))
     with pytest.raises(RecipeError, match="leave `prune` out"):
         module.require_feasible(pruned, config)
     for change, message in (
@@ -509,16 +514,16 @@ def test_the_smallest_feasible_budget_is_feasible(tmp_path):
     assert plan.found_by.nbytes <= least
 
 
-@pytest.mark.parametrize("by", ["energy", "random"])
+@pytest.mark.parametrize("by", ["second_moment", "random"])
 def test_salient_channels(tmp_path, by):
     config = salient.Config(**SMALL, **ACTS, by=by)
     task = made(tmp_path, config)
     plan = salient.search(task, config)
     LAYOUT.check(plan)
-    sites = Sites(task, config)
+    sites = TileProblem(task, config)
     high = high_of(plan, sites)
-    largest = {site: set(sites.largest(site, len(own) // 16)) for site, own in high.items()}
-    assert (high == largest) is (by == "energy")
+    top_channels = {site: set(sites.top_channels(site, len(own) // 16)) for site, own in high.items()}
+    assert (high == top_channels) is (by == "second_moment")
     for site, own in plan.acts.items():
         assert [run.precision for run in own] == [config.low_acts, config.high_acts][: 2 if high[site] else 1]
     assert plan.found_by.nbytes == task.limit
@@ -532,7 +537,8 @@ def by_site(seed=2):
     """Sites differ; in each, channels of larger diag H are worth more."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        site: torch.tensor(own) * float(torch.rand(1, generator=generator) ** 3) for site, own in energies().items()
+        site: torch.tensor(own) * float(torch.rand(1, generator=generator) ** 3)
+        for site, own in second_moments().items()
     }
 
 
@@ -541,9 +547,9 @@ def test_shares_follow_what_is_measured(tmp_path):
     task = made(tmp_path, SHARES, masked=masked)
     plan = shares.search(task, SHARES)
     LAYOUT.check(plan)
-    sites = Sites(task, SHARES)
+    sites = TileProblem(task, SHARES)
     high = high_of(plan, sites)
-    assert all(own == set(sites.largest(site, len(own) // 16)) for site, own in high.items())
+    assert all(own == set(sites.top_channels(site, len(own) // 16)) for site, own in high.items())
     alike = salient.search(task, salient.Config(**SMALL))
     kls = [masked.damage(as_masks(sites.high(one), sites)).kl for one in (plan, alike)]
     assert kls[0] < 0.9 * kls[1]

@@ -10,7 +10,7 @@ from trimbit.model.layout import Layout
 from trimbit.schema.plan import Plan
 from trimbit.schema.structure import Structure
 
-METHOD = "trimbit"  # the `model_type` of a compressed directory
+MODEL_TYPE = "trimbit"  # the `model_type` of a compressed directory
 FORMAT_VERSION = 1
 PLAN_FILE = "plan.json"
 RECIPE_FILE = "recipe.yaml"
@@ -44,7 +44,7 @@ def config_fields(layout: Layout, plan: Plan) -> dict[str, Any]:
         base.pop(key, None)
     fields = {
         "architectures": ["TrimbitForCausalLM"],
-        "model_type": METHOD,
+        "model_type": MODEL_TYPE,
         "format_version": FORMAT_VERSION,
         "dtype": "bfloat16",
         "base": base,
@@ -64,6 +64,6 @@ def weight_nbytes(folder: Path) -> int:
 def is_compressed(folder: Path) -> bool:
     """Whether a directory holds a compressed model."""
     try:
-        return bool(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") == METHOD)
+        return bool(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") == MODEL_TYPE)
     except (OSError, ValueError, AttributeError):
         return False

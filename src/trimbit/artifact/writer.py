@@ -80,7 +80,7 @@ class Writer:
                 raise ArtifactError(f"cannot write {self.out}: {err.strerror}") from err
             self.written += 1
         found = load_plan(folder / PLAN_FILE).found_by
-        self.plan = self.plan.telling(measured_damage=found.measured_damage)
+        self.plan = self.plan.with_provenance(measured_damage=found.measured_damage)
 
     def _file_name(self, index: int) -> str:
         count = len(self.files)

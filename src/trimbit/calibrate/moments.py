@@ -43,11 +43,11 @@ class Accumulator:
         """Add the inputs of some tokens, rounded to bf16 as a bf16 layer reads them, whatever the model computes in."""
         self.count += x.shape[0]
         x = x.float()
-        self._sum("h", lambda: torch.zeros(x.shape[1], x.shape[1])).add_(product(x, x))
+        self._sum("h", lambda: torch.zeros(x.shape[1], x.shape[1])).add_(bf16_gram(x, x))
         self._sum("mean", lambda: torch.zeros(x.shape[1])).add_(x.sum(0))
         if dense is not None:
             dense = dense.float()
-            self._sum("cross", lambda: torch.zeros(dense.shape[1], x.shape[1])).add_(product(dense, x))
+            self._sum("cross", lambda: torch.zeros(dense.shape[1], x.shape[1])).add_(bf16_gram(dense, x))
             self._sum("dense_mean", lambda: torch.zeros(dense.shape[1])).add_(dense.sum(0))
 
     def _sum(self, name: str, zero: Callable[[], Tensor]) -> Tensor:
@@ -67,7 +67,7 @@ class Accumulator:
         return total
 
 
-def product(x: Float[Tensor, "tokens n"], y: Float[Tensor, "tokens m"]) -> Float[Tensor, "n m"]:
+def bf16_gram(x: Float[Tensor, "tokens n"], y: Float[Tensor, "tokens m"]) -> Float[Tensor, "n m"]:
     """x^T y with bf16 factors summed in fp32: exact for what a bf16 layer reads, at several times the speed of fp32."""
     backend: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined] # made at run time
     before = backend.fp32_precision

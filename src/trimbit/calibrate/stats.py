@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trimbit.calibrate.moments import Accumulator, Moments
 from trimbit.calibrate.taps import Tap
-from trimbit.jobs.cache import save_whole
+from trimbit.jobs.cache import save_atomically
 from trimbit.jobs.progress import Progress
 from trimbit.model.forward.stream import BlockStream, embed_chunks
 
@@ -77,4 +77,4 @@ def _store(path: Path, sums: Mapping[str, Accumulator]) -> None:
     for site, total in sums.items():
         moments = total.moments()
         tensors |= {f"{site}.h": moments.h, f"{site}.mean": moments.mean}
-    save_whole(path, lambda beside: save_file(tensors, beside))
+    save_atomically(path, lambda beside: save_file(tensors, beside))

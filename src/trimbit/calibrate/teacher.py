@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trimbit.jobs.cache import save_whole
+from trimbit.jobs.cache import save_atomically
 from trimbit.jobs.progress import Progress
 from trimbit.model.forward.compute import fastest_device
 from trimbit.model.forward.logits import Head
@@ -23,7 +23,7 @@ from trimbit.schema.base import digest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Original:
+class Teacher:
     """The model that is learnt from: what its head reads for a row of tokens, and the head."""
 
     hidden: Callable[[Int[Tensor, " length"]], Float[Tensor, "length hidden"]]
@@ -33,7 +33,7 @@ class Original:
 CARRIED = 2**28  # bytes of hidden states in fp32 that one sweep over the blocks carries
 
 
-def original_of(stream: BlockStream, rows: Iterable[Tensor], folder: Path, progress: Progress) -> Original:
+def teacher_outputs(stream: BlockStream, rows: Iterable[Tensor], folder: Path, progress: Progress) -> Teacher:
     """The original for `rows`; what `folder` lacks is computed, a row at a time, so that no row depends on others.
 
     A row of n tokens takes 2 n hidden bytes there. A GPU computes it where there is one.
@@ -52,8 +52,8 @@ def original_of(stream: BlockStream, rows: Iterable[Tensor], folder: Path, progr
             hidden = [stream.run(index, block, row) for row in hidden]
             progress(number * stream.layout.blocks + index + 1, len(groups) * stream.layout.blocks)
         for path, last in zip(group, hidden, strict=True):
-            save_whole(path, partial(save_file, {"hidden": stream.final_norm(last.cpu())[0].to(torch.bfloat16)}))
-    return Original(hidden=lambda tokens: load_file(place(tokens))["hidden"].to(stream.compute), head=stream.head())
+            save_atomically(path, partial(save_file, {"hidden": stream.final_norm(last.cpu())[0].to(torch.bfloat16)}))
+    return Teacher(hidden=lambda tokens: load_file(place(tokens))["hidden"].to(stream.compute), head=stream.head())
 
 
 def _groups(rows: Mapping[Path, Tensor], token_nbytes: int) -> list[list[Path]]:

@@ -86,7 +86,7 @@ def apply_command(
     by = found.found_by
     resolved = read_recipe(by.recipe, str(plan_file), own) if recipe is None else load_recipe(recipe, own)
     session = _session(model, resolved, calibration or "self", by.seed if seed is None else seed)
-    if calibration is None and by.calibration != "self" and session.judges_plans:
+    if calibration is None and by.calibration != "self" and session.measures_plans:
         raise PlanError(f"the plan was found on {by.calibration}: give that file, or another text (--calibration)")
     written = session.write(found, out)
     print_summary(session.layout, written, session.layout.file_nbytes(written), out)

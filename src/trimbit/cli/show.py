@@ -61,9 +61,9 @@ def recipes(
     from trimbit.pipeline.recipes import load_recipe, names
 
     if name is not None:
-        from trimbit.pipeline.prepare import spelled_out
+        from trimbit.pipeline.prepare import resolved_fields
 
-        fields = spelled_out(load_recipe(name, tuple(overrides or ())))
+        fields = resolved_fields(load_recipe(name, tuple(overrides or ())))
         typer.echo(yaml.safe_dump(fields, sort_keys=False, width=120), nl=False)
         return
     table = Table(show_header=False)

@@ -22,7 +22,7 @@ def source_digest(*parts: str) -> str:
     return digest([path.read_text(encoding="utf-8") for path in sorted(set(files))])
 
 
-def save_whole(path: Path, write: Callable[[Path], object]) -> None:
+def save_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file so that it appears whole or not at all; a write that fails leaves nothing beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from trimbit.errors import ArtifactError, PlanError
-from trimbit.jobs.cache import save_whole
+from trimbit.jobs.cache import save_atomically
 
 
 class Journal:
@@ -27,7 +27,7 @@ class Journal:
         text = self.path.read_text(encoding="utf-8")
         whole = text[: text.rfind("\n") + 1]
         if whole != text:
-            save_whole(self.path, lambda beside: beside.write_text(whole, encoding="utf-8"))
+            save_atomically(self.path, lambda beside: beside.write_text(whole, encoding="utf-8"))
         if not whole:
             return []
         header, *lines = whole.splitlines()

@@ -9,20 +9,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trimbit.errors import ArtifactError, NumericsError
-from trimbit.jobs.cache import save_whole
+from trimbit.jobs.cache import save_atomically
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of AdamW; plain SGD has none
 
 
 def save_state(
-    path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, told: Mapping[str, str]
+    path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, metadata: Mapping[str, str]
 ) -> None:
     """Write the state; the file appears whole."""
     tensors = {name: p.detach() for name, p in parameters.items()}
     parts = _parts(optimizer)
     tensors |= {f"{name}.{part}": optimizer.state[p][part] for name, p in parameters.items() for part in parts}
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_whole(path, lambda beside: save_file(whole, beside, dict(told)))
+    save_atomically(path, lambda beside: save_file(whole, beside, dict(metadata)))
 
 
 def load_state(
@@ -39,17 +39,17 @@ def load_state(
     """
     if not path.exists():
         return None
-    told, parts = read_told(path), _parts(optimizer)
+    metadata, parts = read_metadata(path), _parts(optimizer)
     with safe_open(path, framework="pt") as file:
         want = {*parameters, *(f"{name}.{part}" for name in parameters for part in parts)}
-        if told.get("belongs") != belongs or set(file.keys()) != want:
+        if metadata.get("belongs") != belongs or set(file.keys()) != want:
             raise ArtifactError(f"{path}: the stored state of another {what}; remove it and run again")
         for name, p in parameters.items():
             with torch.no_grad():
                 p.copy_(file.get_tensor(name))
             own = {part: file.get_tensor(f"{name}.{part}") for part in parts}
             optimizer.state[p] = {part: kept if part == "step" else kept.to(p.device) for part, kept in own.items()}
-    return told
+    return metadata
 
 
 def _parts(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
@@ -68,7 +68,7 @@ def require_finite(what: str, step: int, kept: int, advice: str, **found: Iterab
             raise NumericsError(f"a {kind} of step {step} of {what} is not finite; {state}. {advice}")
 
 
-def read_told(path: Path) -> dict[str, str]:
+def read_metadata(path: Path) -> dict[str, str]:
     """What is told beside a state."""
     with safe_open(path, framework="pt") as file:
         return dict(file.metadata() or {})

@@ -62,19 +62,19 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def _nearest(x: Tensor, precision: ActInt) -> Tensor:
-    groups = _grouped(x.float(), precision.group or x.shape[-1])
-    rounded = _on_grid(groups, _scales(groups, precision), precision)
+    n_groups = _grouped(x.float(), precision.group or x.shape[-1])
+    rounded = _on_grid(n_groups, _scales(n_groups, precision), precision)
     return rounded.flatten(-2)[..., : x.shape[-1]].to(x.dtype)
 
 
 def _grouped(x: Tensor, group: int) -> Float[Tensor, "*batch groups group"]:
-    groups: Tensor = functional.pad(x, (0, -x.shape[-1] % group)).unflatten(-1, (-1, group))
-    return groups
+    n_groups: Tensor = functional.pad(x, (0, -x.shape[-1] % group)).unflatten(-1, (-1, group))
+    return n_groups
 
 
-def _scales(groups: Tensor, precision: ActInt) -> Float[Tensor, "*batch groups 1"]:
+def _scales(n_groups: Tensor, precision: ActInt) -> Float[Tensor, "*batch groups 1"]:
     half: int = 2 ** (precision.bits - 1)
-    return groups.abs().amax(-1, keepdim=True) * (precision.clip / (half - 1))
+    return n_groups.abs().amax(-1, keepdim=True) * (precision.clip / (half - 1))
 
 
 def _on_grid(x: Tensor, scale: Tensor, precision: ActInt) -> Tensor:

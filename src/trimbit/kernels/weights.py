@@ -28,7 +28,7 @@ def dequantize(
         if isinstance(precision, BFloat16):
             pieces.append(_floats(raw, torch.bfloat16).to(dtype))
             continue
-        scale = scales[:, at_scale : at_scale + precision.groups(count)]
+        scale = scales[:, at_scale : at_scale + precision.n_groups(count)]
         at_scale += scale.shape[1]
         shift = None
         if nbytes := precision.zero_nbytes(count):
@@ -52,7 +52,7 @@ def _values(
     code = unpack(raw, precision.bits, count).to(torch.int16)
     if shift is None:
         return scale.mul(code - 2 ** (precision.bits - 1))
-    zero = per_column(unpack(shift, precision.bits, precision.groups(count)), group, count)
+    zero = per_column(unpack(shift, precision.bits, precision.n_groups(count)), group, count)
     return scale.mul(code - zero.to(torch.int16))
 
 
@@ -65,8 +65,8 @@ def per_column(per_group: Tensor, group: int | None, count: int) -> Tensor:
 
 def _levels(codebook: Codebook, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "256 per_byte"]:
     """The levels of the codes of each byte."""
-    levels = torch.tensor(codebook.levels, dtype=dtype, device=device)
-    return levels[digits(len(codebook.levels), codebook.per_byte, device)]
+    variables = torch.tensor(codebook.variables, dtype=dtype, device=device)
+    return variables[digits(len(codebook.variables), codebook.per_byte, device)]
 
 
 def _floats(stored: UInt8[Tensor, "rows nbytes"], dtype: torch.dtype) -> Float[Tensor, "rows n"]:

@@ -10,15 +10,15 @@ from trimbit.schema.precision import Precision
 from trimbit.schema.space import Space
 
 
-def widths_of(layout: Layout, unit: Unit, space: Space) -> tuple[int, ...]:
+def allowed_widths(layout: Layout, unit: Unit, space: Space) -> tuple[int, ...]:
     """The widths that a unit may have, the full one first."""
     if unit.dim is None:
         return ()
     if space.kept:
         return (space.kept.get(unit.dim, unit.size),)
     if unit.name.endswith(".attn"):
-        return tuple(range(unit.size, -1, -1)) if space.groups else (unit.size,)
-    step = min(space.multiple, unit.size)
+        return tuple(range(unit.size, -1, -1)) if space.prune_kv_groups else (unit.size,)
+    step = min(space.channel_multiple, unit.size)
     kept = {round(share * unit.size / step) * step if share < 1 else unit.size for share in space.widths}
     return tuple(sorted(kept | {unit.size}, reverse=True))
 
@@ -36,10 +36,10 @@ def format_of(formats: Mapping[str, Precision], site: str, name: str) -> Precisi
     return formats[name] if name in formats else formats[site]
 
 
-def menu_of(unit: Unit, space: Space) -> tuple[Precision, ...]:
+def allowed_formats(unit: Unit, space: Space) -> tuple[Precision, ...]:
     """The formats that a unit's sites may have."""
     if unit.block is None:
-        return space.table_formats
+        return space.embedding_formats
     spared = spared_format(unit, space)
     return space.formats if spared is None else (spared,)
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from trimbit.jobs.journal import Journal
 from trimbit.jobs.progress import Progress
-from trimbit.measure.choices import menu_of, reference_width, sites_of, widths_of
-from trimbit.measure.kl_probe import Judge
-from trimbit.model.forward.in_memory import WholeModel
+from trimbit.measure.choices import allowed_formats, allowed_widths, reference_width, sites_of
+from trimbit.measure.kl_probe import KLProbe
+from trimbit.model.forward.in_memory import InMemoryModel
 from trimbit.model.layout import Layout, Unit
 from trimbit.schema.base import digest
 from trimbit.schema.measurements import Background, FormatDamage, Measurements, WidthDamage
@@ -32,21 +32,21 @@ class Candidates(Protocol):
         """Parameters of a unit by name, in `formats` by site, or by weight."""
 
 
-def install(whole: WholeModel, layout: Layout, candidates: Candidates, plan: Background) -> None:
+def install(whole: InMemoryModel, layout: Layout, candidates: Candidates, plan: Background) -> None:
     """Put the candidates of a whole plan into the model."""
     for unit in layout.units.values():
         whole.install(candidates.unit_state(unit, plan.widths.get(unit.dim or "", unit.size), plan.formats))
 
 
 def measure(
-    judge: Judge, layout: Layout, candidates: Candidates, space: Space, background: Background, path: Path,
+    compare_logits: KLProbe, layout: Layout, candidates: Candidates, space: Space, background: Background, path: Path,
     model: ModelRef, data_digest: str, seed: int, progress: Progress,
 ) -> Measurements:  # fmt: skip
     """Measure every format of every site and every width of every dim, one at a time, in the background.
 
     The journal at `path` knows changes by what they do, so that other spaces and rankings share it.
     """
-    whole = judge.whole
+    whole = compare_logits.whole
     journal = Journal(path, path.stem)
     known: dict[str, float] = {entry["change"]: entry["damage"] for entry in journal.read()}
     work = [
@@ -56,8 +56,8 @@ def measure(
     ]
     if "background" not in known or any(key not in known for _, key, _, _ in work):
         install(whole, layout, candidates, background)
-        judge.refresh()
-        base = judge.damage(None)
+        compare_logits.refresh()
+        base = compare_logits.damage(None)
         if "background" not in known:
             journal.append({"change": "background", "damage": base})
             known["background"] = base
@@ -66,7 +66,7 @@ def measure(
                 state = candidates.unit_state(unit, width, formats)
                 before = whole.current(tuple(state))
                 whole.install(state)
-                known[key] = judge.damage(unit.block) - base
+                known[key] = compare_logits.damage(unit.block) - base
                 whole.install(before)
                 journal.append({"change": key, "damage": known[key]})
             progress(at + 1, len(work))
@@ -89,10 +89,12 @@ def _changes(
     width = reference_width(unit, background)
     changes: list[Change] = []
     for site, precision in base.items():
-        others = (other for other in menu_of(unit, space) if other != precision)
+        others = (other for other in allowed_formats(unit, space) if other != precision)
         changes += [(f"{site}={other.name}", width, {**base, site: other}) for other in others]
     here = background.widths.get(unit.dim or "", unit.size)
-    changes += [(_cut(unit, width, rankings), width, base) for width in widths_of(layout, unit, space) if width != here]
+    changes += [
+        (_cut(unit, width, rankings), width, base) for width in allowed_widths(layout, unit, space) if width != here
+    ]
     return changes
 
 
@@ -116,7 +118,7 @@ def _formats(
         # the formats of a unit that the background drops were measured with it put back
         put_back = known[_cut(unit, unit.size, rankings)] if background.widths.get(unit.dim or "") == 0 else 0.0
         for site in sites_of(layout, unit):
-            for precision in dict.fromkeys((*menu_of(unit, space), background.formats[site])):
+            for precision in dict.fromkeys((*allowed_formats(unit, space), background.formats[site])):
                 same = precision == background.formats[site]
                 damage = 0.0 if same else known[f"{site}={precision.name}"] - put_back
                 found.append(FormatDamage(site=site, precision=precision, damage=damage))
@@ -130,5 +132,5 @@ def _widths(
         WidthDamage(dim=unit.dim, width=width, damage=known.get(_cut(unit, width, rankings), 0.0))
         for unit in layout.units.values()
         if unit.dim is not None
-        for width in widths_of(layout, unit, space)
+        for width in allowed_widths(layout, unit, space)
     ]

@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from trimbit.model.forward.compute import computing
-from trimbit.model.forward.in_memory import WholeModel
-from trimbit.model.forward.logits import Head, Judged, following, judge, logit_slices
+from trimbit.model.forward.in_memory import InMemoryModel
+from trimbit.model.forward.logits import Divergence, Head, compare_logits, following, logit_slices
 from trimbit.model.forward.stream import Chunks, block_arguments, run_block
 
 
-class Judge:
+class KLProbe:
     """KL(dense || model) on fixed tokens, in nats a token; made while the model is still dense.
 
     For many changes of one block each (`repeated`) it keeps the hidden states before each block, so that a change in
@@ -22,7 +22,7 @@ class Judge:
     1e-5 nats). For few whole plans it keeps the last hidden states and the dense head instead, which is far less.
     """
 
-    def __init__(self, whole: WholeModel, tokens: Int[Tensor, "rows length"], *, repeated: bool = True) -> None:
+    def __init__(self, whole: InMemoryModel, tokens: Int[Tensor, "rows length"], *, repeated: bool = True) -> None:
         self.whole = whole
         self.tokens = tokens
         self.arguments = block_arguments(whole.model, *tokens.shape)
@@ -69,13 +69,13 @@ class Judge:
         else:
             yield from (torch.log_softmax(logits, -1) for _, logits in self._logits(self.final, self.head))
 
-    def judged(self, start: int | None = None) -> Judged:
+    def divergence(self, start: int | None = None) -> Divergence:
         """The model as it is now; nothing before block `start` changed since `refresh` (None: anything may)."""
         hidden = self._run(self._embedded(), 0) if start is None else self._run(self.before[start], start)
         logits = self._logits(self._final(hidden), self.whole.model.get_output_embeddings())
         with computing(self.whole.compute):
-            return judge(self._reference(), logits, following(self.tokens))
+            return compare_logits(self._reference(), logits, following(self.tokens))
 
     def damage(self, start: int | None) -> float:
         """The KL of `judged`."""
-        return self.judged(start).kl
+        return self.divergence(start).kl

@@ -8,7 +8,7 @@ from trimbit.model.forward.compute import fast_bf16, fastest_device, native
 from trimbit.pipeline.session import Session
 from trimbit.schema.budget import Budget
 from trimbit.search.methods import shares
-from trimbit.search.two_formats.config import Learning, Masking
+from trimbit.search.two_formats.config import MaskedSearch, MaskTraining
 from trimbit.search.two_formats.hypernetwork import HIDDEN
 
 TASK_DOCUMENTS = 2000  # where no limit says how many
@@ -22,7 +22,7 @@ def estimate(session: Session, budget: Budget | None) -> list[tuple[str, str]]:
     """
     layout, recipe = session.layout, session.recipe
     limit = session.limit(budget)
-    if session.judges_plans:  # its text is there, and long enough; what is sampled needs the tokenizer alone
+    if session.measures_plans:  # its text is there, and long enough; what is sampled needs the tokenizer alone
         _ = session.checkpoint.tokenizer() if session.calibration == "self" else session.tokens
     rows = recipe.calibration.rows + recipe.calibration.held_out
     tokens, text = rows * recipe.calibration.length, rows + recipe.calibration.training
@@ -42,7 +42,7 @@ def estimate(session: Session, budget: Budget | None) -> list[tuple[str, str]]:
         blocks = 1 if session.tuning.checkpointing else layout.blocks
         width = 16 * layout.sizes["hidden"] + 8 * layout.sizes["mid"]
         recovering = limit + 2 * table + session.tuning.micro * session.tuning.length * blocks * width * 2
-    masking = _masking_nbytes(session) if isinstance(session.search[1], Masking) else 0
+    masking = _masking_nbytes(session) if isinstance(session.search[1], MaskedSearch) else 0
     return [
         (
             "model",
@@ -63,10 +63,10 @@ def _masking_nbytes(session: Session) -> int:
     codes = sum(w.rows * w.cols for w in layout.weights.values()) - tables
     dense = native(session.compute, fastest_device().type).itemsize
     two = 2 * dense if config.dense else (config.low.bits + config.high.bits) / 8
-    expected = config.versions == "expected"
+    expected = config.error_model == "expected"
     each, ranks = (dense, 2 * config.rank * dense) if expected else (two, 0)
     width = (16 + 3 * expected) * layout.sizes["hidden"] + (8 + expected) * layout.sizes["mid"]
-    kept_whole = isinstance(config, Learning) and not config.checkpointing
+    kept_whole = isinstance(config, MaskTraining) and not config.checkpointing
     kept = layout.blocks * (2 * width if kept_whole else 4 * layout.sizes["hidden"]) + 2 * width
     channels = sum(
         layout.readers(site)[0].cols for site in {w.site for w in layout.weights.values()} if layout.readers(site)
@@ -80,7 +80,7 @@ def _seconds(session: Session, tokens: int, block: int) -> float:
     layout, recipe = session.layout, session.recipe
     speed = _products_per_second()
     measured = hasattr(session.search[0], "background") and recipe.measure is not None and recipe.space is not None
-    trials = 3 if measured and recipe.measure and recipe.measure.trials else 1
+    trials = 3 if measured and recipe.measure and recipe.measure.apply_finalists else 1
     passes = 1 + 5 * trials  # statistics, and the passes of each application
     work = float(passes * tokens * layout.blocks * block)
     if measured and recipe.measure and recipe.space:
@@ -100,8 +100,10 @@ def _seconds(session: Session, tokens: int, block: int) -> float:
         tried = search.optimiser.trials + (search.optimiser.smaller if search.engine == "bayes" else 0)
         work += tried * (judged + asked + applied + goal.steps * step)
     config = session.search[1]
-    if isinstance(config, Learning):  # forward, twice if checkpointed, and back, for two versions twice, and the head
-        runs = 3.0 + config.checkpointing + (config.versions != "expected") + (config.loss == "kl")
+    if isinstance(
+        config, MaskTraining
+    ):  # forward, twice if checkpointed, and back, for two error_model twice, and the head
+        runs = 3.0 + config.checkpointing + (config.error_model != "expected") + (config.loss == "kl")
         work += runs * config.steps * config.batch * config.length * layout.parameters
     elif isinstance(config, shares.Config):
         tried = 4 * layout.blocks * len(config.factors)

@@ -11,10 +11,10 @@ from trimbit.evaluate.tasks import mean_score
 from trimbit.jobs.pool import Workers
 from trimbit.measure.choices import background_of
 from trimbit.measure.damage import install
-from trimbit.measure.kl_probe import Judge
+from trimbit.measure.kl_probe import KLProbe
 from trimbit.model.checkpoint.open import open_checkpoint
-from trimbit.model.forward.in_memory import WholeModel
-from trimbit.model.forward.logits import Judged
+from trimbit.model.forward.in_memory import InMemoryModel
+from trimbit.model.forward.logits import Divergence
 from trimbit.pipeline.prepare import Preparation
 from trimbit.recover.recovery import recovered
 from trimbit.schema.objective import Outcome
@@ -22,7 +22,7 @@ from trimbit.schema.plan import Plan
 from trimbit.schema.recipe import Recipe
 
 
-class Judging:
+class PlanEvaluator:
     """Judges plans; holds a whole model in memory, or processes that hold one each, until they are released."""
 
     def __init__(self, prepared: Preparation) -> None:
@@ -30,7 +30,7 @@ class Judging:
         self.workers: Workers[Plan, Outcome] | None = None
 
     @cached_property
-    def judges(self) -> tuple[Judge | None, Judge]:
+    def judges(self) -> tuple[KLProbe | None, KLProbe]:
         """KL on the tokens that damage is measured on, and on the held-out ones, by one whole model in memory.
 
         A search that measures no damage has no first one.
@@ -38,20 +38,20 @@ class Judging:
         prepared, want = self.prepared, self.prepared.recipe.measure
         assert want is not None
         tokens, held_out = prepared.tokens.tokens, prepared.held_out.tokens
-        whole, first = WholeModel(prepared.stream), None
+        whole, first = InMemoryModel(prepared.stream), None
         with prepared.reporter.stage("the model's own output") as progress:
             if hasattr(prepared.search[0], "background"):
-                first = Judge(whole, tokens[: want.rows, : want.length])
+                first = KLProbe(whole, tokens[: want.rows, : want.length])
             progress(1, 2)
-            second = Judge(whole, held_out[:, : want.length], repeated=False)
+            second = KLProbe(whole, held_out[:, : want.length], repeated=False)
             progress(2, 2)
         return first, second
 
-    def put_together(self, plan: Plan) -> Judge:
+    def put_together(self, plan: Plan) -> KLProbe:
         """The judge on held-out tokens, whose model now has the plan's candidates: no block makes up for others."""
-        judge, layout = self.judges[1], self.prepared.layout
-        install(judge.whole, layout, self.prepared.candidates, background_of(plan, layout))
-        return judge
+        compare_logits, layout = self.judges[1], self.prepared.layout
+        install(compare_logits.whole, layout, self.prepared.candidates, background_of(plan, layout))
+        return compare_logits
 
     def evaluate(self, plan: Plan) -> float:
         """KL of a plan put together from candidates: quick."""
@@ -66,8 +66,8 @@ class Judging:
         """What the search's objective wants to know of a plan."""
         prepared, want = self.prepared, self.prepared.objective
         assert want is not None
-        model, judged = self._trained(plan, want.steps) if want.steps else self._as_it_starts(plan)
-        found = Outcome(kl=judged.kl, nll=judged.nll)
+        model, divergence = self._trained(plan, want.steps) if want.steps else self._as_it_starts(plan)
+        found = Outcome(kl=divergence.kl, nll=divergence.nll)
         if not want.tasks:
             return found
         folder = Path(want.data) if want.data else None
@@ -79,21 +79,21 @@ class Judging:
         correct = "".join(task.correct for task in scores.values())
         return found.model_copy(update={"accuracy": mean.value, "stderr": mean.stderr, "correct": correct})
 
-    def _as_it_starts(self, plan: Plan) -> tuple[PreTrainedModel, Judged]:
-        judge = self.put_together(plan)
-        return judge.whole.model, judge.judged()
+    def _as_it_starts(self, plan: Plan) -> tuple[PreTrainedModel, Divergence]:
+        compare_logits = self.put_together(plan)
+        return compare_logits.whole.model, compare_logits.divergence()
 
-    def _trained(self, plan: Plan, steps: int) -> tuple[PreTrainedModel, Judged]:
+    def _trained(self, plan: Plan, steps: int) -> tuple[PreTrainedModel, Divergence]:
         """What was written for this is removed: a search tries many plans and writes one."""
         trials, recovery = self.prepared.trials, self.prepared.recovery
         known = trials.place(plan).exists()
         folder = trials.applied(plan)
         model = recovered(folder, recovery.train(folder, steps).pairs)
-        judged = recovery.judged(model)
+        divergence = recovery.divergence(model)
         recovery.forget(folder, steps)
         if not known:
             trials.forget(plan)
-        return model, judged
+        return model, divergence
 
     def outcomes(self, plans: Sequence[Plan]) -> Iterator[tuple[int, Outcome]]:
         """The outcome of each plan, with its place among them, as it becomes known; in processes if so asked."""
@@ -130,7 +130,7 @@ def _open(
 ) -> Callable[[Plan], Outcome]:  # fmt: skip
     """What a process of its own judges plans by."""
     checkpoint, read = open_checkpoint(model), Recipe.model_validate_json(recipe)
-    return Judging(
+    return PlanEvaluator(
         Preparation(
             checkpoint=checkpoint, recipe=read, calibration=calibration, seed=seed, cache=cache, threads=threads
         )

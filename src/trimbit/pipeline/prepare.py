@@ -19,17 +19,17 @@ from torch import nn
 import trimbit
 from trimbit.calibrate.sample import sample_self
 from trimbit.calibrate.stats import Stats, collect, stored
-from trimbit.calibrate.teacher import original_of
+from trimbit.calibrate.teacher import teacher_outputs
 from trimbit.calibrate.text import TokenSet, from_file
 from trimbit.errors import ArtifactError, DataError, RecipeError
-from trimbit.jobs.cache import cache_root, save_whole, source_digest
+from trimbit.jobs.cache import cache_root, save_atomically, source_digest
 from trimbit.jobs.progress import Progress, Reporter, Silent
 from trimbit.measure.layer_importance import layer_information
 from trimbit.measure.ranking import by_gradients, by_moments, require_samples
 from trimbit.model.build import build_layout
 from trimbit.model.checkpoint.checkpoint import Checkpoint
 from trimbit.model.forward.compute import fastest_device
-from trimbit.model.forward.in_memory import WholeModel
+from trimbit.model.forward.in_memory import InMemoryModel
 from trimbit.model.forward.stream import BlockStream
 from trimbit.model.layout import Layout
 from trimbit.recover.instructions import from_instructions, from_rows
@@ -42,12 +42,12 @@ from trimbit.schema.plan import ModelRef
 from trimbit.schema.recipe import Recipe, Step, step_config
 from trimbit.schema.space import Space
 from trimbit.search.ratio import kept_widths, protected
-from trimbit.search.two_formats.config import Masking
+from trimbit.search.two_formats.config import MaskedSearch
 from trimbit.transform.cut import cut_unit
 from trimbit.transform.quant import gptq, rtn
 from trimbit.transform.rotate import RotatedStream, require_rotatable
 from trimbit.transform.weight import Method
-from trimbit.trial.applied import Trials
+from trimbit.trial.applied import AppliedPlans
 from trimbit.trial.candidates import CandidateWeights
 from trimbit.trial.channels import Channels
 from trimbit.trial.masked.layers import Layers
@@ -64,7 +64,7 @@ STEPS = {  # fields of a recipe: what the method is called, the room of its modu
 }
 
 
-def spelled_out(recipe: Recipe) -> dict[str, Any]:
+def resolved_fields(recipe: Recipe) -> dict[str, Any]:
     """A recipe with every parameter of its steps, those that it leaves at their defaults included."""
     fields = recipe.model_dump(mode="json")
     for name, (kind, _, _) in STEPS.items():
@@ -104,7 +104,7 @@ class Preparation:
     threads: int = field(default_factory=torch.get_num_threads)  # that text is sampled with: it decides the text
 
     def __post_init__(self) -> None:
-        self._masked: tuple[Masking, MaskedModel] | None = None
+        self._masked: tuple[MaskedSearch, MaskedModel] | None = None
         recipe = self.recipe
         self.quant = self._module("quant", recipe.quant)
         self.search = self._module("search", recipe.search)
@@ -129,7 +129,7 @@ class Preparation:
         for field_name in self.search[0].NEEDS:
             if getattr(recipe, field_name) is None:
                 raise RecipeError(f"search {recipe.search.name} needs a `{field_name}` in the recipe")
-        if isinstance(self.search[1], Masking):
+        if isinstance(self.search[1], MaskedSearch):
             self._check_masking(self.search[1])
         self._check_text()
         if "space" in self.search[0].NEEDS and recipe.space is not None:
@@ -149,7 +149,7 @@ class Preparation:
         if self.criterion is not None and self.criterion[0].READS == "gradients":
             require_samples(self.criterion[1], have.rows, have.length)
 
-    def _check_masking(self, config: Masking) -> None:
+    def _check_masking(self, config: MaskedSearch) -> None:
         want = self.recipe.calibration
         if config.length > want.length:
             raise RecipeError(
@@ -251,9 +251,9 @@ class Preparation:
         if path.exists():
             return TokenSet(name="self", tokens=load_file(path)["tokens"], seed=self.seed)
         with self.reporter.stage("text sampled from the model") as progress:
-            model = WholeModel(self.original).model
+            model = InMemoryModel(self.original).model
             found = sample_self(model, tokenizer, rows=rows, length=length, seed=self.seed, progress=progress)
-        save_whole(path, lambda beside: save_file({"tokens": found.tokens}, beside))
+        save_atomically(path, lambda beside: save_file({"tokens": found.tokens}, beside))
         return found
 
     @cached_property
@@ -341,7 +341,7 @@ class Preparation:
         if not path.exists():
             with self.reporter.stage(stage) as progress:
                 text = json.dumps(make(progress))
-            save_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+            save_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
         try:
             return dict(json.loads(path.read_text(encoding="utf-8")))
         except ValueError as err:
@@ -378,7 +378,7 @@ class Preparation:
     @cached_property
     def space(self) -> Space:
         """What the search may choose from, with what is fixed before it."""
-        space = self.recipe.space or Space(formats=(), table_formats=())
+        space = self.recipe.space or Space(formats=(), embedding_formats=())
         if self.recipe.prune is None:
             return space
         fixed = {
@@ -413,21 +413,23 @@ class Preparation:
         module, config = self.quant
         return config if module is gptq else gptq.Config()
 
-    def masked(self, config: Masking) -> MaskedModel:
+    def masked(self, config: MaskedSearch) -> MaskedModel:
         """The model with a search's two formats in every weight."""
         if self._masked is None or self._masked[0] != config:
             self._masked = config, self._make_masked(config)
         return self._masked[1]
 
-    def _make_masked(self, config: Masking) -> MaskedModel:
+    def _make_masked(self, config: MaskedSearch) -> MaskedModel:
         assert self.channels is not None
-        method = self.method if config.versions == "quant" else Method(module=rtn, config=rtn.Config(scales="mse"))
+        method = (
+            self.method if config.error_model == "quantizer" else Method(module=rtn, config=rtn.Config(scales="mse"))
+        )
         orders = {
             site: torch.tensor(own).argsort(stable=True) if config.sort else torch.arange(len(own))
-            for site, own in self.channels.energies().items()
+            for site, own in self.channels.second_moments().items()
         }
         code = source_digest("transform", "kernels", "trial/candidates.py", "calibrate")
-        quant = self.plain(self.recipe.quant) if config.versions == "quant" else None
+        quant = self.plain(self.recipe.quant) if config.error_model == "quantizer" else None
         key = digest([code, self.stats_key, config.sort, quant])
         candidates = CandidateWeights(
             self.stream.checkpoint, self.layout, self.stats, method, self.cache / "candidates" / key, {}, None,
@@ -436,13 +438,13 @@ class Preparation:
         rows, held_out = of_length(self.training.tokens, config.length), self.held_out.tokens
         with self.reporter.stage("the original's answers") as progress:
             distilled = [*held_out, *rows[: config.compared(len(rows))]]
-            original = original_of(self.original, distilled, self.originals, progress)
+            original = teacher_outputs(self.original, distilled, self.teacher_cache, progress)
         with self.reporter.stage("both formats of the weights") as progress:
             layers = Layers(candidates, config, orders, self.sweep)
             return MaskedModel(self.stream, layers, rows, held_out, original, config, progress)
 
     @property
-    def originals(self) -> Path:
+    def teacher_cache(self) -> Path:
         """Where the original's answers are kept."""
         code = source_digest("model", "calibrate/teacher.py")
         device = fastest_device().type
@@ -450,15 +452,15 @@ class Preparation:
         return self.cache / "originals" / answers
 
     @cached_property
-    def trials(self) -> Trials:
+    def trials(self) -> AppliedPlans:
         """Plans applied for real."""
         steps = (self.recipe.quant, self.recipe.repair, self.recipe.lowrank)
-        judged = self.held_out if self.judges_plans else None
+        judged = self.held_out if self.measures_plans else None
         decides = (
             self.stats_key if judged else self.model.weights_hash, judged.digest if judged else None,
             *(self.plain(step) for step in steps), self.seed if self.rank else 0,
         )  # fmt: skip
-        return Trials(
+        return AppliedPlans(
             stream=self.stream, method=self.method, repair=self.repair[1] if self.repair else None, stats=self.stats,
             tokens=self.tokens.tokens if self.stats is not None else None, held_out=judged.tokens if judged else None,
             folder=self.cache / "trials", decides=decides, reporter=self.reporter,
@@ -470,7 +472,7 @@ class Preparation:
         assert self.tuning is not None
         return Recovery(
             stream=self.original, config=self.tuning, examples=self.examples, held_out=self.held_out.tokens,
-            seed=self.seed, originals=self.originals, states=self.cache / "tuned",
+            seed=self.seed, teacher_cache=self.teacher_cache, states=self.cache / "tuned",
             reporter=self.reporter,
         )  # fmt: skip
 
@@ -489,6 +491,6 @@ class Preparation:
         return getattr(self.search[1], "objective", None)
 
     @property
-    def judges_plans(self) -> bool:
+    def measures_plans(self) -> bool:
         """Whether there is text to say what a plan costs: a recipe that neither fits nor measures needs none."""
         return self._needs_moments or self.recipe.measure is not None or self.tuning is not None

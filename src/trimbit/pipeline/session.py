@@ -12,16 +12,16 @@ from trimbit.artifact.writer import Writer
 from trimbit.errors import BudgetError, PlanError
 from trimbit.evaluate.lm_eval import check_tasks
 from trimbit.evaluate.tasks import task_keys
-from trimbit.jobs.cache import save_whole, source_digest
+from trimbit.jobs.cache import save_atomically, source_digest
 from trimbit.measure.choices import background_of
 from trimbit.measure.damage import measure
 from trimbit.model.checkpoint.open import open_checkpoint
 from trimbit.model.forward.compute import fastest_device, native
 from trimbit.model.sizes import check_kv_cache
-from trimbit.pipeline.evaluator import Judging
+from trimbit.pipeline.evaluator import PlanEvaluator
 from trimbit.pipeline.prepare import Preparation
 from trimbit.recover.recovery import TUNING_FILE, adapter_tensors, recovered, tuning_note, tuning_record
-from trimbit.recover.tune import identity, require_peft
+from trimbit.recover.tune import require_peft, result_fields
 from trimbit.report import training as learning
 from trimbit.report.pareto import Trial, best, picture, require_plot, table
 from trimbit.schema.base import digest
@@ -30,7 +30,7 @@ from trimbit.schema.measurements import Background, Measurements
 from trimbit.schema.plan import Plan
 from trimbit.schema.recipe import Recipe
 from trimbit.search.problem import Problem
-from trimbit.search.two_formats.config import Masking
+from trimbit.search.two_formats.config import MaskedSearch
 from trimbit.transform.repair.lowrank import require_rank
 
 
@@ -40,7 +40,7 @@ class Session(Preparation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.judging = Judging(self)
+        self.judging = PlanEvaluator(self)
         self.curves: dict[str, list[dict[str, float]]] = {}  # of training, by the plan that came of it
         self.tried: dict[str, tuple[int, list[Trial]]] = {}  # by the plan that came of it: the limit, and all trials
 
@@ -52,7 +52,7 @@ class Session(Preparation):
             layout=self.layout, model=self.model, limit=limit, space=self.space,
             rankings=self.rankings if ready else empty, **self._origin, seed=self.seed,
             evaluate=self.judging.evaluate if ready and self.recipe.measure else None,
-            trial=self.judging.trial if ready and self.recipe.measure and self.recipe.measure.trials else None,
+            trial=self.judging.trial if ready and self.recipe.measure and self.recipe.measure.apply_finalists else None,
             outcomes=self.judging.outcomes if ready and self.objective else None,
             refit_biases=self.repair is not None, rank=self.rank, rotation=self.recipe.rotation,
             kv_cache=self.recipe.kv_cache, channels=self.channels if ready else None,
@@ -72,18 +72,18 @@ class Session(Preparation):
         want = None if measure is None else measure.length
         module, config = self.search
         weights: object = self.candidates.folder.name
-        if isinstance(config, Masking):
+        if isinstance(config, MaskedSearch):
             device = fastest_device().type
-            kind = [device, str(native(self.compute, device)), *(["replayed"] if config.replayed(device) else [])]
+            kind = [device, str(native(self.compute, device)), *(["replayed"] if config.cuda_graphs(device) else [])]
             rounding = {
-                "nearest": None, "quant": self.plain(self.recipe.quant), "expected": self.sweep.model_dump(mode="json"),
+                "rtn": None, "quantizer": self.plain(self.recipe.quant), "expected": self.sweep.model_dump(mode="json"),
             }  # fmt: skip
-            weights = [self.training.digest, rounding[config.versions], self.plain(self.recipe.lowrank), *kind]
+            weights = [self.training.digest, rounding[config.error_model], self.plain(self.recipe.lowrank), *kind]
         shared = [source_digest(), self.stats_key, weights, held_out, want]
-        steps = [module.identity(config), self.plain(self.recipe.importance), self.space.model_dump(mode="json")]
+        steps = [module.result_fields(config), self.plain(self.recipe.importance), self.space.model_dump(mode="json")]
         if objective is not None and objective.steps:
             assert self.tuning is not None
-            steps += [identity(self.tuning.model_copy(update={"steps": objective.steps})), self.recovery.rows]
+            steps += [result_fields(self.tuning.model_copy(update={"steps": objective.steps})), self.recovery.rows]
         if objective is not None and objective.tasks:
             steps.append(task_keys(objective.tasks, Path(objective.data) if objective.data else None))
         return digest([*shared, limit, self.seed, self.rankings, *steps])
@@ -161,25 +161,25 @@ class Session(Preparation):
 
     def measure(self, background: Background, number: int) -> Measurements:
         """Damage of every choice in a background; a stored measurement is reused, a broken-off one goes on."""
-        space, judge = self.space, self.judging.judges[0]
-        assert judge is not None
+        space, compare_logits = self.space, self.judging.judges[0]
+        assert compare_logits is not None
         key = digest(
             [
                 self.stats_key,
                 self.candidates.folder.name,
                 background.model_dump(mode="json"),
                 self.kept(background.widths),
-                list(judge.tokens.shape),
+                list(compare_logits.tokens.shape),
             ]
         )
         journal = self.cache / "measurements" / f"{key}.jsonl"
         with self.reporter.stage("damage of each choice" + (f", round {number + 1}" if number else "")) as progress:
             found = measure(
-                judge, self.layout, self.candidates, space, background, journal,
+                compare_logits, self.layout, self.candidates, space, background, journal,
                 self.model, self.tokens.digest, self.seed, progress,
             )  # fmt: skip
         path = self.cache / "measurements" / f"{digest(found.model_dump(mode='json'))}.json"
-        save_whole(path, lambda beside: beside.write_text(found.model_dump_json(), encoding="utf-8"))
+        save_atomically(path, lambda beside: beside.write_text(found.model_dump_json(), encoding="utf-8"))
         return found
 
     def write(self, plan: Plan, out: Path) -> Plan:
@@ -196,11 +196,11 @@ class Session(Preparation):
         self.layout.check(plan)
         self._check_recipe(plan)
         self._check_training()
-        plan = plan.telling(nbytes=self.layout.file_nbytes(plan), **self._origin, seed=self.seed)
+        plan = plan.with_provenance(nbytes=self.layout.file_nbytes(plan), **self._origin, seed=self.seed)
         with Writer(out, self.layout, plan) as writer:
             if self.tuning is not None:
                 self._tune(plan, writer)
-            elif self.judges_plans and self.trials.place(plan).exists():
+            elif self.measures_plans and self.trials.place(plan).exists():
                 writer.take(self.trials.place(plan))
             else:
                 self.trials.write(plan, writer, "pruning, refit, quantisation")
@@ -225,10 +225,10 @@ class Session(Preparation):
         tuned = self.recovery.train(folder)
         writer.take(folder, adapter_tensors(tuned.pairs))
         writer.write(TUNING_FILE, tuning_record(tuned))
-        judged = self.recovery.judged(recovered(folder, tuned.pairs))
+        divergence = self.recovery.divergence(recovered(folder, tuned.pairs))
         before = writer.plan.found_by
         notes = (*before.notes, tuning_note(tuned, before.measured_damage))
-        writer.plan = writer.plan.telling(measured_damage=judged.kl, notes=notes)
+        writer.plan = writer.plan.with_provenance(measured_damage=divergence.kl, notes=notes)
 
     def _beside(self, plan: Plan, writer: Writer) -> None:
         """The files beside the weights: tokenizer, templates, licence, recipe, model card."""

@@ -44,7 +44,7 @@ def from_instructions(path: Path, tokenizer: Any, length: int, *, masked: bool) 
         tokens = torch.cat([before, after])[:length]
         if len(tokens) > len(before):
             target = torch.arange(len(tokens)) >= (len(before) if masked else 1)
-            found.append(Example(tokens=tokens, target=target))
+            found.append(Example(tokens=tokens, loss_mask=target))
     if not found:
         raise DataError(f"{path}: no row has a prompt below {length} tokens and an output; make tune.length larger")
     return found
@@ -57,7 +57,7 @@ def from_rows(tokens: Int[Tensor, "rows _"], tokenizer: Any, length: int) -> lis
     step = min(length - len(start), body.shape[1])
     cut = body[:, : body.shape[1] // step * step].reshape(-1, step)
     pieces = torch.cat([start.expand(len(cut), -1), cut], dim=1)
-    return [Example(tokens=piece, target=torch.arange(len(piece)) > 0) for piece in pieces]
+    return [Example(tokens=piece, loss_mask=torch.arange(len(piece)) > 0) for piece in pieces]
 
 
 def _start(tokenizer: Any) -> Tensor:  # noqa: ANN401

@@ -12,13 +12,13 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimbit.calibrate.teacher import Original, original_of
+from trimbit.calibrate.teacher import Teacher, teacher_outputs
 from trimbit.errors import NumericsError
 from trimbit.evaluate.perplexity import final_hidden
 from trimbit.jobs.progress import Reporter
-from trimbit.model.forward.logits import Judged, following, judge, logit_slices
+from trimbit.model.forward.logits import Divergence, compare_logits, following, logit_slices
 from trimbit.model.forward.stream import BlockStream
-from trimbit.recover.tune import Config, Example, Tuned, drawn, identity, tune
+from trimbit.recover.tune import Config, Example, Tuned, drawn, result_fields, tune
 from trimbit.runtime.layers import AdaptedLinear, PackedLinear
 from trimbit.runtime.load import load_model
 from trimbit.schema.base import digest
@@ -36,7 +36,7 @@ class Recovery:
     examples: Sequence[Example]
     held_out: Int[Tensor, "rows length"]
     seed: int
-    originals: Path  # where the original's answers are kept
+    teacher_cache: Path  # where the original's answers are kept
     states: Path  # where states of training are kept
     reporter: Reporter
 
@@ -63,16 +63,16 @@ class Recovery:
         return self.config if steps is None else self.config.model_copy(update={"steps": steps})
 
     def _state(self, folder: Path, steps: int | None) -> Path:
-        decides = [folder.name, identity(self._config(steps)), self.rows, self.seed]
+        decides = [folder.name, result_fields(self._config(steps)), self.rows, self.seed]
         return self.states / f"{digest(decides)}.safetensors"
 
-    def _original(self, config: Config) -> Original:
+    def _original(self, config: Config) -> Teacher:
         """The original, for the rows that training draws."""
         used = (self.examples[at].tokens for at in drawn(config, len(self.examples), self.seed))
         with self.reporter.stage("the original's answers") as progress:
-            return original_of(self.stream, used, self.originals, progress)
+            return teacher_outputs(self.stream, used, self.teacher_cache, progress)
 
-    def judged(self, model: PreTrainedModel) -> Judged:
+    def divergence(self, model: PreTrainedModel) -> Divergence:
         """A model, run as it would be used, beside the original on the held-out rows.
 
         Raises:
@@ -86,23 +86,23 @@ class Recovery:
                 progress(at + 1, len(self.held_out))
         if not bool(total.isfinite().all()):
             raise NumericsError("the recovered model's output is not finite: with a lower tune.learning_rate try again")
-        return Judged(*(total / len(self.held_out)).tolist())
+        return Divergence(*(total / len(self.held_out)).tolist())
 
-    def _original_held_out(self) -> Original:
+    def _original_held_out(self) -> Teacher:
         with self.reporter.stage("the original's answers, held out") as progress:
-            return original_of(self.stream, self.held_out, self.originals, progress)
+            return teacher_outputs(self.stream, self.held_out, self.teacher_cache, progress)
 
     @cached_property
     def rows(self) -> str:
         """Content key of the rows."""
-        return digest([[row.tokens.tolist(), row.target.tolist()] for row in self.examples])
+        return digest([[row.tokens.tolist(), row.loss_mask.tolist()] for row in self.examples])
 
 
 @torch.inference_mode()
-def _compared(original: Original, model: PreTrainedModel, row: Int[Tensor, " length"]) -> Judged:
+def _compared(original: Teacher, model: PreTrainedModel, row: Int[Tensor, " length"]) -> Divergence:
     taught = logit_slices(original.head, model.config, original.hidden(row))
     own = logit_slices(model.get_output_embeddings(), model.config, final_hidden(model, row))
-    return judge((torch.log_softmax(logits, -1) for _, logits in taught), own, following(row[None]))
+    return compare_logits((torch.log_softmax(logits, -1) for _, logits in taught), own, following(row[None]))
 
 
 def recovered(folder: Path, pairs: Mapping[str, LowRank]) -> PreTrainedModel:

@@ -18,21 +18,21 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trimbit.calibrate.teacher import Original
+from trimbit.calibrate.teacher import Teacher
 from trimbit.errors import RecipeError
 from trimbit.jobs.progress import Progress
 from trimbit.jobs.state import load_state, require_finite, save_state
 from trimbit.model.forward.compute import products_in
 from trimbit.model.forward.logits import logit_slices, loss_gradient
-from trimbit.runtime.inputs import move_changes
-from trimbit.schema.base import Data
+from trimbit.runtime.inputs import move_hooks
+from trimbit.schema.base import Schema
 from trimbit.transform.repair.lowrank import LowRank
 
 ADVICE = "With a lower tune.learning_rate it is trained anew"
 PAPER = "LoRA, arXiv:2106.09685; LLM-Pruner's recovery, arXiv:2305.11627"
 
 
-class Config(Data):
+class Config(Schema):
     """How the pairs are trained."""
 
     data: str | None = None  # a .jsonl file of instructions; None: the calibration text, by distillation
@@ -49,7 +49,7 @@ class Config(Data):
     save_every: int = Field(default=20, ge=1)  # steps between two stored states
 
 
-def identity(config: Config) -> dict[str, Any]:
+def result_fields(config: Config) -> dict[str, Any]:
     """What of the configuration decides the result, beside the rows that `data` holds."""
     return config.model_dump(mode="json", exclude={"data", "save_every", "checkpointing"})
 
@@ -59,7 +59,7 @@ class Example:
     """A row of tokens, and which of them are to be predicted."""
 
     tokens: Int[Tensor, " length"]
-    target: Bool[Tensor, " length"]
+    loss_mask: Bool[Tensor, " length"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +84,7 @@ def require_peft() -> None:
 
 def tune(
     model: PreTrainedModel, pairs: Mapping[str, LowRank], kinds: Sequence[type[nn.Module]],
-    examples: Sequence[Example], original: Original | None, config: Config, state: Path, seed: int, progress: Progress,
+    examples: Sequence[Example], original: Teacher | None, config: Config, state: Path, seed: int, progress: Progress,
 ) -> Tuned:  # fmt: skip
     """Train `pairs`, by the names of the layers that they lie beside, in a model whose layers are of `kinds`.
 
@@ -98,8 +98,8 @@ def tune(
     lora = _attach(model, pairs, kinds, config)
     parameters = {f"{name}.{part}": p for name, own in lora.items() for part, p in zip("ab", own, strict=True)}
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
-    told = load_state(state, parameters, optimizer, "recovery")
-    losses: list[float] = json.loads(told["losses"]) if told else []
+    metadata = load_state(state, parameters, optimizer, "recovery")
+    losses: list[float] = json.loads(metadata["losses"]) if metadata else []
     kept = len(losses)
     model.train()
     if config.checkpointing:
@@ -163,7 +163,7 @@ def _attach(
     found = {}
     for name, pair in pairs.items():
         layer: Any = model.get_submodule(name)
-        move_changes(layer.base_layer, layer)  # the pair reads what the weight reads
+        move_hooks(layer.base_layer, layer)  # the pair reads what the weight reads
         a, b = layer.lora_A["default"], layer.lora_B["default"]
         a.weight = nn.Parameter(pair.a.clone())
         b.weight = nn.Parameter(pair.b / layer.scaling["default"])
@@ -178,11 +178,11 @@ def _schedule(step: int, config: Config) -> float:
 
 
 def _step(
-    model: PreTrainedModel, examples: Sequence[Example], original: Original | None, config: Config, seed: int, step: int
+    model: PreTrainedModel, examples: Sequence[Example], original: Teacher | None, config: Config, seed: int, step: int
 ) -> float:
     """Add the gradients of one batch; returns its loss, the mean over target tokens."""
     rows = [examples[at] for at in _drawn(step, config.batch, len(examples), seed)]
-    count = sum(int(row.target[1:].sum()) for row in rows)
+    count = sum(int(row.loss_mask[1:].sum()) for row in rows)
     total = 0.0
     for start in range(0, len(rows), config.micro):
         own = rows[start : start + config.micro]
@@ -193,7 +193,7 @@ def _step(
             student, labels = hidden[:, :-1][wanted], tokens[:, 1:][wanted]
             taught = None
             if original is not None:
-                hidden_states = [original.hidden(row.tokens)[:-1][row.target[1:]] for row in own]
+                hidden_states = [original.hidden(row.tokens)[:-1][row.loss_mask[1:]] for row in own]
                 taught = logit_slices(original.head, model.config, torch.cat(hidden_states))
             total += loss_gradient(model.get_output_embeddings(), model.config, student, labels, taught, count)
     return total
@@ -220,5 +220,5 @@ def _padded(rows: Sequence[Example]) -> tuple[Tensor, Tensor]:
     tokens = torch.zeros(len(rows), length, dtype=torch.long)
     target = torch.zeros(len(rows), length, dtype=torch.bool)
     for at, row in enumerate(rows):
-        tokens[at, : len(row.tokens)], target[at, : len(row.tokens)] = row.tokens, row.target
+        tokens[at, : len(row.tokens)], target[at, : len(row.tokens)] = row.tokens, row.loss_mask
     return tokens, target

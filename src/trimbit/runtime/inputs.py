@@ -15,7 +15,7 @@ from trimbit.schema.activations import ActRun
 
 
 @dataclass(frozen=True)
-class _Change:
+class _InputHook:
     """Hooks of a module, or of what stands around it."""
 
     owner: nn.Module  # has the order
@@ -34,22 +34,22 @@ class _Change:
         return round_activations(x, self.acts) if self.acts else x
 
 
-def change_input(
-    module: nn.Module, *, gives: bool, order: Int[Tensor, " n"] | None = None, acts: tuple[ActRun, ...] = ()
+def transform_input(
+    module: nn.Module, *, at_output: bool, order: Int[Tensor, " n"] | None = None, acts: tuple[ActRun, ...] = ()
 ) -> None:
     """Reorder and round what a module gives, or, if it is a weight's layer, what it takes."""
     if order is None and not acts:
         return
     if order is not None:
         module.register_buffer("order", order)
-    change = _Change(module, acts)
-    if gives:
+    change = _InputHook(module, acts)
+    if at_output:
         module.register_forward_hook(change.after)
     else:
         module.register_forward_pre_hook(change.before)
 
 
-def move_changes(module: nn.Module, around: nn.Module) -> None:
+def move_hooks(module: nn.Module, around: nn.Module) -> None:
     """Let what stands around a module change its input, for all that it holds."""
     hooks = [*module._forward_pre_hooks.values()]
     module._forward_pre_hooks.clear()

@@ -37,7 +37,7 @@ class PackedTokens:
     def empty(cls, like: Float[Tensor, "batch heads tokens channels"], precision: KVPrecision) -> "PackedTokens":
         """No tokens yet, of this batch, these heads and channels."""
         batch, heads, _, channels = like.shape
-        grid = like.new_empty(batch, heads, 0, precision.groups(channels), dtype=torch.float16)
+        grid = like.new_empty(batch, heads, 0, precision.n_groups(channels), dtype=torch.float16)
         codes = like.new_empty(batch, heads, 0, precision.code_nbytes(channels), dtype=torch.uint8)
         exact = like.new_empty(batch, heads, 0, channels)
         return cls(sink=exact, codes=codes, scales=grid, minima=grid, recent=exact)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from trimbit.errors import ArtifactError
 from trimbit.model.forward.absent import drop_unit, set_module
 from trimbit.model.layout import Layout, Unit
-from trimbit.runtime.inputs import change_input, order_dtype
+from trimbit.runtime.inputs import order_dtype, transform_input
 from trimbit.runtime.layers import AdaptedLinear, Adapter, PackedEmbedding, PackedLinear, TiedHead
 from trimbit.runtime.rotation import go_online
 from trimbit.schema.precision import BFloat16
@@ -65,14 +65,14 @@ def restructure(model: PreTrainedModel, layout: Layout, structure: Structure) ->
 
 
 def _change_input(model: PreTrainedModel, layout: Layout, structure: Structure, site: str) -> None:
-    name, gives = layout.input_of(site)
+    name, at_output = layout.input_of(site)
     order = None
     if site in structure.gathers:
         reader = layout.readers(site)[0].name
         _, spec = layout.order_tensor(site, sum(run.count for run in structure.weights[reader]))
         device = next(iter(model.get_submodule(reader).state_dict().values())).device
         order = torch.zeros(spec.shape, dtype=order_dtype(spec.dtype), device=device)
-    change_input(model.get_submodule(name), gives=gives, order=order, acts=structure.acts.get(site, ()))
+    transform_input(model.get_submodule(name), at_output=at_output, order=order, acts=structure.acts.get(site, ()))
 
 
 def _install(model: PreTrainedModel, layout: Layout, structure: Structure, name: str, width: int | None) -> None:

@@ -14,7 +14,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from trimbit.artifact.files import FORMAT_VERSION, METHOD
+from trimbit.artifact.files import FORMAT_VERSION, MODEL_TYPE
 from trimbit.errors import ArtifactError
 from trimbit.model.build import build_layout
 from trimbit.runtime.kv_cache import pack_cache
@@ -26,7 +26,7 @@ from trimbit.schema.structure import Structure
 class TrimbitConfig(PreTrainedConfig):
     """config.json of a compressed directory: the original config under `base`, and the structure of the plan."""
 
-    model_type = METHOD
+    model_type = MODEL_TYPE
 
     def __init__(
         self,
@@ -51,16 +51,16 @@ class TrimbitConfig(PreTrainedConfig):
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
-@register_quantization_config(METHOD)
+@register_quantization_config(MODEL_TYPE)
 class TrimbitQuantizationConfig(QuantizationConfigMixin):
     """Carries the structure into `from_pretrained`."""
 
     def __init__(self, structure: dict[str, Any], **_: Any) -> None:  # noqa: ANN401
-        self.quant_method = METHOD  # type: ignore[assignment] # transformers' own enum is closed
+        self.quant_method = MODEL_TYPE  # type: ignore[assignment] # transformers' own enum is closed
         self.structure = structure
 
 
-@register_quantizer(METHOD)
+@register_quantizer(MODEL_TYPE)
 class TrimbitQuantizer(HfQuantizer):
     """Puts packed modules of the right shapes into the skeleton before the weights are loaded."""
 
@@ -68,7 +68,7 @@ class TrimbitQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:  # noqa: ANN401
         config: Any = self.quantization_config
-        restructure(model, build_layout(original_of(model.config)), parse_structure(config.structure))
+        restructure(model, build_layout(original_config(model.config)), parse_structure(config.structure))
 
     def is_serializable(self) -> bool:
         """`save_pretrained` is refused: copy the directory instead."""
@@ -80,7 +80,7 @@ class TrimbitQuantizer(HfQuantizer):
         return False
 
 
-def original_of(config: PreTrainedConfig) -> PreTrainedConfig:
+def original_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The original config behind the one that `from_pretrained` works on."""
     fields = config.to_dict()
     fields.pop("quantization_config", None)
@@ -118,7 +118,7 @@ class TrimbitForCausalLM(PreTrainedModel, GenerationMixin):
         base = config.original()
         base.trimbit_tied = base.tie_word_embeddings
         base.tie_word_embeddings = False  # the head is a module that reads the embedding; there is nothing to tie
-        base.quantization_config = {"quant_method": METHOD, "structure": config.structure}
+        base.quantization_config = {"quant_method": MODEL_TYPE, "structure": config.structure}
         architecture: Any = AutoModelForCausalLM._model_mapping[type(base)]
         kwargs.setdefault("dtype", config.dtype or "bfloat16")
         model, info = architecture.from_pretrained(path, *args, config=base, output_loading_info=True, **kwargs)
@@ -133,7 +133,7 @@ class TrimbitForCausalLM(PreTrainedModel, GenerationMixin):
 
 def register() -> None:
     """Make the Auto classes know compressed directories."""
-    AutoConfig.register(METHOD, TrimbitConfig)
+    AutoConfig.register(MODEL_TYPE, TrimbitConfig)
     AutoModelForCausalLM.register(TrimbitConfig, TrimbitForCausalLM)
 
 

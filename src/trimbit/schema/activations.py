@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from trimbit.schema.base import Data
+from trimbit.schema.base import Schema
 from trimbit.schema.precision import Grouped
 
 
@@ -22,7 +22,7 @@ class ActInt(Grouped):
         return f"act{self.bits}{self.suffix}"
 
 
-class ActRun(Data):
+class ActRun(Schema):
     """How `count` consecutive input channels of a site are rounded; groups restart at each run."""
 
     count: int = Field(ge=1)

@@ -8,13 +8,13 @@ from typing import TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 
-class Data(BaseModel):
+class Schema(BaseModel):
     """What crosses a file boundary: frozen, strict, and refusing unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-T = TypeVar("T", bound=Data)
+T = TypeVar("T", bound=Schema)
 
 
 def parse_json(kind: type[T], path: Path, error: type[Exception]) -> T:

@@ -6,12 +6,12 @@ from fractions import Fraction
 from pydantic import Field
 
 from trimbit.errors import BudgetError
-from trimbit.schema.base import Data
+from trimbit.schema.base import Schema
 
 _UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
-class Budget(Data):
+class Budget(Schema):
     """A limit on the weight files, headers included: `45MB`, `45MiB`, `2.5bpw` or `0.2x`."""
 
     value: float = Field(gt=0)

@@ -2,11 +2,11 @@
 
 from typing import Literal
 
-from trimbit.schema.base import Data
+from trimbit.schema.base import Schema
 from trimbit.schema.kv_cache import KVPrecision
 
 
-class Evaluation(Data):
+class Evaluation(Schema):
     """What was measured, on what, and with what."""
 
     schema_version: Literal[1] = 1
@@ -33,14 +33,14 @@ class Evaluation(Data):
     versions: dict[str, str]
 
 
-class Score(Data):
+class Score(Schema):
     """A share of documents, and its standard error."""
 
     value: float
     stderr: float | None  # None for a single document
 
 
-class TaskScore(Data):
+class TaskScore(Schema):
     """What lm-eval found for one task."""
 
     documents: int
@@ -57,7 +57,7 @@ class TaskScore(Data):
         return self.acc_norm or self.acc
 
 
-class TaskEvaluation(Data):
+class TaskEvaluation(Schema):
     """Zero-shot scores of a model, on what, and with what."""
 
     schema_version: Literal[1] = 1

@@ -2,11 +2,11 @@
 
 from pydantic import Field
 
-from trimbit.schema.base import Data
+from trimbit.schema.base import Schema
 from trimbit.schema.precision import SCALE_NBYTES
 
 
-class KVPrecision(Data):
+class KVPrecision(Schema):
     """How a cache of keys and values is stored while text is generated.
 
     The first `sink_tokens` and the last `recent_tokens` are kept exactly, all others in codes of `bits` bits with a
@@ -26,7 +26,7 @@ class KVPrecision(Data):
         exact = f"the first {self.sink_tokens} and last {self.recent_tokens} tokens exact"
         return f"{self.bits} bits, group {group}, {exact}"
 
-    def groups(self, head_dim: int) -> int:
+    def n_groups(self, head_dim: int) -> int:
         """Number of groups in a head; the last may be short."""
         return -(-head_dim // (self.group or head_dim))
 
@@ -36,7 +36,7 @@ class KVPrecision(Data):
 
     def token_nbytes(self, head_dim: int) -> int:
         """Bytes of one packed token's keys, or values, in one head: codes, scales and minima."""
-        return self.code_nbytes(head_dim) + 2 * SCALE_NBYTES * self.groups(head_dim)
+        return self.code_nbytes(head_dim) + 2 * SCALE_NBYTES * self.n_groups(head_dim)
 
     def split(self, tokens: int) -> tuple[int, int, int]:
         """Of so many tokens, how many are exact at the start, packed, and exact at the end."""

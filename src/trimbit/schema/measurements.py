@@ -2,12 +2,12 @@
 
 from typing import Literal
 
-from trimbit.schema.base import Data
+from trimbit.schema.base import Schema
 from trimbit.schema.plan import ModelRef
 from trimbit.schema.precision import Precision
 
 
-class FormatDamage(Data):
+class FormatDamage(Schema):
     """Change of the whole model's KL when one site's weights take a format, all else as in the background."""
 
     site: str
@@ -15,7 +15,7 @@ class FormatDamage(Data):
     damage: float
 
 
-class WidthDamage(Data):
+class WidthDamage(Schema):
     """Change of the whole model's KL when a dim keeps `width` channels or KV groups, all else as in the background."""
 
     dim: str
@@ -23,7 +23,7 @@ class WidthDamage(Data):
     damage: float
 
 
-class Background(Data):
+class Background(Schema):
     """The plan around which damage is measured: widths of the cut dims, and a format for each site.
 
     In a plan that is tried as a whole a weight may have a format of its own, under its own name.
@@ -33,7 +33,7 @@ class Background(Data):
     formats: dict[str, Precision]
 
 
-class Measurements(Data):
+class Measurements(Schema):
     """Damage of every choice in nats of KL a token, against the dense model."""
 
     schema_version: Literal[1] = 1

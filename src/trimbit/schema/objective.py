@@ -4,10 +4,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from trimbit.schema.base import Data
+from trimbit.schema.base import Schema
 
 
-class Objective(Data):
+class Objective(Schema):
     """What a search by trials of whole plans goes by. KL and NLL are on held-out tokens and measured in any case."""
 
     by: Literal["kl", "nll", "accuracy"] = "kl"  # paper: accuracy; ours: KL, whose noise is far below its differences
@@ -18,7 +18,7 @@ class Objective(Data):
     workers: int = Field(default=1, ge=1)  # processes that judge the plans of a batch, a whole model in each
 
 
-class Outcome(Data):
+class Outcome(Schema):
     """What a trial of a whole plan found."""
 
     kl: float  # KL(original || model), nats a token

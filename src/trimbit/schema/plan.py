@@ -7,12 +7,12 @@ from pydantic import Field
 
 from trimbit.errors import PlanError
 from trimbit.schema.activations import ActRun
-from trimbit.schema.base import Data, digest, parse_json
+from trimbit.schema.base import Schema, digest, parse_json
 from trimbit.schema.kv_cache import KVPrecision
 from trimbit.schema.precision import Run
 
 
-class ModelRef(Data):
+class ModelRef(Schema):
     """The original model that a plan belongs to."""
 
     id: str
@@ -20,14 +20,14 @@ class ModelRef(Data):
     weights_hash: str
 
 
-class Rotation(Data):
+class Rotation(Schema):
     """The basis of a model's channels: Hadamard matrices, as `rotate.py` says; nothing of it is stored."""
 
     kind: Literal["hadamard"] = "hadamard"
     seed: int = Field(default=0, ge=0)  # of the signs of the residual stream's
 
 
-class Provenance(Data):
+class Provenance(Schema):
     """How a plan was found."""
 
     method: str
@@ -50,7 +50,7 @@ class Sized(Protocol):
         """Bytes of all tensors that the plan writes."""
 
 
-class Plan(Data):
+class Plan(Schema):
     """What to do to one model; every search method returns one.
 
     `rotation` is the basis of all channels below; None: the model's own. `cuts` maps a dim to its kept original indices
@@ -91,10 +91,10 @@ class Plan(Data):
     def save(self, path: Path) -> None:
         """Write the plan as JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = self.telling(content=self.content)
+        whole = self.with_provenance(content=self.content)
         path.write_text(whole.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
-    def telling(self, **told: object) -> "Plan":
+    def with_provenance(self, **told: object) -> "Plan":
         """The same plan with some of `found_by` said otherwise."""
         return self.model_copy(update={"found_by": self.found_by.model_copy(update=told)})
 
@@ -106,9 +106,9 @@ def load_plan(path: Path) -> Plan:
         PlanError: if the file is missing, is not JSON, or has an unknown key, type or schema version.
     """
     plan = parse_json(Plan, path, PlanError)
-    same, plan = plan.found_by.content == plan.content, plan.telling(content="")
+    same, plan = plan.found_by.content == plan.content, plan.with_provenance(content="")
     if same:
         return plan
-    return plan.telling(
+    return plan.with_provenance(
         method=f"edited, once: {plan.found_by.method}", predicted_damage=None, measured_damage=None, notes=()
     )

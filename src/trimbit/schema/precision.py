@@ -12,12 +12,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, PlainSerializer
 
 from trimbit.errors import PlanError
-from trimbit.schema.base import Data
+from trimbit.schema.base import Schema
 
 SCALE_NBYTES = 2  # fp16
 
 
-class Grouped(Data):
+class Grouped(Schema):
     """What has one fp16 scale for each group of input channels of a row."""
 
     group: Literal[32, 64, 128] | None  # None: one group a row
@@ -27,7 +27,7 @@ class Grouped(Data):
         """The group in the short name."""
         return "row" if self.group is None else f"g{self.group}"
 
-    def groups(self, count: int) -> int:
+    def n_groups(self, count: int) -> int:
         """Number of groups in `count` consecutive channels; the last may be short."""
         return -(-count // (self.group or count)) if count else 0
 
@@ -53,7 +53,7 @@ class Int(Grouped):
 
     def zero_nbytes(self, count: int) -> int:
         """Bytes of the zero points of `count` channels of one row."""
-        return 0 if self.symmetric else -(-self.groups(count) * self.bits // 8)
+        return 0 if self.symmetric else -(-self.n_groups(count) * self.bits // 8)
 
 
 NF4_LEVELS = (
@@ -70,7 +70,7 @@ class Codebook(Grouped):
     """
 
     stem: ClassVar[str]
-    levels: ClassVar[tuple[float, ...]]
+    variables: ClassVar[tuple[float, ...]]
     per_byte: ClassVar[int]  # the most for which len(levels)^per_byte <= 256
 
     @property
@@ -99,7 +99,7 @@ class NormalFloat(Codebook):
     """
 
     stem: ClassVar[str] = "nf4"
-    levels: ClassVar[tuple[float, ...]] = NF4_LEVELS
+    variables: ClassVar[tuple[float, ...]] = NF4_LEVELS
     per_byte: ClassVar[int] = 2
 
 
@@ -107,7 +107,7 @@ class Ternary(Codebook):
     """-s, 0 or s. Five codes fill a byte, 3^5 = 243, so that one takes 1.6 bits; the least would be log2(3) = 1.585."""
 
     stem: ClassVar[str] = "ternary"
-    levels: ClassVar[tuple[float, ...]] = (-1.0, 0.0, 1.0)
+    variables: ClassVar[tuple[float, ...]] = (-1.0, 0.0, 1.0)
     per_byte: ClassVar[int] = 5
 
 
@@ -116,7 +116,7 @@ class Binary(Codebook):
 
     mean: bool
     stem: ClassVar[str] = "binary"
-    levels: ClassVar[tuple[float, ...]] = (-1.0, 1.0)
+    variables: ClassVar[tuple[float, ...]] = (-1.0, 1.0)
     per_byte: ClassVar[int] = 8
 
     @property
@@ -126,16 +126,16 @@ class Binary(Codebook):
 
     def zero_nbytes(self, count: int) -> int:
         """Bytes of the means of `count` channels of one row, which take the place of zero points."""
-        return SCALE_NBYTES * self.groups(count) if self.mean else 0
+        return SCALE_NBYTES * self.n_groups(count) if self.mean else 0
 
 
-class BFloat16(Data):
+class BFloat16(Schema):
     """Unquantised bfloat16."""
 
     bits: Literal[16] = 16
     name: Literal["bf16"] = "bf16"
 
-    def groups(self, count: int) -> int:
+    def n_groups(self, count: int) -> int:
         """There are no scales."""
         return 0
 
@@ -191,7 +191,7 @@ Precision = Annotated[
 ]
 
 
-class Run(Data):
+class Run(Schema):
     """One format for `count` consecutive input channels of a weight; groups restart at each run."""
 
     count: int = Field(ge=1)
@@ -215,4 +215,4 @@ def zero_row_nbytes(runs: tuple[Run, ...]) -> int:
 
 def group_count(runs: tuple[Run, ...]) -> int:
     """Scales in one row."""
-    return sum(run.precision.groups(run.count) for run in runs)
+    return sum(run.precision.n_groups(run.count) for run in runs)

@@ -7,20 +7,20 @@ import yaml
 from pydantic import Field, ValidationError
 
 from trimbit.errors import RecipeError
-from trimbit.schema.base import Data, first_problem
+from trimbit.schema.base import Schema, first_problem
 from trimbit.schema.kv_cache import KVPrecision
 from trimbit.schema.plan import Rotation
-from trimbit.schema.space import Prune, Space
+from trimbit.schema.space import PruneRatio, Space
 
 
-class Step(Data):
+class Step(Schema):
     """A stage by the name of its module; the module's own `Config` checks the parameters."""
 
     name: str
     params: dict[str, Any] = Field(default_factory=dict)
 
 
-class Calibration(Data):
+class Calibration(Schema):
     """How much text the statistics are taken from; the command line says which."""
 
     rows: int = Field(default=16, ge=2)
@@ -30,16 +30,17 @@ class Calibration(Data):
     training: int = Field(default=0, ge=0)  # further rows, to train masks or pairs on; 0: the calibration rows
 
 
-class Measure(Data):
+class Measure(Schema):
     """How damage is measured."""
 
     rows: int = Field(default=3, ge=1)  # of the calibration rows, cut to `length` tokens
     length: int = Field(default=512, ge=16)
-    trials: bool = True  # whether the last plans are applied for real to choose among them; false: a plan in seconds
+    # whether the last plans are applied for real to choose among them; false: a plan in seconds
+    apply_finalists: bool = True
     rounds: int = Field(default=1, ge=1)  # each round measures in the background of the plan before it
 
 
-class Recipe(Data):
+class Recipe(Schema):
     """Everything that decides a result beside the model, the budget, the text and the seed."""
 
     description: str
@@ -47,7 +48,7 @@ class Recipe(Data):
     calibration: Calibration = Field(default_factory=Calibration)
     space: Space | None = None
     criterion: Step | None = None  # ranks what may be cut
-    prune: Prune | None = None  # a ratio, before the search
+    prune: PruneRatio | None = None  # a ratio, before the search
     measure: Measure | None = None
     search: Step
     quant: Step
@@ -64,7 +65,7 @@ class Recipe(Data):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
 
 
-def step_config(kind: type[Data], stage: str, step: Step) -> Any:  # noqa: ANN401
+def step_config(kind: type[Schema], stage: str, step: Step) -> Any:  # noqa: ANN401
     """The configuration of a stage, checked by its module's `Config`.
 
     Raises:

@@ -3,13 +3,13 @@
 from pydantic import Field
 
 from trimbit.schema.activations import ActRun
-from trimbit.schema.base import Data
+from trimbit.schema.base import Schema
 from trimbit.schema.kv_cache import KVPrecision
 from trimbit.schema.plan import Rotation
 from trimbit.schema.precision import Run
 
 
-class Structure(Data):
+class Structure(Schema):
     """What the runtime needs of a plan, without the index lists.
 
     Of the orders it names the sites whose order is stored as a tensor; the others are folded into the weights.

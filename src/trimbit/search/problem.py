@@ -9,10 +9,10 @@ from torch import Generator, Tensor, device
 
 from trimbit.errors import BudgetError
 from trimbit.jobs.progress import Reporter, Silent
-from trimbit.measure.choices import format_of, menu_of, sites_of, widths_of
-from trimbit.model.forward.logits import Judged
+from trimbit.measure.choices import allowed_formats, allowed_widths, format_of, sites_of
+from trimbit.model.forward.logits import Divergence
 from trimbit.model.layout import Layout, Unit
-from trimbit.schema.base import Data
+from trimbit.schema.base import Schema
 from trimbit.schema.kv_cache import KVPrecision
 from trimbit.schema.measurements import Measurements
 from trimbit.schema.objective import Outcome
@@ -33,15 +33,15 @@ class Method(Protocol):
     @property
     def NEEDS(self) -> tuple[str, ...]: ...  # noqa: N802, D102
     @property
-    def Config(self) -> type[Data]: ...  # noqa: N802, D102
-    def search(self, problem: "Problem", config: Data) -> Plan: ...  # noqa: D102
+    def Config(self) -> type[Schema]: ...  # noqa: N802, D102
+    def search(self, problem: "Problem", config: Schema) -> Plan: ...  # noqa: D102
 
 
 @runtime_checkable
 class Channels(Protocol):
     """Figures of the input channels of weights, and of weights rounded along them."""
 
-    def energies(self) -> Mapping[str, Sequence[float]]:
+    def second_moments(self) -> Mapping[str, Sequence[float]]:
         """Diag H of each site's inputs."""
 
     def salience(self, name: str) -> Sequence[float]:
@@ -65,7 +65,7 @@ class Masked(Protocol):
         What is left to chance, beside the masks, is drawn from the generator.
         """
 
-    def damage(self, masks: Mapping[str, Tensor], rows: int | None = None) -> Judged:
+    def damage(self, masks: Mapping[str, Tensor], rows: int | None = None) -> Divergence:
         """KL to the original and loss, in nats a token, on the first rows that are learnt from; None: held-out ones."""
 
 
@@ -129,7 +129,7 @@ class Problem:
             model=self.model, rotation=self.rotation, cuts=cuts, weights=weights, biases=tuple(biases),
             adapters=adapters, kv_cache=self.kv_cache, found_by=found,
         )  # fmt: skip
-        return plan.telling(nbytes=layout.file_nbytes(plan))
+        return plan.with_provenance(nbytes=layout.file_nbytes(plan))
 
     def adapters(self, unit: Unit) -> dict[str, int]:
         """The ranks of the low-rank pairs of a unit's weights."""
@@ -150,7 +150,7 @@ class Problem:
         found = [self.trial(plan) for plan in plans]
         notes = (f"applied, {p.found_by.method}: {damage:.4f} nats" for p, damage in zip(plans, found, strict=True))
         best = plans[found.index(min(found))]
-        return best.telling(measured_damage=min(found)), tuple(notes)
+        return best.with_provenance(measured_damage=min(found)), tuple(notes)
 
     def uniform(self, precision: Precision, method: str) -> Plan:
         """Every weight, the embedding included, in one format, nothing cut."""
@@ -163,11 +163,11 @@ class Problem:
         widths, formats = {}, {}
         for unit in layout.units.values():
             if unit.dim:
-                widths[unit.dim] = min(widths_of(layout, unit, self.space))
+                widths[unit.dim] = min(allowed_widths(layout, unit, self.space))
             for site, names in sites_of(layout, unit).items():
                 weight = layout.weights[names[0]]
                 formats[site] = min(
-                    menu_of(unit, self.space),
+                    allowed_formats(unit, self.space),
                     key=lambda p: sum(
                         spec.nbytes
                         for spec in layout.weight_tensors(

@@ -2,18 +2,18 @@
 
 from trimbit.errors import RecipeError
 from trimbit.model.layout import Layout, Unit
-from trimbit.schema.space import Prune
+from trimbit.schema.space import PruneRatio
 
 PAPER = "LLM-Pruner, arXiv:2305.11627"
 
 
-def protected(layout: Layout, prune: Prune) -> tuple[int, ...]:
+def protected(layout: Layout, prune: PruneRatio) -> tuple[int, ...]:
     """The first and last blocks, which are not pruned; their number grows with depth."""
     first, last = (round(share * layout.blocks) for share in (prune.first, prune.last))
     return (*range(first), *range(layout.blocks - last, layout.blocks))
 
 
-def kept_widths(layout: Layout, prune: Prune) -> dict[str, int]:
+def kept_widths(layout: Layout, prune: PruneRatio) -> dict[str, int]:
     """For each dim of the pruned blocks, how much it keeps, so that `ratio` of all blocks' parameters go.
 
     KV groups go whole, to the nearest number of them but for the last; feed-forward channels make up for the rest.
@@ -34,7 +34,7 @@ def kept_widths(layout: Layout, prune: Prune) -> dict[str, int]:
         total = per_group * attn.size + per_channel * mlp.size
         groups = max(1, attn.size - round(share * attn.size))
         channels = mlp.size - (share * total - per_group * (attn.size - groups)) / per_channel
-        step = min(prune.multiple, mlp.size)
+        step = min(prune.channel_multiple, mlp.size)
         kept = min(mlp.size, round(channels / step) * step)
         if kept < 1:
             left = 1 - (per_group + step * per_channel) / total
@@ -46,7 +46,9 @@ def kept_widths(layout: Layout, prune: Prune) -> dict[str, int]:
             dim: width for unit, width in ((attn, groups), (mlp, kept)) if width != unit.size and (dim := unit.dim)
         }
     if not widths:
-        raise RecipeError(f"prune.ratio {prune.ratio:g} is too small to cut {prune.multiple} channels of any block")
+        raise RecipeError(
+            f"prune.ratio {prune.ratio:g} is too small to cut {prune.channel_multiple} channels of any block"
+        )
     return widths
 
 

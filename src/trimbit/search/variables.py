@@ -14,7 +14,7 @@ Per = Literal["block", "unit", "site", "weight"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Levels:
+class Variables:
     """Variables by name, what each covers, and the bytes of each at each level, the smallest format first."""
 
     problem: Problem
@@ -30,7 +30,11 @@ class Levels:
         chosen = zip(self.covers.values(), point, strict=True)
         formats = {one: self.formats[level] for covered, level in chosen for one in covered}
         for unit in layout.units.values():
-            own = self.problem.space.table_formats[0] if unit.block is None else spared_format(unit, self.problem.space)
+            own = (
+                self.problem.space.embedding_formats[0]
+                if unit.block is None
+                else spared_format(unit, self.problem.space)
+            )
             if own is not None:
                 formats |= dict.fromkeys(sites_of(layout, unit), own)
         return self.problem.plan({}, formats, method)
@@ -42,7 +46,7 @@ class Levels:
         return self.problem.limit - self.limit + used
 
 
-def levels(problem: Problem, per: Per) -> Levels:
+def variables(problem: Problem, per: Per) -> Variables:
     """The variables of a problem; widths are those that are fixed before the search, tables take their first format."""
     layout, space = problem.layout, problem.space
     formats = tuple(sorted(space.formats, key=lambda p: row_nbytes((Run(count=512, precision=p),))))
@@ -62,7 +66,7 @@ def levels(problem: Problem, per: Per) -> Levels:
                 rows, cols = layout.weight_shape(layout.weights[name], width)
                 nbytes = [rows * row_nbytes((Run(count=cols, precision=p),)) for p in formats]
                 costs[key] = [old + new for old, new in zip(costs.get(key, [0] * len(formats)), nbytes, strict=True)]
-    found = Levels(
+    found = Variables(
         problem=problem, formats=formats, covers=covers, layers=tuple(layers.values()),
         costs=tuple(map(tuple, costs.values())), limit=0,
     )  # fmt: skip

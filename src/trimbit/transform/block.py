@@ -13,7 +13,7 @@ from trimbit.calibrate.moments import Accumulator, Moments
 from trimbit.calibrate.taps import Tap
 from trimbit.model.forward.compute import computing
 from trimbit.model.forward.halves import input_known, only_half
-from trimbit.model.forward.logits import following, judge, logit_slices
+from trimbit.model.forward.logits import compare_logits, following, logit_slices
 from trimbit.model.forward.stream import BlockStream, Chunks, embed_chunks
 from trimbit.model.layout import Unit, Weight
 from trimbit.runtime.inputs import stored_order
@@ -90,7 +90,7 @@ class _Job:
             for weight, chunks in ((original, self.held_dense), (compressed, self.held_compressed))
         )
         with computing(self.stream.compute):
-            return judge((torch.log_softmax(logits, -1) for _, logits in dense), own, following(held_out)).kl
+            return compare_logits((torch.log_softmax(logits, -1) for _, logits in dense), own, following(held_out)).kl
 
     def _compress_unit(
         self, index: int, unit: Unit, dense: nn.Module, block: nn.Module, prefix: str

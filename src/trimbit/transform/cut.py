@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from trimbit.model import axes
 from trimbit.model.layout import Layout, Unit, Weight
-from trimbit.runtime.inputs import change_input, order_dtype
+from trimbit.runtime.inputs import order_dtype, transform_input
 from trimbit.runtime.restructure import set_width
 from trimbit.schema.plan import Plan
 
@@ -42,9 +42,9 @@ def change_sites(root: nn.Module, layout: Layout, plan: Plan, unit: Unit, prefix
     """Reorder and round the inputs of a unit that is cut already; `prefix` is cut off the unit's names."""
     for site in dict.fromkeys(layout.weights[name].site for name in unit.weights):
         order = _ordered(root, layout, plan, site, prefix) if site in plan.orders else None
-        name, gives = layout.input_of(site)
+        name, at_output = layout.input_of(site)
         module = root.get_submodule(name.removeprefix(prefix))
-        change_input(module, gives=gives, order=order, acts=plan.acts.get(site, ()))
+        transform_input(module, at_output=at_output, order=order, acts=plan.acts.get(site, ()))
 
 
 def _ordered(root: nn.Module, layout: Layout, plan: Plan, site: str, prefix: str) -> Tensor | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from trimbit.calibrate.moments import Moments
 from trimbit.errors import NumericsError, RecipeError
 from trimbit.kernels.qtensor import QTensor
-from trimbit.schema.base import Data
+from trimbit.schema.base import Schema
 from trimbit.schema.precision import BFloat16, Run
 from trimbit.transform.quant import rtn
 from trimbit.transform.repair import lowrank
@@ -45,14 +45,14 @@ class Method:
     """How a weight is compressed: a quantiser with its constants, and how low-rank pairs start."""
 
     module: ModuleType
-    config: Data
+    config: Schema
     pairs: lowrank.Config | None = None
     seed: int = 0
 
     @property
     def needs_moments(self) -> bool:
         """Whether H of a weight's inputs is needed."""
-        return self.module.NEEDS_MOMENTS or (self.pairs is not None and self.pairs.start == "qera")
+        return self.module.NEEDS_MOMENTS or (self.pairs is not None and self.pairs.init == "qera")
 
     def compress(
         self, ws: Sequence[Tensor], moments: Moments | None, names: Sequence[str], runs: Sequence[tuple[Run, ...]],
@@ -71,8 +71,8 @@ class Method:
             return Compressed(quantize(w))
         assert self.pairs is not None, f"{name} has a low-rank pair, but nothing says how it starts"
         # a pair that makes up for next to nothing is no start for training
-        start = "zeros" if _unquantised(runs) else self.pairs.start
-        config = self.pairs.model_copy(update={"rank": rank, "start": start})
+        init = "zeros" if _unquantised(runs) else self.pairs.init
+        config = self.pairs.model_copy(update={"rank": rank, "init": init})
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
         try:
             return Compressed(*lowrank.correct(w, quantize, moments, config, generator))

@@ -24,7 +24,7 @@ from trimbit.transform.weight import Method
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trials:
+class AppliedPlans:
     """Applied plans of one model, one text and one method."""
 
     stream: BlockStream
@@ -72,4 +72,4 @@ class Trials:
                 self.stream, plan, none if self.tokens is None else self.tokens, self.method, self.repair, self.stats,
                 writer, progress, self.held_out,
             )  # fmt: skip
-        writer.plan = plan.telling(measured_damage=measured)
+        writer.plan = plan.with_provenance(measured_damage=measured)

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from trimbit.calibrate.moments import Moments
 from trimbit.calibrate.stats import Stats
-from trimbit.jobs.cache import save_whole
+from trimbit.jobs.cache import save_atomically
 from trimbit.jobs.progress import Progress
 from trimbit.kernels.acts import take_channels
 from trimbit.kernels.qtensor import QTensor
-from trimbit.measure.choices import format_of, menu_of, sites_of
+from trimbit.measure.choices import allowed_formats, format_of, sites_of
 from trimbit.model import axes
 from trimbit.model.checkpoint.checkpoint import Checkpoint
 from trimbit.model.layout import Layout, Unit, Weight
@@ -101,7 +101,7 @@ class CandidateWeights:
         assert self.space is not None
         units = [unit for unit in self.layout.units.values() if unit.block is not None]
         for at, unit in enumerate(units):
-            for precision in menu_of(unit, self.space):
+            for precision in allowed_formats(unit, self.space):
                 formats = dict.fromkeys(sites_of(self.layout, unit), precision)
                 self.unit_state(unit, self.space.kept.get(unit.dim or "", unit.size), formats)
             progress(at + 1, len(units))
@@ -117,7 +117,9 @@ class CandidateWeights:
         """Compress all weights of a site in all formats of the menu at once: they share the input and its factor."""
         unit = self.layout.units[weight.unit]
         members = [self.layout.weights[name] for name in unit.weights if self.layout.weights[name].site == weight.site]
-        menu = dict.fromkeys((precision, *(menu_of(unit, self.space) if self.space and unit.block is not None else ())))
+        menu = dict.fromkeys(
+            (precision, *(allowed_formats(unit, self.space) if self.space and unit.block is not None else ()))
+        )
         work = [(member, p) for member in members for p in menu if not self._path(member, p).exists()]
         if not work:  # another process has made them meanwhile
             return
@@ -186,7 +188,7 @@ def _store(path: Path, one: Compressed, more: dict[str, Tensor]) -> None:
         else {"a": pair.a.to(torch.bfloat16).contiguous(), "b": pair.b.to(torch.bfloat16).contiguous()}
     )
     tensors = {"codes": packed.codes, "scales": packed.scales, **zeros, **low, **more}
-    save_whole(path, lambda beside: save_file(tensors, beside))
+    save_atomically(path, lambda beside: save_file(tensors, beside))
 
 
 def _stored(path: Path, runs: tuple[Run, ...]) -> tuple[Compressed, dict[str, Tensor]]:

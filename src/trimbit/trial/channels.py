@@ -22,7 +22,7 @@ class Channels:
     layout: Layout
     stats: Stats
 
-    def energies(self) -> dict[str, list[float]]:
+    def second_moments(self) -> dict[str, list[float]]:
         """Diag H of the inputs of each site of the blocks."""
         sites = dict.fromkeys(w.site for w in self.layout.weights.values() if self.layout.readers(w.site))
         return {site: self.stats.moments(site).h.diagonal().tolist() for site in sites}

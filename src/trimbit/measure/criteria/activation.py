@@ -10,13 +10,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trimbit.calibrate.moments import Moments
-from trimbit.schema.base import Data
+from trimbit.schema.base import Schema
 
 PAPER = "Wanda-sp and FLAP: An et al. 2023, arXiv:2312.11983"
 READS = "moments"
 
 
-class Config(Data):
+class Config(Schema):
     """Which of the two."""
 
     kind: Literal["wanda_sp", "flap"] = "flap"

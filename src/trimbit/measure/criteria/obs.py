@@ -12,13 +12,13 @@ from torch import Tensor
 
 from trimbit.calibrate.inverse import damped_inverse
 from trimbit.calibrate.moments import Moments
-from trimbit.schema.base import Data
+from trimbit.schema.base import Schema
 
 PAPER = "ZipLM (arXiv:2302.04089) and OSSCAR (arXiv:2403.12983)"
 READS = "moments"
 
 
-class Config(Data):
+class Config(Schema):
     """Constants of the elimination."""
 
     damping: float = Field(default=0.01, gt=0)  # code (ZipLM): share of mean(diag H)

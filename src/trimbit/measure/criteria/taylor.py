@@ -16,13 +16,13 @@ from pydantic import Field
 from torch import Tensor
 
 from trimbit.calibrate.gradients import Coupled, Gradient
-from trimbit.schema.base import Data
+from trimbit.schema.base import Schema
 
 PAPER = "LLM-Pruner, arXiv:2305.11627"
 READS = "gradients"
 
 
-class Config(Data):
+class Config(Schema):
     """Which expansion."""
 
     # code (horseee/LLM-Pruner): param_first is the default of its code, param_mix that of its text

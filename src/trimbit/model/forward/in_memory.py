@@ -12,7 +12,7 @@ from trimbit.model.checkpoint.open import materialize
 from trimbit.model.forward.stream import BlockStream, build_skeleton
 
 
-class WholeModel:
+class InMemoryModel:
     """A causal LM whose parameters can be replaced; every weight that writes to the residual stream has a bias."""
 
     def __init__(self, stream: BlockStream) -> None:

@@ -18,7 +18,7 @@ Head = Callable[[Tensor], Tensor]
 Logits = Iterator[tuple[slice, Float[Tensor, "part vocab"]]]
 
 
-class Judged(NamedTuple):
+class Divergence(NamedTuple):
     """A model beside a reference on the same tokens."""
 
     kl: float  # KL(reference || model), nats a token
@@ -46,17 +46,17 @@ def following(tokens: Int[Tensor, "rows length"]) -> Int[Tensor, " tokens"]:
     return functional.pad(tokens[:, 1:], (0, 1), value=NOTHING).flatten()
 
 
-def judge(
+def compare_logits(
     log_ps: Iterable[Float[Tensor, "part vocab"]], logits: Iterator[tuple[slice, Float[Tensor, "part vocab"]]],
     after: Int[Tensor, " tokens"],
-) -> Judged:  # fmt: skip
+) -> Divergence:  # fmt: skip
     """Compare a reference's log-probabilities with a model's logits, slice by slice; `after` is what follows each."""
     divergence = surprise = 0.0
     for log_p, (part, own) in zip(log_ps, logits, strict=True):
         log_q = torch.log_softmax(own, -1)
         divergence += kl(log_p, log_q)
         surprise += float(functional.nll_loss(log_q, after[part], reduction="sum", ignore_index=NOTHING))
-    return Judged(kl=divergence / len(after), nll=surprise / max(int((after != NOTHING).sum()), 1))
+    return Divergence(kl=divergence / len(after), nll=surprise / max(int((after != NOTHING).sum()), 1))
 
 
 def loss_gradient(

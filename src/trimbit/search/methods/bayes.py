@@ -12,7 +12,7 @@ from pydantic import Field
 
 from trimbit.errors import RecipeError
 from trimbit.jobs.journal import Journal
-from trimbit.schema.base import Data
+from trimbit.schema.base import Schema
 from trimbit.schema.objective import Objective, Outcome
 from trimbit.schema.plan import Plan
 from trimbit.search.methods import importance
@@ -22,14 +22,14 @@ from trimbit.search.solvers.bayes import optimise, random_search, smaller
 from trimbit.search.solvers.box import Box, Point
 from trimbit.search.solvers.gaussian_process import require_botorch
 from trimbit.search.solvers.pareto import front
-from trimbit.search.variables import Levels, Per, levels
+from trimbit.search.variables import Per, Variables, variables
 
 PAPER = "QPruner, arXiv:2412.11629"
 NEEDS = ("space", "measure")
 SMALLEST = 1e-9  # nats: what the logarithm of a KL of zero is taken of
 
 
-class Config(Data):
+class Config(Schema):
     """What shares a format, the default budget, and the optimiser's constants."""
 
     per: Per = "block"  # code (harrysyz99/Qmixtuner): one format a block
@@ -70,7 +70,7 @@ def search(problem: Problem, config: Config) -> Plan:
     """
     assert problem.outcomes is not None
     require_feasible(problem, config)
-    found = levels(problem, config.per)
+    found = variables(problem, config.per)
     widths = tuple(tuple(math.log2(p.bits) for p in found.formats) for _ in found.costs)
     box = Box(costs=found.costs, values=widths, limit=found.limit)
     if not box.fits(box.lowest):  # so near the smallest budget that the bound on the header leaves no room
@@ -111,16 +111,19 @@ def search(problem: Problem, config: Config) -> Plan:
 
 def trials(problem: Problem, config: Config) -> list[tuple[Plan, Outcome]]:
     """Every plan that a search has tried, and what was found of it, in their order."""
-    found = levels(problem, config.per)
+    found = variables(problem, config.per)
     tried = list(known_trials(problem).items())[: config.optimiser.trials]
     tried += known_trials(problem, [len(tried), config.optimiser.smaller]).items()
     return [
-        (found.plan(point, f"trial {at} of a search").telling(notes=(_told(outcome, config.objective),)), outcome)
+        (
+            found.plan(point, f"trial {at} of a search").with_provenance(notes=(_told(outcome, config.objective),)),
+            outcome,
+        )
         for at, (point, outcome) in enumerate(tried, start=1)
     ]
 
 
-def identity(config: Config) -> dict[str, Any]:
+def result_fields(config: Config) -> dict[str, Any]:
     """What of the configuration decides the order of trials and their results; how many there are does not."""
     left: dict[str, Any] = {"optimiser": {"trials", "smaller"}, "share": True, "objective": {"workers"}}
     return config.model_dump(mode="json", exclude=left)
@@ -134,7 +137,7 @@ def _value(outcome: Outcome, objective: Objective) -> float:
     return outcome.nll if objective.by == "nll" else math.log(max(outcome.kl, SMALLEST))
 
 
-def _best(found: Levels, tried: Sequence[tuple[Point, Outcome]], objective: Objective, method: str) -> Plan:
+def _best(found: Variables, tried: Sequence[tuple[Point, Outcome]], objective: Objective, method: str) -> Plan:
     values = [_value(outcome, objective) for _, outcome in tried]
     plans = [found.plan(point, method) for point, _ in tried]
     sizes = [plan.found_by.nbytes for plan in plans]
@@ -142,7 +145,7 @@ def _best(found: Levels, tried: Sequence[tuple[Point, Outcome]], objective: Obje
     first, last = (_told(tried[at][1], objective) for at in (0, best))
     notes = [f"{method}: {len(tried)} plans tried, the first {first}, the best {last}"]
     notes += [f"Pareto: {sizes[at]:,} bytes, {_told(tried[at][1], objective)}" for at in front(sizes, values)]
-    return plans[best].telling(notes=tuple(notes))
+    return plans[best].with_provenance(notes=tuple(notes))
 
 
 def _told(outcome: Outcome, objective: Objective) -> str:

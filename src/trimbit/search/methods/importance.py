@@ -13,18 +13,18 @@ from collections.abc import Mapping, Sequence
 from pydantic import Field
 
 from trimbit.errors import RecipeError
-from trimbit.schema.base import Data
+from trimbit.schema.base import Schema
 from trimbit.schema.plan import Plan
 from trimbit.search.problem import Problem
 from trimbit.search.solvers.knapsack import Config as Solver
 from trimbit.search.solvers.knapsack import knapsack
-from trimbit.search.variables import Levels, Per, levels
+from trimbit.search.variables import Per, Variables, variables
 
 PAPER = "QPruner, arXiv:2412.11629"
 NEEDS = ("space", "importance")
 
 
-class Config(Data):
+class Config(Schema):
     """What shares a format, and the default budget."""
 
     per: Per = "block"  # code (harrysyz99/Qmixtuner): one format a block
@@ -33,7 +33,7 @@ class Config(Data):
 
 def default_limit(problem: Problem, config: Config) -> int:
     """Bytes with `share` of the variables in the largest format."""
-    return levels(problem, config.per).share(config.share)
+    return variables(problem, config.per).share(config.share)
 
 
 def require_feasible(problem: Problem, config: Config) -> None:
@@ -44,10 +44,12 @@ def require_feasible(problem: Problem, config: Config) -> None:
         BudgetError: naming the smallest feasible budget.
     """
     space = problem.space
-    if space.widths != (1.0,) or space.groups or len(space.table_formats) != 1:
-        raise RecipeError("this search chooses bits of the blocks alone: give one format in space.table_formats, and "
-                          "leave space.widths and space.groups out; what is pruned is said by `prune`")  # fmt: skip
-    found = levels(problem, config.per)
+    if space.widths != (1.0,) or space.prune_kv_groups or len(space.embedding_formats) != 1:
+        raise RecipeError(
+            "this search chooses bits of the blocks alone: give one format in space.embedding_formats, and leave "
+            "space.widths and space.prune_kv_groups out; `prune` says what is pruned"
+        )
+    found = variables(problem, config.per)
     problem.require_feasible(found.plan([0] * len(found.costs), "smallest"))
 
 
@@ -59,11 +61,11 @@ def search(problem: Problem, config: Config) -> Plan:
     """
     assert problem.importance is not None, "bits by importance need the importance of each layer"
     require_feasible(problem, config)
-    found = levels(problem, config.per)
+    found = variables(problem, config.per)
     return found.plan(allocate(found, problem.importance()), "bits by importance")
 
 
-def allocate(found: Levels, importance: Mapping[str, float]) -> Sequence[int]:
+def allocate(found: Variables, importance: Mapping[str, float]) -> Sequence[int]:
     """A level for each variable."""
     layer_nbytes: Counter[str] = Counter()
     for layer, costs in zip(found.layers, found.costs, strict=True):

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import PositiveFloat
 
 from trimbit.errors import BudgetError
-from trimbit.measure.choices import menu_of, reference_width, sites_of, spared_format, widths_of
+from trimbit.measure.choices import allowed_formats, allowed_widths, reference_width, sites_of, spared_format
 from trimbit.model.layout import Unit, header_bound
 from trimbit.schema.measurements import Background
 from trimbit.schema.plan import Plan
@@ -37,7 +37,7 @@ class Config(solver.Config):
     no_pruning: bool = True  # try a plan that prunes nothing, too
     # ours: of all blocks while the damage of one choice is measured; None: the uniform plan nearest to the budget
     background: Precision | None = NEAR_LOSSLESS
-    table_bits: int = 4  # ours: the embedding and the head suffer more from rounding than a block's weights
+    embedding_bits: int = 4  # ours: the embedding and the head suffer more from rounding than a block's weights
     uniform: Uniform | None = Uniform()  # try the best uniform plan, too
 
 
@@ -86,7 +86,7 @@ def search(problem: Problem, config: Config) -> Plan:
         finalists = [problem.smallest()]
     best, tried = problem.best(sorted(finalists, key=_predicted))
     notes += tried if best.cuts else (*tried, "no pruning was chosen")
-    return best.telling(notes=notes)
+    return best.with_provenance(notes=notes)
 
 
 def _predicted(plan: Plan) -> float:
@@ -122,8 +122,8 @@ def background(problem: Problem, config: Config) -> Background:
     if blocks is None:
         sizes = {p: problem.uniform(p, "background").found_by.nbytes for p in problem.space.formats}
         blocks = min(sizes, key=lambda p: abs(sizes[p] - problem.limit))
-    want = max(blocks.bits, config.table_bits)
-    table = min(problem.space.table_formats, key=lambda p: (abs(p.bits - want), p.name))
+    want = max(blocks.bits, config.embedding_bits)
+    table = min(problem.space.embedding_formats, key=lambda p: (abs(p.bits - want), p.name))
     formats: dict[str, Precision] = {}
     for unit in layout.units.values():
         own = table if unit.block is None else spared_format(unit, problem.space) or blocks
@@ -166,7 +166,7 @@ def choices(problem: Problem, unit: Unit, pruning_cost: float | None) -> list[Ch
     by_width = {(m.dim, m.width): m.damage for m in problem.measurements.widths}
     sites = sites_of(layout, unit)
     found: list[Choice] = []
-    for width in widths_of(layout, unit, problem.space) or (None,):
+    for width in allowed_widths(layout, unit, problem.space) or (None,):
         cut = width is not None and width != unit.size
         if cut and pruning_cost is None and not problem.space.kept:
             continue
@@ -175,12 +175,17 @@ def choices(problem: Problem, unit: Unit, pruning_cost: float | None) -> list[Ch
         if width == 0:
             found.append(
                 Choice(
-                    unit, 0, tuple((site, menu_of(unit, problem.space)[0]) for site in sites), 0, shape, shape + price
+                    unit,
+                    0,
+                    tuple((site, allowed_formats(unit, problem.space)[0]) for site in sites),
+                    0,
+                    shape,
+                    shape + price,
                 )
             )
             continue
         share = width / (reference_width(unit, problem.measurements.background) or 1) if width is not None else 1.0
-        for combination in product(menu_of(unit, problem.space), repeat=len(sites)):
+        for combination in product(allowed_formats(unit, problem.space), repeat=len(sites)):
             formats = dict(zip(sites, combination, strict=True))
             damage = shape + share * sum(by_format[site, p.name] for site, p in formats.items())
             found.append(

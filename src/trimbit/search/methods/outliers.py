@@ -8,8 +8,8 @@ from typing import Literal
 
 from trimbit.schema.plan import Plan
 from trimbit.search.problem import Problem
-from trimbit.search.two_formats.config import Mixed
-from trimbit.search.two_formats.tiles import Sites, default_limit, require_feasible
+from trimbit.search.two_formats.config import TwoFormats
+from trimbit.search.two_formats.tiles import TileProblem, default_limit, require_feasible
 
 PAPER = "Atom, arXiv:2310.19102"
 NEEDS: tuple[str, ...] = ()
@@ -17,10 +17,10 @@ READS = "moments"
 __all__ = ["NEEDS", "PAPER", "READS", "Config", "default_limit", "require_feasible", "search"]
 
 
-class Config(Mixed):
+class Config(TwoFormats):
     """The formats, and what is high."""
 
-    by: Literal["energy", "random"] = "energy"
+    by: Literal["second_moment", "random"] = "second_moment"
 
 
 def search(problem: Problem, config: Config) -> Plan:
@@ -30,15 +30,15 @@ def search(problem: Problem, config: Config) -> Plan:
         BudgetError: if the budget is outside what the formats reach.
     """
     require_feasible(problem, config)
-    sites = Sites(problem, config)
-    tiles = sites.fitting
+    sites = TileProblem(problem, config)
+    tiles = sites.uniform_within_budget
     rng = random.Random(problem.seed)
     high = {
-        site: sites.largest(site, count)
-        if config.by == "energy"
+        site: sites.top_channels(site, count)
+        if config.by == "second_moment"
         else rng.sample(range(sites.channels[site]), count * config.tile)
         for site, count in tiles.items()
     }
-    by = "largest diag H" if config.by == "energy" else "at random"
+    by = "largest diag H" if config.by == "second_moment" else "at random"
     told = f"{sites.bits(sites.codes(tiles)):.3f} bits a code, channels {by} in {config.high.name}"
     return sites.plan(high, told if any(tiles.values()) else f"{config.low.name} in all channels")

@@ -1,7 +1,7 @@
 """Nothing to search: every block in one format, the embedding and the head in another. Baselines, and QPruner-1."""
 
 from trimbit.measure.choices import sites_of, spared_format
-from trimbit.schema.base import Data
+from trimbit.schema.base import Schema
 from trimbit.schema.plan import Plan
 from trimbit.schema.precision import BF16, NormalFloat, Precision
 from trimbit.search.problem import Problem
@@ -10,11 +10,11 @@ PAPER = "QPruner, arXiv:2412.11629, as QPruner-1"
 NEEDS: tuple[str, ...] = ()
 
 
-class Config(Data):
+class Config(Schema):
     """The formats."""
 
     blocks: Precision = NormalFloat(group=64)  # code (harrysyz99/Qmixtuner): bitsandbytes NF4
-    table: Precision = BF16  # code (harrysyz99/Qmixtuner): the embedding and the head stay as they are
+    embedding: Precision = BF16  # code (harrysyz99/Qmixtuner): the embedding and the head stay as they are
 
 
 def default_limit(problem: Problem, config: Config) -> int:
@@ -45,7 +45,7 @@ def search(problem: Problem, config: Config) -> Plan:
 def _plan(problem: Problem, config: Config) -> Plan:
     formats: dict[str, Precision] = {}
     for unit in problem.layout.units.values():
-        own = config.table if unit.block is None else config.blocks
+        own = config.embedding if unit.block is None else config.blocks
         fixed = spared_format(unit, problem.space)
         formats |= dict.fromkeys(sites_of(problem.layout, unit), fixed or own)
     return problem.plan({}, formats, f"{config.blocks.name} in every block")

@@ -12,20 +12,30 @@ from pydantic import Field
 from trimbit.jobs.journal import Journal
 from trimbit.schema.plan import Plan
 from trimbit.search.problem import Problem
-from trimbit.search.two_formats.config import Masking, Versions
-from trimbit.search.two_formats.tiles import Sites, as_masks, default_limit, require_feasible
+from trimbit.search.two_formats.config import ErrorModels, MaskedSearch
+from trimbit.search.two_formats.tiles import TileProblem, as_masks, default_limit, require_feasible
 
 PAPER = "this project; HiGHS through scipy.optimize.milp"
 NEEDS: tuple[str, ...] = ()
 READS = "moments"
-__all__ = ["NEEDS", "PAPER", "READS", "Config", "default_limit", "identity", "measure", "require_feasible", "search"]
+__all__ = [
+    "NEEDS",
+    "PAPER",
+    "READS",
+    "Config",
+    "default_limit",
+    "measure",
+    "require_feasible",
+    "result_fields",
+    "search",
+]
 
 
-class Config(Masking):
+class Config(MaskedSearch):
     """The formats, and what is measured."""
 
     factors: tuple[float, ...] = (0.0, 0.5, 1.5, 2.0, 3.0, 4.0)  # ours: on the share that fits everywhere
-    versions: Versions = "expected"  # ours
+    error_model: ErrorModels = "expected"  # ours
     rows: int = Field(default=4, ge=1)  # ours: the first of the training text
     length: int = Field(default=512, ge=16)  # ours
 
@@ -34,7 +44,7 @@ class Config(Masking):
         return self.rows
 
 
-def identity(config: Config) -> dict[str, Any]:
+def result_fields(config: Config) -> dict[str, Any]:
     """What of the configuration decides the measurements."""
     return config.model_dump(mode="json", exclude={"dense"})
 
@@ -47,22 +57,24 @@ def search(problem: Problem, config: Config) -> Plan:
         PlanError: if the journal belongs to another search.
     """
     require_feasible(problem, config)
-    sites = Sites(problem, config)
-    ranked = {site: sites.largest(site, count // config.tile) for site, count in sites.channels.items()}
-    return sites.filled(measure(problem, config, sites), ranked, f"shares by measured KL in {config.high.name}")
+    sites = TileProblem(problem, config)
+    ranked = {site: sites.top_channels(site, count // config.tile) for site, count in sites.channels.items()}
+    return sites.fill_by_knapsack(
+        measure(problem, config, sites), ranked, f"shares by measured KL in {config.high.name}"
+    )
 
 
-def measure(problem: Problem, config: Config, sites: Sites) -> dict[str, dict[int, float]]:
+def measure(problem: Problem, config: Config, sites: TileProblem) -> dict[str, dict[int, float]]:
     """For each site, by its number of high tiles, the change of KL in nats a token."""
     assert problem.masked is not None
-    masked, base = problem.masked(config), sites.fitting
+    masked, base = problem.masked(config), sites.uniform_within_budget
     journal = Journal(problem.journal, problem.key)
     known: dict[tuple[str, int], float] = {(one["site"], one["tiles"]): one["kl"] for one in journal.read()}
 
     def kl(site: str, tiles: int) -> float:
         if (site, tiles) not in known:
             counts = {**base, **({site: tiles} if site else {})}
-            masks = as_masks({one: sites.largest(one, n) for one, n in counts.items()}, sites)
+            masks = as_masks({one: sites.top_channels(one, n) for one, n in counts.items()}, sites)
             known[site, tiles] = masked.damage(masks, config.rows).kl
             journal.append({"site": site, "tiles": tiles, "kl": known[site, tiles]})
         return known[site, tiles]
@@ -77,6 +89,6 @@ def measure(problem: Problem, config: Config, sites: Sites) -> dict[str, dict[in
     return found
 
 
-def _menu(site: str, config: Config, sites: Sites, base: Mapping[str, int]) -> list[int]:
+def _menu(site: str, config: Config, sites: TileProblem, base: Mapping[str, int]) -> list[int]:
     most, around = sites.channels[site] // config.tile, max(base[site], 1)
     return sorted({base[site], around, *(min(most, round(factor * around)) for factor in config.factors)})

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from trimbit.errors import RecipeError
 from trimbit.measure.choices import sites_of
-from trimbit.schema.base import Data
+from trimbit.schema.base import Schema
 from trimbit.schema.plan import Plan
 from trimbit.schema.precision import BF16, Binary, Int, Precision, Run
 from trimbit.search.problem import Problem
@@ -21,7 +21,7 @@ READS = "moments"
 GROUP: Literal[128] = 128  # code (Aaronhuang-778/SliM-LLM): channels
 
 
-class Config(Data):
+class Config(Schema):
     """The mean number of bits."""
 
     bits: int = Field(default=2, ge=2, le=7)
@@ -72,7 +72,7 @@ def search(problem: Problem, config: Config) -> Plan:
             progress(at + 1, len(names))
     plan = base.model_copy(update={"weights": weights})
     method = f"SliM at {config.bits} bits: {moved} of {groups} groups have a bit more, and as many one less"
-    return plan.telling(nbytes=layout.file_nbytes(plan), method=method)
+    return plan.with_provenance(nbytes=layout.file_nbytes(plan), method=method)
 
 
 def _uniform(problem: Problem, config: Config) -> Plan:

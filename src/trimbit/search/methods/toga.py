@@ -22,10 +22,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trimbit.jobs.state import load_state, read_told, require_finite, save_state
+from trimbit.jobs.state import load_state, read_metadata, require_finite, save_state
 from trimbit.schema.plan import Plan
 from trimbit.search.problem import Problem
-from trimbit.search.two_formats.tiles import Sites, as_masks, require_feasible
+from trimbit.search.two_formats.tiles import TileProblem, as_masks, require_feasible
 from trimbit.search.two_formats.training import Config, Training
 
 PAPER = "TOGA-q, arXiv:2606.07819; masks as in DISP-LLM, arXiv:2410.11988"
@@ -34,7 +34,7 @@ READS = "moments"
 ADVICE = "With a lower search.learning_rate they are learnt anew"
 
 
-def identity(config: Config) -> dict[str, Any]:
+def result_fields(config: Config) -> dict[str, Any]:
     """What of the configuration decides the masks; on a GPU, `replayed` does, too."""
     return config.model_dump(mode="json", exclude={"save_every", "checkpointing", "dense"})
 
@@ -48,30 +48,30 @@ def search(problem: Problem, config: Config) -> Plan:
         ArtifactError: if the stored state is that of another search.
     """
     require_feasible(problem, config)
-    sites = Sites(problem, config)
+    sites = TileProblem(problem, config)
     logits = learn(problem, config, sites)
-    plan = sites.topped(logits, f"learnt channels in {config.high.name}")
+    plan = sites.fill_by_logits(logits, f"learnt channels in {config.high.name}")
     assert problem.masked is not None
     found = problem.masked(config).damage(as_masks(sites.high(plan), sites))
     notes = (
         f"masks: {config.steps} steps of {config.batch} x {config.length} tokens; "
         f"held out, as the search sees them: KL {found.kl:.4f}, loss {found.nll:.4f} nats",
     )
-    return plan.telling(notes=(*notes, *plan.found_by.notes))
+    return plan.with_provenance(notes=(*notes, *plan.found_by.notes))
 
 
 def curve(problem: Problem, config: Config) -> list[dict[str, float]]:
     """Of every step that was made: loss in nats a token, nominal bits of the sample, temperature."""
-    return list(json.loads(read_told(_state(problem))["curve"]))
+    return list(json.loads(read_metadata(_state(problem))["curve"]))
 
 
-def learn(problem: Problem, config: Config, sites: Sites) -> dict[str, Float[Tensor, " channels"]]:
+def learn(problem: Problem, config: Config, sites: TileProblem) -> dict[str, Float[Tensor, " channels"]]:
     """The logits of every site's channels; a run that was broken off goes on from its stored state."""
     training = Training(problem, config, sites)
     parameters = dict(training.network.named_parameters())
     optimizer = _optimizer(parameters.values(), config)
-    told = load_state(_state(problem), parameters, optimizer, "search", problem.key)
-    log: list[dict[str, float]] = json.loads(told["curve"]) if told else []
+    metadata = load_state(_state(problem), parameters, optimizer, "search", problem.key)
+    log: list[dict[str, float]] = json.loads(metadata["curve"]) if metadata else []
     kept = len(log)
     with problem.reporter.stage("masks") as progress:
         for step in range(len(log), config.steps):
@@ -85,10 +85,10 @@ def learn(problem: Problem, config: Config, sites: Sites) -> dict[str, Float[Ten
             optimizer.step()
             optimizer.zero_grad()
             require_finite("the masks", step + 1, kept, ADVICE, parameter=parameters.values())
-            log.append({"loss": loss, "bits": sites.bits(int(codes)), "temperature": config.heat})
+            log.append({"loss": loss, "bits": sites.bits(int(codes)), "temperature": config.resolved_temperature})
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-                told = {"belongs": problem.key, "curve": json.dumps(log)}
-                save_state(_state(problem), parameters, optimizer, told)
+                metadata = {"belongs": problem.key, "curve": json.dumps(log)}
+                save_state(_state(problem), parameters, optimizer, metadata)
                 kept = step + 1
             progress(step + 1, config.steps)
     with torch.no_grad():
@@ -98,7 +98,7 @@ def learn(problem: Problem, config: Config, sites: Sites) -> dict[str, Float[Ten
 def _optimizer(parameters: Iterable[Tensor], config: Config) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=config.learning_rate)
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.decay)
+    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.resolved_weight_decay)
 
 
 def _normalize(parameters: Iterable[Tensor]) -> None:

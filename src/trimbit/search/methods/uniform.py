@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from trimbit.schema.base import Data
+from trimbit.schema.base import Schema
 from trimbit.schema.plan import Plan
 from trimbit.schema.precision import Int, Precision
 from trimbit.search.problem import Problem
@@ -12,7 +12,7 @@ NEEDS: tuple[str, ...] = ()
 MENU = tuple(Int(bits=bits, group=group, symmetric=False) for bits in range(2, 9) for group in (32, 64, 128, None))
 
 
-class Config(Data):
+class Config(Schema):
     """What is tried."""
 
     formats: tuple[Precision, ...] = Field(default=MENU, min_length=1)
@@ -35,9 +35,9 @@ def search(problem: Problem, config: Config) -> Plan:
         BudgetError: if none fits; names the smallest feasible budget.
     """
     require_feasible(problem, config)
-    fitting = [plan for plan in _by_size(problem, config) if plan.found_by.nbytes <= problem.limit]
-    best, notes = problem.quick_best(fitting[-config.tries :][::-1])
-    return best.telling(notes=notes)
+    uniform_within_budget = [plan for plan in _by_size(problem, config) if plan.found_by.nbytes <= problem.limit]
+    best, notes = problem.quick_best(uniform_within_budget[-config.tries :][::-1])
+    return best.with_provenance(notes=notes)
 
 
 def _by_size(problem: Problem, config: Config) -> list[Plan]:

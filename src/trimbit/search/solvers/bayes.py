@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trimbit.errors import NumericsError
 from trimbit.jobs.progress import Progress
-from trimbit.schema.base import Data
+from trimbit.schema.base import Schema
 from trimbit.search.solvers.box import Box, Point, feasible_points, neighbours
 from trimbit.search.solvers.gaussian_process import _acquisition, _botorch, _improvement, _surrogate
 
@@ -26,7 +26,7 @@ Ask = Callable[[Mapping[Point, float], torch.Generator], list[Point]]
 CHUNK = 512  # points whose acquisition is computed at once
 
 
-class Config(Data):
+class Config(Schema):
     """How many points are tried, and how hard each is looked for."""
 
     trials: int = Field(default=40, ge=1)  # ours: all points that are evaluated, the initial ones included

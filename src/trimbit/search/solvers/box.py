@@ -51,17 +51,17 @@ class Box:
 
 def _settle(box: Box, point: Point, generator: torch.Generator, fixed: int | None = None) -> Point:
     """Lower random variables until the point fits, then raise random ones until nothing more does; all but `fixed`."""
-    levels, left = list(point), box.limit - box.nbytes(point)
+    variables, left = list(point), box.limit - box.nbytes(point)
     for step in (-1, 1) if left < 0 else (1,):
-        room = [level if step < 0 else len(c) - 1 - level for c, level in zip(box.costs, levels, strict=True)]
+        room = [level if step < 0 else len(c) - 1 - level for c, level in zip(box.costs, variables, strict=True)]
         moves = [i for i, count in enumerate(room) for _ in range(count) if i != fixed]
         for at in torch.randperm(len(moves), generator=generator).tolist():
             i = moves[at]
-            more = box.costs[i][levels[i] + step] - box.costs[i][levels[i]]
+            more = box.costs[i][variables[i] + step] - box.costs[i][variables[i]]
             if more <= left if step > 0 else left < 0:
-                levels[i] += step
+                variables[i] += step
                 left -= more
-    return tuple(levels)
+    return tuple(variables)
 
 
 def _steps(box: Box, point: Point) -> list[tuple[int, Point]]:

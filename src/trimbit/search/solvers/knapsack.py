@@ -9,10 +9,10 @@ from pydantic import Field
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from trimbit.schema.base import Data
+from trimbit.schema.base import Schema
 
 
-class Config(Data):
+class Config(Schema):
     """When the solver may stop."""
 
     gap: float = Field(default=1e-4, ge=0)  # relative optimality gap

@@ -5,13 +5,13 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from trimbit.schema.activations import ActInt
-from trimbit.schema.base import Data
+from trimbit.schema.base import Schema
 from trimbit.schema.precision import BF16, Int, Precision
 
-Versions = Literal["nearest", "quant", "expected"]
+ErrorModels = Literal["rtn", "quantizer", "expected"]
 
 
-class Mixed(Data):
+class TwoFormats(Schema):
     """The two formats of weights and of inputs, and how many channels are high."""
 
     low: Precision = Int(bits=4, group=128, symmetric=True)  # code (efeslab/Atom)
@@ -22,28 +22,28 @@ class Mixed(Data):
     share: float = Field(default=0.125, ge=0, le=1)
     tile: int = Field(default=32, ge=1)  # ours: high channels of a site are a multiple of this
     sort: bool = True  # by diag H within low and high; false: channels keep their order there
-    table: Precision = BF16  # of the embedding and the head
+    embedding: Precision = BF16  # of the embedding and the head
 
 
-class Masking(Mixed):
-    """Which model the masks are tried in, and on what; its embedding and head are dense, whatever `table` is.
+class MaskedSearch(TwoFormats):
+    """Which model the masks are tried in, and on what; its embedding and head are dense, whatever `embedding` is.
 
-    `versions` is what a format does to a weight meanwhile: it rounds it to nearest; as the quantiser does; or not at
+    `error_model` is what a format does to a weight meanwhile: it rounds it to nearest; as the quantiser does; or not at
     all, but adds noise to the output, as large as the error that GPTQ is expected to leave (ours).
     """
 
     share: float = Field(default=0.125, gt=0, le=1)
-    versions: Versions = "nearest"
+    error_model: ErrorModels = "rtn"
     length: int = Field(default=2048, ge=16)  # code (DISP-LLM): tokens of a row
     residual_rank: int | None = Field(default=None, ge=0)  # of what later columns predict; None: ours, 16
     dense: bool = False  # keep what is rounded ready to multiply by, twice bf16 or fp32: faster, else the same
 
     @model_validator(mode="after")
-    def _check_dense(self) -> "Masking":
-        if self.dense and self.versions == "expected":
-            raise ValueError("dense is of what is rounded, and versions=expected rounds no weight")
-        if self.residual_rank is not None and self.versions != "expected":
-            raise ValueError("residual_rank is of errors as expected: it goes with versions=expected alone")
+    def _check_dense(self) -> "MaskedSearch":
+        if self.dense and self.error_model == "expected":
+            raise ValueError("dense is of what is rounded, and error_model=expected rounds no weight")
+        if self.residual_rank is not None and self.error_model != "expected":
+            raise ValueError("residual_rank is of errors as expected: it goes with error_model=expected alone")
         return self
 
     @property
@@ -55,12 +55,12 @@ class Masking(Mixed):
         """How many rows of the training text, of so many, are compared with the original."""
         raise NotImplementedError
 
-    def replayed(self, device: str) -> bool:
+    def cuda_graphs(self, device: str) -> bool:
         """Whether gradients are taken by CUDA graphs, whose noise is another than without."""
         return False
 
 
-class Learning(Masking):
+class MaskTraining(MaskedSearch):
     """How masks are learnt from the training text."""
 
     steps: int = Field(default=2000, ge=1)  # paper
@@ -68,12 +68,12 @@ class Learning(Masking):
     loss: Literal["lm", "kl"] = "lm"  # paper: of the next token; ours: KL(original || model)
     checkpointing: bool = True  # keep each block's input alone, and run the block again for its gradients
 
-    def replayed(self, device: str) -> bool:
+    def cuda_graphs(self, device: str) -> bool:
         """On a GPU, where blocks do the same operations for every row and mask (`masked/replayed.py`).
 
         Where inputs are rounded, what is done depends on the masks; what is packed is unpacked by tables of the CPU's.
         """
-        same = self.low_acts is None and self.high_acts is None and (self.versions == "expected" or self.dense)
+        same = self.low_acts is None and self.high_acts is None and (self.error_model == "expected" or self.dense)
         return device == "cuda" and same and not self.checkpointing
 
     def compared(self, rows: int) -> int:

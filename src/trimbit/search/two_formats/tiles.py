@@ -19,13 +19,13 @@ from trimbit.schema.plan import Plan
 from trimbit.schema.precision import Run, row_nbytes
 from trimbit.search.problem import Problem
 from trimbit.search.solvers import knapsack
-from trimbit.search.two_formats.config import Mixed
+from trimbit.search.two_formats.config import TwoFormats
 
 High = Mapping[str, Sequence[int]]  # site -> its high channels
 
 
 @dataclass(frozen=True)
-class Sites:
+class TileProblem:
     """The sites of a problem and what their high channels cost.
 
     Raises:
@@ -34,7 +34,7 @@ class Sites:
     """
 
     problem: Problem
-    mixed: Mixed
+    mixed: TwoFormats
 
     def __post_init__(self) -> None:
         low, high = self.mixed.low, self.mixed.high
@@ -62,11 +62,11 @@ class Sites:
         return {site: sum(weight.rows for weight in self.problem.layout.readers(site)) for site in self.channels}
 
     @cached_property
-    def energies(self) -> Mapping[str, Sequence[float]]:
+    def second_moments(self) -> Mapping[str, Sequence[float]]:
         """Diag H of each site's inputs; for sizes alone, falling numbers, so that orders are stored."""
         if self.problem.channels is None:
             return {site: [-float(at) for at in range(count)] for site, count in self.channels.items()}
-        return self.problem.channels.energies()
+        return self.problem.channels.second_moments()
 
     def bits(self, codes: int) -> float:
         """Mean nominal bits of a code, so many of them in high channels."""
@@ -82,7 +82,7 @@ class Sites:
         """Codes in all channels."""
         return sum(self.rows[site] * count for site, count in self.channels.items())
 
-    def spread(self, share: float) -> dict[str, int]:
+    def uniform_tiles(self, share: float) -> dict[str, int]:
         """Tiles of each site for the same share of channels everywhere, as near as whole tiles come.
 
         The next tile goes to the site with the smallest share of high channels so far, as long as it is within the
@@ -105,17 +105,17 @@ class Sites:
                     heappush(queue, (held / self.channels[site], turn, site))
         return tiles
 
-    def largest(self, site: str, tiles: int) -> tuple[int, ...]:
+    def top_channels(self, site: str, tiles: int) -> tuple[int, ...]:
         """The channels of largest diag H of a site, as many tiles."""
-        energies = self.energies[site]
-        ranked = sorted(range(len(energies)), key=lambda channel: (-energies[channel], channel))
+        second_moments = self.second_moments[site]
+        ranked = sorted(range(len(second_moments)), key=lambda channel: (-second_moments[channel], channel))
         return tuple(ranked[: tiles * self.mixed.tile])
 
     def plan(self, high: High, method: str, notes: tuple[str, ...] = ()) -> Plan:
         """The plan whose `high` channels are high."""
         problem, mixed = self.problem, self.mixed
         formats = {
-            site: mixed.table if unit.block is None else mixed.low
+            site: mixed.embedding if unit.block is None else mixed.low
             for unit in problem.layout.units.values()
             for site in sites_of(problem.layout, unit)
         }
@@ -131,7 +131,7 @@ class Sites:
             if any(rounding[run.precision] for run in runs):
                 acts[site] = tuple(ActRun(count=run.count, precision=rounding[run.precision]) for run in runs)
         plan = base.model_copy(update={"weights": weights, "orders": orders, "acts": acts})
-        return plan.telling(nbytes=problem.layout.file_nbytes(plan), notes=notes)
+        return plan.with_provenance(nbytes=problem.layout.file_nbytes(plan), notes=notes)
 
     def _runs(self, site: str, high: int) -> tuple[Run, ...]:
         counts = ((self.channels[site] - high, self.mixed.low), (high, self.mixed.high))
@@ -140,11 +140,11 @@ class Sites:
     def _order(self, site: str, high: Sequence[int]) -> tuple[int, ...]:
         chosen = set(high)
         channels = range(self.channels[site])
-        key = self.energies[site].__getitem__ if self.mixed.sort else int
+        key = self.second_moments[site].__getitem__ if self.mixed.sort else int
         low, rest = ([c for c in channels if (c in chosen) is kind] for kind in (False, True))
         return (*sorted(low, key=key), *sorted(rest, key=key))
 
-    def sized(self, tiles: Mapping[str, int]) -> int:
+    def plan_nbytes(self, tiles: Mapping[str, int]) -> int:
         """Bytes of the files of a plan with so many tiles."""
         return self.plan({site: range(count * self.mixed.tile) for site, count in tiles.items()}, "").found_by.nbytes
 
@@ -159,10 +159,10 @@ class Sites:
     @cached_property
     def limit(self) -> int:
         """What is left of the budget for the sites; the headers of other tiles may differ by some bytes."""
-        tiles = self.fitting
-        return self.problem.limit - self.sized(tiles) + sum(self.site_nbytes(*each) for each in tiles.items())
+        tiles = self.uniform_within_budget
+        return self.problem.limit - self.plan_nbytes(tiles) + sum(self.site_nbytes(*each) for each in tiles.items())
 
-    def filled(self, losses: Mapping[str, Mapping[int, float]], ranked: High, what: str) -> Plan:
+    def fill_by_knapsack(self, losses: Mapping[str, Mapping[int, float]], ranked: High, what: str) -> Plan:
         """The plan of least summed loss within the budget, a multiple-choice knapsack.
 
         `losses` are by site and number of high tiles, of which the first channels in `ranked` are.
@@ -183,7 +183,7 @@ class Sites:
 
         return self._within(pick, ranked, what)
 
-    def topped(self, logits: Mapping[str, Tensor], what: str) -> Plan:
+    def fill_by_logits(self, logits: Mapping[str, Tensor], what: str) -> Plan:
         """The plan of the highest logits within the budget: one threshold for all sites, but for whole tiles.
 
         A site's channels are cut into tiles by falling logit. The tile of highest mean, whatever its site, is next, as
@@ -217,7 +217,10 @@ class Sites:
         while True:
             tiles, notes = pick(limit), tuple[str, ...]()
             if tiles is None:
-                tiles, notes = self.fitting, ("the same share of every site: the budget leaves no choice",)
+                tiles, notes = (
+                    self.uniform_within_budget,
+                    ("the same share of every site: the budget leaves no choice",),
+                )
             high = {site: ranked[site][: count * self.mixed.tile] for site, count in tiles.items()}
             plan = self.plan(high, f"{self.bits(self.codes(tiles)):.3f} bits a code, {what}", notes)
             over = plan.found_by.nbytes - self.problem.limit
@@ -241,7 +244,7 @@ class Sites:
         Raises:
             BudgetError: naming the range.
         """
-        least, most = self.sized(self.spread(0.0)), self.sized(self.spread(1.0))
+        least, most = self.plan_nbytes(self.uniform_tiles(0.0)), self.plan_nbytes(self.uniform_tiles(1.0))
         below, above = self.problem.limit < least, self.problem.limit > most and self.mixed.share > 0
         if below or above:
             advice = f"smallest feasible budget is {least:,} bytes (--budget {least}B)"
@@ -253,38 +256,40 @@ class Sites:
             )
 
     @cached_property
-    def fitting(self) -> dict[str, int]:
+    def uniform_within_budget(self) -> dict[str, int]:
         """Tiles for the largest same share everywhere whose plan is within the budget."""
         low, high = 0.0, 1.0
         if not self.mixed.share:
-            return self.spread(low)
-        if self.sized(self.spread(high)) <= self.problem.limit:
-            return self.spread(high)
-        if self.sized(self.spread(self.mixed.share)) <= self.problem.limit:
+            return self.uniform_tiles(low)
+        if self.plan_nbytes(self.uniform_tiles(high)) <= self.problem.limit:
+            return self.uniform_tiles(high)
+        if self.plan_nbytes(self.uniform_tiles(self.mixed.share)) <= self.problem.limit:
             low = self.mixed.share
         for _ in range(20):  # far below a tile
             middle = (low + high) / 2
-            low, high = (middle, high) if self.sized(self.spread(middle)) <= self.problem.limit else (low, middle)
-        return self.spread(low)
+            low, high = (
+                (middle, high) if self.plan_nbytes(self.uniform_tiles(middle)) <= self.problem.limit else (low, middle)
+            )
+        return self.uniform_tiles(low)
 
 
-def default_limit(problem: Problem, config: Mixed) -> int:
+def default_limit(problem: Problem, config: TwoFormats) -> int:
     """Bytes with the configured share of every site's channels high."""
-    sites = Sites(problem, config)
-    return sites.sized(sites.spread(config.share))
+    sites = TileProblem(problem, config)
+    return sites.plan_nbytes(sites.uniform_tiles(config.share))
 
 
-def require_feasible(problem: Problem, config: Mixed) -> None:
+def require_feasible(problem: Problem, config: TwoFormats) -> None:
     """Refuse a budget outside what the formats reach.
 
     Raises:
         BudgetError: naming the range.
         RecipeError: if the formats or the tile do not fit the model.
     """
-    Sites(problem, config).require_feasible()
+    TileProblem(problem, config).require_feasible()
 
 
-def as_masks(high: High, sites: Sites) -> dict[str, Tensor]:
+def as_masks(high: High, sites: TileProblem) -> dict[str, Tensor]:
     """Ones where a site's channel is high."""
     masks = {site: torch.zeros(count) for site, count in sites.channels.items()}
     for site, channels in high.items():

@@ -9,13 +9,13 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from trimbit.search.problem import Problem
-from trimbit.search.two_formats.config import Learning
+from trimbit.search.two_formats.config import MaskTraining
 from trimbit.search.two_formats.estimators import Estimator, sample
 from trimbit.search.two_formats.hypernetwork import Hypernetwork, Logits
-from trimbit.search.two_formats.tiles import Sites
+from trimbit.search.two_formats.tiles import TileProblem
 
 
-class Config(Learning):
+class Config(MaskTraining):
     """The formats, and how masks are learnt."""
 
     network: Literal["hypernetwork", "logits"] = "hypernetwork"  # paper; logits: a parameter for each channel
@@ -54,7 +54,7 @@ class Config(Learning):
         return self
 
     @property
-    def heat(self) -> float:
+    def resolved_temperature(self) -> float:
         """The temperature."""
         return self.temperature if self.temperature is not None else {"reinmax": 1.0, "gumbel": 0.4}[self.estimator]
 
@@ -64,7 +64,7 @@ class Config(Learning):
         return 6.0 if self.budget_weight is None else self.budget_weight
 
     @property
-    def decay(self) -> float:
+    def resolved_weight_decay(self) -> float:
         """AdamW's."""
         return 0.05 if self.weight_decay is None else self.weight_decay
 
@@ -72,10 +72,10 @@ class Config(Learning):
 class Training:
     """The masks' network, and the gradients of its steps."""
 
-    def __init__(self, problem: Problem, config: Config, sites: Sites) -> None:
+    def __init__(self, problem: Problem, config: Config, sites: TileProblem) -> None:
         assert problem.masked is not None
         self.masked, self.config, self.sites, self.seed = problem.masked(config), config, sites, problem.seed
-        self.target = sites.codes(sites.fitting)
+        self.target = sites.codes(sites.uniform_within_budget)
         network = (
             Hypernetwork(sites.channels, self.seed) if config.network == "hypernetwork" else Logits(sites.channels)
         )
@@ -102,7 +102,7 @@ class Training:
         if config.budget == "projection":
             logits = _projected(logits, sites, self.target)
         drawn = torch.cat([uniform[site] for site in logits])
-        z = sample(torch.cat(list(logits.values())), config.estimator, config.heat, drawn)
+        z = sample(torch.cat(list(logits.values())), config.estimator, config.resolved_temperature, drawn)
         masks = dict(zip(logits, z.split([len(own) for own in logits.values()]), strict=True))
         loss, gradients = self.masked.gradients({site: mask.detach() for site, mask in masks.items()}, step, generator)
         codes = torch.stack([sites.rows[site] * mask.sum() for site, mask in masks.items()]).sum()
@@ -125,17 +125,19 @@ def _shared(logits: Float[Tensor, " n"], tiles: Int[Tensor, " n"]) -> Float[Tens
     return means + (logits - logits.detach())
 
 
-def _start(config: Config, sites: Sites, target: int) -> dict[str, Float[Tensor, " channels"]]:
+def _start(config: Config, sites: TileProblem, target: int) -> dict[str, Float[Tensor, " channels"]]:
     """What is added to the network's logits: the prior, and an offset, by which as many codes are high."""
-    energies = {site: torch.tensor(own).clamp(min=1e-12).log() for site, own in sites.energies.items()}
-    prior = {site: config.prior * (own - own.mean()) / own.std().clamp(min=1e-6) for site, own in energies.items()}
+    second_moments = {site: torch.tensor(own).clamp(min=1e-12).log() for site, own in sites.second_moments.items()}
+    prior = {
+        site: config.prior * (own - own.mean()) / own.std().clamp(min=1e-6) for site, own in second_moments.items()
+    }
     if config.offset is not None:
         return {site: own + config.offset for site, own in prior.items()}
     return _projected(prior, sites, target)
 
 
 def _projected(
-    logits: dict[str, Float[Tensor, " channels"]], sites: Sites, target: int
+    logits: dict[str, Float[Tensor, " channels"]], sites: TileProblem, target: int
 ) -> dict[str, Float[Tensor, " channels"]]:
     """The logits, all moved by the number at which `target` codes are high in the mean, with its gradient."""
     flat = torch.cat(list(logits.values()))

@@ -14,7 +14,7 @@ from torch import Tensor
 from trimbit.calibrate.inverse import inverse_factor
 from trimbit.calibrate.moments import Moments
 from trimbit.kernels.qtensor import QTensor, concat_rows, pack_columns
-from trimbit.schema.base import Data
+from trimbit.schema.base import Schema
 from trimbit.schema.precision import Run
 from trimbit.transform.quant.grid import PLAIN, TABLE, ScaleSearch, fit_grid, nearest
 
@@ -23,7 +23,7 @@ NEEDS_MOMENTS = True
 CHUNK = 2_000_000  # elements swept at a time
 
 
-class Config(Data):
+class Config(Schema):
     """Constants of GPTQ."""
 
     scales: ScaleSearch = "mse"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trimbit.calibrate.moments import Moments
 from trimbit.kernels.qtensor import QTensor, concat_rows, pack_columns
-from trimbit.schema.base import Data
+from trimbit.schema.base import Schema
 from trimbit.schema.precision import Run
 from trimbit.transform.quant.grid import PLAIN, TABLE, ScaleSearch, fit_grid, nearest
 
@@ -17,7 +17,7 @@ NEEDS_MOMENTS = False
 CHUNK = 2_000_000  # elements rounded at a time: bounds memory
 
 
-class Config(Data):
+class Config(Schema):
     """How scales are chosen."""
 
     scales: ScaleSearch = "absmax"

@@ -20,16 +20,16 @@ from torch import Tensor
 from trimbit.calibrate.moments import Moments
 from trimbit.errors import NumericsError, RecipeError
 from trimbit.kernels.qtensor import QTensor
-from trimbit.schema.base import Data
+from trimbit.schema.base import Schema
 
 PAPER = "LoftQ (arXiv:2310.08659), QERA (arXiv:2410.06040); the form without a root of H is ours"
 Quantize = Callable[[Tensor], QTensor]  # of a matrix of the weight's shape
 
 
-class Config(Data):
+class Config(Schema):
     """How the pair starts."""
 
-    start: Literal["zeros", "loftq", "qera"] = "loftq"  # ours
+    init: Literal["zeros", "loftq", "qera"] = "loftq"  # ours
     rank: int = Field(default=8, ge=1)  # code (huggingface/peft)
     iterations: int = Field(default=1, ge=1)  # code (huggingface/peft): LoftQ's T; code (yxli2123/LoftQ) shows 5
 
@@ -50,15 +50,15 @@ def correct(
     w: Float[Tensor, "rows cols"], quantize: Quantize, moments: Moments | None, config: Config,
     generator: torch.Generator,
 ) -> tuple[QTensor, LowRank]:  # fmt: skip
-    """Quantise w and give it the pair that `config.start` names; only QERA needs moments, only zeros draw numbers.
+    """Quantise w and give it the pair that `config.init` names; only QERA needs moments, only zeros draw numbers.
 
     Raises:
         RecipeError: if the rank is larger than the weight's smaller side.
         NumericsError: if the weight or H is not finite.
     """
-    if config.start == "loftq":
+    if config.init == "loftq":
         return loftq(w, quantize, config)
-    if config.start == "zeros":
+    if config.init == "zeros":
         start = zeros(w, config.rank, generator)
         return quantize(w), start
     assert moments is not None, "QERA needs moments"

@@ -13,14 +13,14 @@ from pydantic import Field
 from torch import Tensor
 
 from trimbit.calibrate.moments import Moments
-from trimbit.schema.base import Data
+from trimbit.schema.base import Schema
 
 PAPER = (
     "OSSCAR (arXiv:2403.12983) for the refit; FLAP (arXiv:2312.11983) for the bias; the centred, shrunken form is ours"
 )
 
 
-class Config(Data):
+class Config(Schema):
     """How a weight that gains a bias is refitted; the plan's `biases` say which ones."""
 
     ridges: tuple[float, ...] = (

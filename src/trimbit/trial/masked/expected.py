@@ -30,7 +30,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from trimbit.trial.masked.cuda_graphs import noise
-from trimbit.trial.masked.inputs import Inputs, MaskedLinear, Read
+from trimbit.trial.masked.inputs import Inputs, MaskedLinear, SiteInput
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +59,7 @@ def along(errors: Float[Tensor, "rows cols"], w: Float[Tensor, "rows cols"]) -> 
     return (errors * w).sum(0) / w.square().sum(0).clamp(min=torch.finfo(w.dtype).tiny)
 
 
-class Noise(nn.Module):
+class ErrorModel(nn.Module):
     """The errors of a format, in the original order of columns: what is along the weight, and squares of the rest."""
 
     along: Tensor
@@ -87,7 +87,7 @@ class _NoisyProduct(torch.autograd.Function):
     """Gradients pass to the input straight through its rounding, and through residuals and variance."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, _mask: Tensor, read: Read, layer: "ExpectedLinear") -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, x: Tensor, _mask: Tensor, read: SiteInput, layer: "ExpectedLinear") -> Tensor:  # noqa: ANN401
         r, chosen = read.residuals, layer.inputs.chosen
         assert r is not None
         squared = r.square()
@@ -122,7 +122,7 @@ class ExpectedLinear(MaskedLinear):
     weight: Tensor
 
     def __init__(
-        self, weight: Float[Tensor, "rows cols"], low: Noise, high: Noise, inputs: Inputs, bias: Tensor | None
+        self, weight: Float[Tensor, "rows cols"], low: ErrorModel, high: ErrorModel, inputs: Inputs, bias: Tensor | None
     ) -> None:
         super().__init__(inputs, bias)
         self.register_buffer("weight", weight.to(inputs.compute))

@@ -12,7 +12,7 @@ from trimbit.schema.activations import ActInt
 from trimbit.trial.masked.residuals import Residuals
 
 
-class Read(NamedTuple):
+class SiteInput(NamedTuple):
     """What the weights of a site read, [*batch, cols] each; all three are the input itself where nothing is rounded."""
 
     low: Tensor
@@ -44,7 +44,7 @@ class Inputs(nn.Module):
         self.register_buffer("back", order.argsort())
         self.mask: Tensor | None = None  # [cols], in the original order
         self.readers = self.left = 0
-        self.last: tuple[Tensor, Read] | None = None
+        self.last: tuple[Tensor, SiteInput] | None = None
 
     @property
     def chosen(self) -> Bool[Tensor, " cols"]:
@@ -52,7 +52,7 @@ class Inputs(nn.Module):
         assert self.mask is not None, "the masks were not set"
         return self.mask.detach() > 0.5
 
-    def forward(self, x: Float[Tensor, "*batch cols"]) -> Read:
+    def forward(self, x: Float[Tensor, "*batch cols"]) -> SiteInput:
         """What is read of x."""
         if self.last is None or self.last[0] is not x:
             self.last, self.left = (x, self._read(x.detach().to(self.compute))), self.readers
@@ -62,11 +62,11 @@ class Inputs(nn.Module):
             self.last = None
         return found
 
-    def _read(self, x: Tensor) -> Read:
+    def _read(self, x: Tensor) -> SiteInput:
         chosen = self.chosen
         low, high = (self._rounded(x, acts, own) for acts, own in zip(self.acts, (~chosen, chosen), strict=True))
         mixed = low if low is high else torch.where(chosen, high, low)
-        return Read(low, high, mixed, None if self.residuals is None else self.residuals(mixed))
+        return SiteInput(low, high, mixed, None if self.residuals is None else self.residuals(mixed))
 
     def _rounded(self, x: Tensor, acts: ActInt | None, counted: Tensor) -> Tensor:
         if acts is None:

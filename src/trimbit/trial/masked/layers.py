@@ -11,11 +11,11 @@ from trimbit.errors import NumericsError
 from trimbit.kernels.acts import take_channels
 from trimbit.model.layout import Weight
 from trimbit.schema.precision import BFloat16, Precision
-from trimbit.search.two_formats.config import Masking
+from trimbit.search.two_formats.config import MaskedSearch
 from trimbit.transform.quant import gptq
 from trimbit.transform.weight import Compressed
 from trimbit.trial.candidates import CandidateWeights
-from trimbit.trial.masked.expected import ExpectedLinear, Noise
+from trimbit.trial.masked.expected import ErrorModel, ExpectedLinear
 from trimbit.trial.masked.inputs import Inputs, MaskedLinear
 from trimbit.trial.masked.residuals import Residuals
 from trimbit.trial.masked.rounded import RoundedLinear
@@ -25,7 +25,7 @@ class Layers:
     """Makes layers; the candidates' columns are in `orders`, by site."""
 
     def __init__(
-        self, candidates: CandidateWeights, config: Masking, orders: Mapping[str, Int[Tensor, " cols"]],
+        self, candidates: CandidateWeights, config: MaskedSearch, orders: Mapping[str, Int[Tensor, " cols"]],
         sweep: gptq.Config,
     ) -> None:  # fmt: skip
         self.candidates = candidates
@@ -39,20 +39,20 @@ class Layers:
         Raises:
             NumericsError: if errors are to be as expected, and the damped H of the inputs is not positive definite.
         """
-        residuals = self._residuals(weight, compute) if self.config.versions == "expected" else None
+        residuals = self._residuals(weight, compute) if self.config.error_model == "expected" else None
         return Inputs((self.config.low_acts, self.config.high_acts), self.orders[weight.site], compute, residuals)
 
     def linear(self, weight: Weight, inputs: Inputs, bias: Tensor | None) -> MaskedLinear:
         """The layer of a weight."""
         low, high = (self.candidates.compressed(weight, each) for each in (self.config.low, self.config.high))
-        if self.config.versions != "expected":
+        if self.config.error_model != "expected":
             return RoundedLinear(low.packed, high.packed, inputs, bias, dense=self.config.dense)
         dense = self.candidates.checkpoint.tensor(f"{weight.name}.weight")
         ordered = take_channels(dense.float(), self.orders[weight.site])
 
-        def noise(made: Compressed, precision: Precision) -> Noise:
+        def noise(made: Compressed, precision: Precision) -> ErrorModel:
             group = None if isinstance(precision, BFloat16) else precision.group
-            return Noise(ordered - made.dense(torch.float32), ordered, group, inputs)
+            return ErrorModel(ordered - made.dense(torch.float32), ordered, group, inputs)
 
         own = noise(low, self.config.low), noise(high, self.config.high)
         return ExpectedLinear(dense, *own, inputs, bias)

@@ -10,15 +10,23 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trimbit.calibrate.teacher import Original
+from trimbit.calibrate.teacher import Teacher
 from trimbit.errors import NumericsError
 from trimbit.jobs.progress import Progress
 from trimbit.model.checkpoint.open import materialize
 from trimbit.model.forward.absent import set_module
 from trimbit.model.forward.compute import fastest_device, native, products_in
-from trimbit.model.forward.logits import Head, Judged, Logits, following, judge, logit_slices, loss_gradient
+from trimbit.model.forward.logits import (
+    Divergence,
+    Head,
+    Logits,
+    compare_logits,
+    following,
+    logit_slices,
+    loss_gradient,
+)
 from trimbit.model.forward.stream import BlockStream, block_arguments, build_skeleton, run_block
-from trimbit.search.two_formats.config import Learning, Masking
+from trimbit.search.two_formats.config import MaskedSearch, MaskTraining
 from trimbit.trial.masked.cuda_graphs import Block, recorded, replay
 from trimbit.trial.masked.layers import Layers
 
@@ -45,15 +53,15 @@ class MaskedModel:
 
     def __init__(
         self, stream: BlockStream, layers: Layers, rows: Int[Tensor, "rows length"],
-        held_out: Int[Tensor, "held held_length"], original: Original, config: Masking, progress: Progress,
+        held_out: Int[Tensor, "held held_length"], original: Teacher, config: MaskedSearch, progress: Progress,
     ) -> None:  # fmt: skip
         self.rows = rows
         self.held_out = held_out
         self.original = original
         self.device = fastest_device()
         self.distil, self.batch, self.checkpointing = False, 1, False
-        self.replayed = config.replayed(self.device.type)
-        if isinstance(config, Learning):
+        self.cuda_graphs = config.cuda_graphs(self.device.type)
+        if isinstance(config, MaskTraining):
             self.distil, self.batch, self.checkpointing = config.loss == "kl", config.batch, config.checkpointing
         self.compute = native(stream.compute, self.device.type)
         self.layers: dict[str, list[MaskedLinear]] = {}  # by site
@@ -110,14 +118,14 @@ class MaskedModel:
             self._draw(generator)
             with products_in(self.compute, self.device.type):
                 replay = partial(self._replay, masks=leaves, generator=generator)
-                hidden = self._final(row, replay if self.replayed else self._run)[:-1]
+                hidden = self._final(row, replay if self.cuda_graphs else self._run)[:-1]
                 taught = self._taught(row, slice(-1)) if self.distil else None
                 labels = row[1:].to(self.device)
                 total += loss_gradient(self.head, self.model.config, hidden, labels, taught, count)
         return total, {site: leaf.grad.to(masks[site]) for site, leaf in leaves.items() if leaf.grad is not None}
 
     @torch.no_grad()
-    def damage(self, masks: Mapping[str, Tensor], rows: int | None = None) -> Judged:
+    def damage(self, masks: Mapping[str, Tensor], rows: int | None = None) -> Divergence:
         """KL to the original, and the loss, on the first rows that are learnt from; None: on the held-out ones.
 
         The first masks that are tried on some rows are the background of those that follow, which are run from the
@@ -129,12 +137,12 @@ class MaskedModel:
         own = {site: mask.to(self.device) for site, mask in masks.items()}
         with products_in(self.compute, self.device.type):
             found = self._held_out(own) if rows is None else self._around(self._background(own, rows), own)
-        judged = Judged(*(sum(each) / len(found) for each in zip(*found, strict=True)))
-        if not all(map(math.isfinite, judged)):
-            raise NumericsError(f"the model under masks is not finite: KL {judged.kl}, loss {judged.nll}")
-        return judged
+        divergence = Divergence(*(sum(each) / len(found) for each in zip(*found, strict=True)))
+        if not all(map(math.isfinite, divergence)):
+            raise NumericsError(f"the model under masks is not finite: KL {divergence.kl}, loss {divergence.nll}")
+        return divergence
 
-    def _held_out(self, masks: Mapping[str, Tensor]) -> list[Judged]:
+    def _held_out(self, masks: Mapping[str, Tensor]) -> list[Divergence]:
         self._set(masks)
         found = []
         for at, row in enumerate(self.held_out):
@@ -142,7 +150,7 @@ class MaskedModel:
             found.append(self._judged(row, self._run(self._embedded(row)), self._log_ps(row)))
         return found
 
-    def _around(self, seen: Background, masks: Mapping[str, Tensor]) -> list[Judged]:
+    def _around(self, seen: Background, masks: Mapping[str, Tensor]) -> list[Divergence]:
         self._set(masks)
         others = (self.block_of[site] for site, mask in masks.items() if not torch.equal(mask, seen.masks[site]))
         start = min(others, default=len(self.blocks))
@@ -164,9 +172,9 @@ class MaskedModel:
             self.backgrounds[rows] = Background(masks, before, log_ps)
         return self.backgrounds[rows]
 
-    def _judged(self, row: Int[Tensor, " length"], hidden: Tensor, log_ps: Iterable[Tensor]) -> Judged:
+    def _judged(self, row: Int[Tensor, " length"], hidden: Tensor, log_ps: Iterable[Tensor]) -> Divergence:
         logits = logit_slices(self.head, self.model.config, self.norm(hidden)[0])
-        return judge(log_ps, logits, following(row[None]).to(self.device))
+        return compare_logits(log_ps, logits, following(row[None]).to(self.device))
 
     def _log_ps(self, row: Int[Tensor, " length"]) -> Iterator[Tensor]:
         return (torch.log_softmax(logits, -1) for _, logits in self._taught(row, slice(None)))

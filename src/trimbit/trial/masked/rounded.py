@@ -1,6 +1,6 @@
-"""Linear layers with two versions of their weight, each rounded to its format.
+"""Linear layers with two error_model of their weight, each rounded to its format.
 
-Both versions stay packed, and are dequantised where they are multiplied by, or are kept dense. A product is linear
+Both error_model stay packed, and are dequantised where they are multiplied by, or are kept dense. A product is linear
 in the mask, y = ((1 - m) x_low) W_low^T + (m x_high) W_high^T, where x_low and x_high are the inputs as each
 format rounds them; it is computed for masks of zeros and ones, and its gradient is that of this formula.
 """
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from trimbit.kernels.acts import take_channels
 from trimbit.kernels.qtensor import QTensor
 from trimbit.runtime.layers import Packed
-from trimbit.trial.masked.inputs import Inputs, MaskedLinear, Read
+from trimbit.trial.masked.inputs import Inputs, MaskedLinear, SiteInput
 
 
-class Version(nn.Module):
+class RoundedWeight(nn.Module):
     """One version of a weight, whose columns are stored in the site's order."""
 
     kept: Tensor | None
@@ -42,7 +42,7 @@ class _MixedProduct(torch.autograd.Function):
     """The product of the rounded inputs; gradients pass to the input straight through the rounding."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, _mask: Tensor, read: Read, layer: "RoundedLinear") -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, x: Tensor, _mask: Tensor, read: SiteInput, layer: "RoundedLinear") -> Tensor:  # noqa: ANN401
         chosen = layer.inputs.chosen
         ctx.layer, ctx.dtype, ctx.alike = layer, x.dtype, read.low is read.high
         ctx.save_for_backward(read.low, read.high, chosen)
@@ -64,10 +64,10 @@ class _MixedProduct(torch.autograd.Function):
 
 
 class RoundedLinear(MaskedLinear):
-    """y = W x + b with W mixed of two versions, their columns in the inputs' order, by the mask."""
+    """y = W x + b with W mixed of two error_model, their columns in the inputs' order, by the mask."""
 
     function = _MixedProduct
 
     def __init__(self, low: QTensor, high: QTensor, inputs: Inputs, bias: Tensor | None, *, dense: bool) -> None:
         super().__init__(inputs, bias)
-        self.low, self.high = (Version(own, inputs, dense) for own in (low, high))
+        self.low, self.high = (RoundedWeight(own, inputs, dense) for own in (low, high))
