@@ -254,11 +254,11 @@ class Plans(QPruner):
         windows = texts.evaluation_windows(
             self.folder / "wikitext-2" / "wiki.test.raw", load_tokenizer(self.off_grid(seed)), context=512, limit=16
         )
-        compare_logits = KLProbe(InMemoryModel(session.stream), windows, repeated=False)
+        probe = KLProbe(InMemoryModel(session.stream), windows, repeated=False)
 
         def kl(plan: Plan) -> float:
-            install(compare_logits.whole, session.layout, session.candidates, background_of(plan, session.layout))
-            return compare_logits.damage(None)
+            install(probe.whole, session.layout, session.candidates, background_of(plan, session.layout))
+            return probe.damage(None)
 
         return kl
 

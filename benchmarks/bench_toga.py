@@ -109,7 +109,7 @@ ABLATION = {  # at W4A4, each step adds to those before it
 }
 CACHES = {"exact": "null", "4 bits, a head": "{bits: 4}", "4 bits, group 32": "{bits: 4, group: 32}",
           "3 bits, a head": "{bits: 3}", "8 bits, a head": "{bits: 8}"}  # fmt: skip
-UNQUANTISED = "search={name: fixed, params: {blocks: bf16, table: bf16}}"
+UNQUANTISED = "search={name: preset, params: {blocks: bf16, embedding: bf16}}"
 OPTIONS = {  # at W1.6A16, in fewer steps: what of the masks' training differs from the recipe
     "as in the recipe": (),
     "loss of the next token": ("search.loss=lm",),

@@ -113,13 +113,13 @@ def test_recovery_is_part_of_an_outcome(job, tmp_path):
 
 def test_the_nll_of_the_dense_model(job, tmp_path):
     opened = session(job, tmp_path)
-    compare_logits = opened.judging.judges[1]
-    model, tokens = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32), compare_logits.tokens
+    probe = opened.judging.judges[1]
+    model, tokens = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32), probe.tokens
     with torch.no_grad():
         logits = model(tokens).logits[:, :-1]
     want = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-    assert compare_logits.judged().nll == pytest.approx(float(want), rel=1e-3)
-    assert compare_logits.judged().kl == pytest.approx(0, abs=1e-5)
+    assert probe.judged().nll == pytest.approx(float(want), rel=1e-3)
+    assert probe.judged().kl == pytest.approx(0, abs=1e-5)
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def stream(request, tmp_path_factory):
 
 
 @pytest.fixture
-def compare_logits(stream):
+def probe(stream):
     return KLProbe(InMemoryModel(stream), TOKENS)
 
 
@@ -75,19 +75,19 @@ def noise(parameter, seed):
 # --- the judge -------------------------------------------------------------------------------------------------------
 
 
-def test_the_dense_model_has_no_damage(compare_logits):
-    assert compare_logits.damage(None) == pytest.approx(0, abs=1e-4)
-    assert all(compare_logits.damage(block) == compare_logits.damage(None) for block in range(3))
+def test_the_dense_model_has_no_damage(probe):
+    assert probe.damage(None) == pytest.approx(0, abs=1e-4)
+    assert all(probe.damage(block) == probe.damage(None) for block in range(3))
 
 
-def test_damage_is_the_kl_of_full_logits(compare_logits):
-    whole = compare_logits.whole
+def test_damage_is_the_kl_of_full_logits(probe):
+    whole = probe.whole
     dense = log_probabilities(tiny_copy(whole))
     name = "model.layers.1.mlp.down_proj.weight"
     whole.install({name: noise(whole.model.get_parameter(name), 1)})
     expected = kl(dense, log_probabilities(tiny_copy(whole)))
     assert expected > 1e-3
-    assert compare_logits.damage(None) == pytest.approx(expected, rel=1e-2, abs=1e-4)
+    assert probe.damage(None) == pytest.approx(expected, rel=1e-2, abs=1e-4)
 
 
 def test_a_judge_of_few_plans_says_the_same(stream):
@@ -115,25 +115,25 @@ def tiny_copy(whole):
 
 @pytest.mark.parametrize("block", range(3))
 @pytest.mark.parametrize("part", ["self_attn.q_proj", "mlp.down_proj"])
-def test_a_change_in_one_block_is_seen_from_there(compare_logits, block, part):
+def test_a_change_in_one_block_is_seen_from_there(probe, block, part):
     name = f"model.layers.{block}.{part}.weight"
-    compare_logits.whole.install({name: noise(compare_logits.whole.model.get_parameter(name), block)})
-    assert compare_logits.damage(block) == pytest.approx(compare_logits.damage(None), rel=1e-5)
-    assert compare_logits.damage(block) > 1e-4
+    probe.whole.install({name: noise(probe.whole.model.get_parameter(name), block)})
+    assert probe.damage(block) == pytest.approx(probe.damage(None), rel=1e-5)
+    assert probe.damage(block) > 1e-4
     if block < 2:
-        assert compare_logits.damage(block + 1) == pytest.approx(0, abs=1e-4)  # nothing after it has changed
-    compare_logits.refresh()
-    assert compare_logits.damage(2) == pytest.approx(compare_logits.damage(None), rel=1e-5)
+        assert probe.damage(block + 1) == pytest.approx(0, abs=1e-4)  # nothing after it has changed
+    probe.refresh()
+    assert probe.damage(2) == pytest.approx(probe.damage(None), rel=1e-5)
 
 
-def test_installing_and_taking_back(compare_logits):
-    whole, names = compare_logits.whole, ("model.layers.0.mlp.down_proj.weight", "model.layers.0.mlp.down_proj.bias")
+def test_installing_and_taking_back(probe):
+    whole, names = probe.whole, ("model.layers.0.mlp.down_proj.weight", "model.layers.0.mlp.down_proj.bias")
     before = whole.current(names)
     assert not before[names[1]].any()  # a llama has no bias here: it is made for refits
     whole.install({names[0]: noise(before[names[0]], 0), names[1]: torch.ones(48)})
-    assert compare_logits.damage(None) > 1e-3
+    assert probe.damage(None) > 1e-3
     whole.install(before)
-    assert compare_logits.damage(None) == pytest.approx(0, abs=1e-4)
+    assert probe.damage(None) == pytest.approx(0, abs=1e-4)
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -141,8 +141,8 @@ def test_installing_and_taking_back(compare_logits):
 
 def run(stream, candidates, journal, progress=lambda *_: None, space=SPACE, around=None):
     around = around or background(stream.layout)
-    compare_logits = KLProbe(InMemoryModel(stream), TOKENS)
-    return measure(compare_logits, stream.layout, candidates, space, around, journal, REF, "digest", 0, progress)
+    probe = KLProbe(InMemoryModel(stream), TOKENS)
+    return measure(probe, stream.layout, candidates, space, around, journal, REF, "digest", 0, progress)
 
 
 @pytest.fixture(scope="module")
@@ -167,23 +167,21 @@ def test_every_choice_is_measured(stream, candidates, measured):
 
 
 def test_a_damage_is_the_difference_to_the_background(stream, candidates, measured):
-    compare_logits = KLProbe(InMemoryModel(stream), TOKENS)
+    probe = KLProbe(InMemoryModel(stream), TOKENS)
     layout, base = stream.layout, background(stream.layout).formats
     for unit in layout.units.values():
-        compare_logits.whole.install(
-            candidates.unit_state(unit, unit.size, dict.fromkeys(sites_of(layout, unit), INT4))
-        )
-    around = compare_logits.damage(None)
+        probe.whole.install(candidates.unit_state(unit, unit.size, dict.fromkeys(sites_of(layout, unit), INT4)))
+    around = probe.damage(None)
     assert measured.background_damage == pytest.approx(around, rel=1e-6)
     unit, site = layout.units["blocks.1.mlp"], "blocks.1.mlp.m_in"
     own = {s: base[s] for s in sites_of(layout, unit)}
-    compare_logits.whole.install(candidates.unit_state(unit, 80, {**own, site: INT2}))
+    probe.whole.install(candidates.unit_state(unit, 80, {**own, site: INT2}))
     (found,) = (m.damage for m in measured.formats if (m.site, m.precision) == (site, INT2))
-    assert found == pytest.approx(compare_logits.damage(None) - around, abs=1e-6)
+    assert found == pytest.approx(probe.damage(None) - around, abs=1e-6)
     assert found > 0
-    compare_logits.whole.install(candidates.unit_state(unit, 32, own))
+    probe.whole.install(candidates.unit_state(unit, 32, own))
     (found,) = (m.damage for m in measured.widths if (m.dim, m.width) == (unit.dim, 32))
-    assert found == pytest.approx(compare_logits.damage(None) - around, abs=1e-6)
+    assert found == pytest.approx(probe.damage(None) - around, abs=1e-6)
 
 
 class Counting:
@@ -276,15 +274,15 @@ def test_formats_of_a_unit_that_the_background_drops(stream, candidates, tmp_pat
     assert widths[0] == 0
     assert widths[80] != 0
     site, unit = "blocks.1.mlp.m_in", stream.layout.units["blocks.1.mlp"]
-    compare_logits = KLProbe(InMemoryModel(stream), TOKENS)
+    probe = KLProbe(InMemoryModel(stream), TOKENS)
     states = []
     for fmt in (INT4, INT2):
         for own in stream.layout.units.values():
             width = around.widths.get(own.dim, own.size) if own is not unit else 80
             formats = dict.fromkeys(sites_of(stream.layout, own), INT4)
             formats |= {site: fmt} if own is unit else {}
-            compare_logits.whole.install(candidates.unit_state(own, width, formats))
-        states.append(compare_logits.damage(None))
+            probe.whole.install(candidates.unit_state(own, width, formats))
+        states.append(probe.damage(None))
     (damage,) = (m.damage for m in found.formats if (m.site, m.precision) == (site, INT2))
     assert damage == pytest.approx(states[1] - states[0], abs=1e-6)
 

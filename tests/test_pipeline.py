@@ -295,7 +295,7 @@ def test_an_unready_budget_is_refused_before_anything_long(job, tmp_path):
 
 def test_a_measured_search_without_moments(job, tmp_path):
     """Round to nearest needs no text, but the search does, and what it tries is judged."""
-    recipe = ("quant.name=rtn", "criterion=null", "space.widths=[1.0]", "space.prune_kv_groups=false")
+    recipe = ("quant.name=rtn", "criterion=null", "space.widths=[1.0]", "space.prune_kv_prune_kv_groups=false")
     plan = compress(session(job, *recipe), Budget.parse("40kB"), tmp_path / "out")
     assert plan.found_by.measured_damage > 0
     assert plan.cuts == {}
@@ -407,7 +407,7 @@ def test_a_recipe_that_fits_nothing_asks_for_no_text(job, tmp_path, monkeypatch)
 def test_formats_below_two_bits_meet_a_budget_that_two_bits_do_not(job, tmp_path):
     menu = "[binaryrow, mbinaryrow, ternaryrow, int2row]"
     uniform = f"search.uniform={{formats: {menu}}}"
-    fields = (f"formats={menu}", f"table_formats={menu}", "widths=[1.0]", "groups=false")
+    fields = (f"formats={menu}", f"embedding_formats={menu}", "widths=[1.0]", "prune_kv_groups=false")
     opened = session(job, uniform, *(f"space.{field}" for field in fields))
     two = make_plan(opened.layout, lambda _, cols: runs((cols, "int2row")))
     limit = opened.layout.file_nbytes(two) - 500

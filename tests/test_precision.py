@@ -81,7 +81,7 @@ def test_bits_are_what_a_code_takes(name):
 @pytest.mark.parametrize("name", ["nf4row", "ternaryrow", "binaryrow", "mbinaryrow"])
 def test_a_byte_holds_as_many_codes_as_fit(name):
     precision = parse_precision(name)
-    assert len(precision.variables) ** precision.per_byte <= 256 < len(precision.variables) ** (precision.per_byte + 1)
+    assert len(precision.levels) ** precision.per_byte <= 256 < len(precision.levels) ** (precision.per_byte + 1)
 
 
 @pytest.mark.parametrize("count", [0, -1, 1.5, "3"])

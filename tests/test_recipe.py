@@ -54,8 +54,8 @@ def test_unknown_recipe_names_the_known():
     ("extra", "where"),
     [
         ("serach: {}", "serach: unknown key"),
-        ("space: {formats: [], table_formats: [], width: [1.0]}", r"space\.width: unknown key"),
-        ("space: {formats: [int9g32], table_formats: []}", r"space\.formats\.0: unknown number format 'int9g32'"),
+        ("space: {formats: [], embedding_formats: [], width: [1.0]}", r"space\.width: unknown key"),
+        ("space: {formats: [int9g32], embedding_formats: []}", r"space\.formats\.0: unknown number format 'int9g32'"),
         ("measure: {rows: 0}", r"measure\.rows: .*greater than or equal to 1"),
         ("measure: {rows: two}", r"measure\.rows: .*valid integer"),
         ("compute: float16", "compute: .*'bfloat16' or 'float32'"),

@@ -39,14 +39,14 @@ def given_signal(rho, count, s):
     return np.diff(ndtr((edges - rho * s) / math.sqrt(1 - rho**2)))
 
 
-def cells(rho, variables, count):
+def cells(rho, levels, count):
     """Probability of each quantile bin of the signal together with each class of y."""
-    ends = np.clip(ndtri(np.arange(variables + 1) / variables), -9, 9)
+    ends = np.clip(ndtri(np.arange(levels + 1) / levels), -9, 9)
 
     def density(s, k):
         return norm.pdf(s) * given_signal(rho, count, s)[k]
 
-    return np.array([[quad(density, ends[i], ends[i + 1], (k,))[0] for k in range(count)] for i in range(variables)])
+    return np.array([[quad(density, ends[i], ends[i + 1], (k,))[0] for k in range(count)] for i in range(levels)])
 
 
 def exact(p):
@@ -64,12 +64,12 @@ def uncut(rho, count):
 
 @pytest.mark.parametrize("rho", [0.3, 0.6, 0.9])
 @pytest.mark.parametrize(("dims", "levels"), [(1, 4), (1, 8), (2, 4)])
-def test_gaussian_channel(rho, dims, variables):
+def test_gaussian_channel(rho, dims, levels):
     """Within four standard errors of the truth about the same cells; beyond the first, components are noise."""
     samples = 16_000
     x, y = channel(rho, 6, samples)
-    found = information(x, y, Config(dims=dims, variables=variables))
-    truth, spread = exact(cells(seen(rho), variables, 6))
+    found = information(x, y, Config(dims=dims, levels=levels))
+    truth, spread = exact(cells(seen(rho), levels, 6))
     assert found == pytest.approx(truth, abs=4 * spread / math.sqrt(samples))
     assert truth < uncut(rho, 6)
 
@@ -83,7 +83,7 @@ def test_the_default_keeps_most_of_a_gaussian_channel(rho, kept):
 def test_fine_cells_come_close_to_the_closed_form_from_below():
     """Cells are functions of what they cut, so they know less, never more: here 0.005 to 0.03 nats less."""
     x, y = channel(0.8, 32, 60_000, features=8)
-    found = information(x, y, Config(dims=1, variables=32))
+    found = information(x, y, Config(dims=1, levels=32))
     assert 0.005 < -0.5 * math.log(1 - seen(0.8) ** 2) - found < 0.03
 
 
@@ -105,7 +105,7 @@ def test_independence_is_zero_and_the_plug_in_is_biased_up():
         x = torch.rand(samples, 1, generator=generator)
         y = torch.randint(16, (samples,), generator=generator)
         plug_in.append(information(x, y, Config(estimator="histogram", bins=16)))
-        corrected.append(information(x, y, Config(dims=1, variables=16)))
+        corrected.append(information(x, y, Config(dims=1, levels=16)))
     error = 4 * math.sqrt(2 * freedom / runs) / (2 * samples)
     assert np.mean(plug_in) == pytest.approx(freedom / (2 * samples), abs=error)
     assert np.mean(corrected) == pytest.approx(0, abs=error)

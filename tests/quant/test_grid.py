@@ -60,13 +60,13 @@ def test_nf4_levels_are_normal_quantiles():
     """As QLoRA says: 8 quantiles below zero, 9 above, an exact zero, scaled to one."""
     tail = 0.9677083
     above, below = (norm.ppf(np.linspace(tail, 0.5, n)[:-1]) for n in (9, 8))
-    variables = np.sort(np.concatenate([above, [0.0], -below]))
-    np.testing.assert_allclose(NF4_LEVELS, variables / variables.max(), atol=1e-6)
+    levels = np.sort(np.concatenate([above, [0.0], -below]))
+    np.testing.assert_allclose(NF4_LEVELS, levels / levels.max(), atol=1e-6)
 
 
-def outcomes(w, cost, variables):
+def outcomes(w, cost, levels):
     """The squared error of each of many sets of levels, [sets, levels], for one group."""
-    return ((w - variables[..., None]).square().amin(1) * cost).sum(-1)
+    return ((w - levels[..., None]).square().amin(1) * cost).sum(-1)
 
 
 def one_group(seed, n, *, skewed):

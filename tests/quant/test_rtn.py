@@ -34,7 +34,7 @@ def test_each_run_is_quantised_alone(generator):
     assert torch.equal(whole, torch.cat(alone, 1))
 
 
-@pytest.mark.parametrize("chunk", ["trimbit.quant.grid.CHUNK", "trimbit.quant.rtn.CHUNK"])
+@pytest.mark.parametrize("chunk", ["trimbit.transform.quant.grid.CHUNK", "trimbit.transform.quant.rtn.CHUNK"])
 @pytest.mark.parametrize("formats", [runs((64, "int3g32")), runs((30, "mbinaryrow"), (34, "ternaryg32"))])
 def test_a_large_weight_is_rounded_in_chunks(chunk, formats, monkeypatch, generator):
     w = torch.randn(50, 64, generator=generator)

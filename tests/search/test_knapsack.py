@@ -269,6 +269,6 @@ def test_the_background_may_be_the_uniform_plan_nearest_to_the_budget():
 @pytest.mark.parametrize(("bits", "table"), [(1, "ternaryrow"), (2, "int2g32")])
 def test_the_background_of_a_table_has_the_nearest_bits_whole_or_not(bits, table):
     menu = formats("binaryrow", "ternaryrow", "mbinaryg32", "int2g32")
-    given = problem(SMALLEST, space=SPACE.model_copy(update={"table_formats": menu}))
+    given = problem(SMALLEST, space=SPACE.model_copy(update={"embedding_formats": menu}))
     found = knapsack.background(given, Config(background=formats("ternaryg32")[0], embedding_bits=bits))
     assert {p.name for site, p in found.formats.items() if "." not in site} == {table}

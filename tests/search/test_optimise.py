@@ -20,7 +20,7 @@ from trimbit.search.solvers.box import Box
 QUICK = Config(pool=32, near=16, steps=15, samples=32)
 
 
-variables = st.lists(st.integers(0, 1000), min_size=1, max_size=4, unique=True).map(sorted)
+levels = st.lists(st.integers(0, 1000), min_size=1, max_size=4, unique=True).map(sorted)
 shares = st.integers(0, 100)
 
 
@@ -45,14 +45,14 @@ def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def binary(seed, variables=20, share=0.3):
+def binary(seed, levels=20, share=0.3):
     """A space of two formats for each of many weights, and a damage with a term for each and for some pairs."""
     rng = random.Random(seed)
-    sizes = [rng.choice([100, 300, 1000]) for _ in range(variables)]
+    sizes = [rng.choice([100, 300, 1000]) for _ in range(levels)]
     costs = tuple((4 * size, 8 * size) for size in sizes)
-    box = Box(costs=costs, values=((2.0, 3.0),) * variables, limit=int((4 + 4 * share) * sum(sizes)))
+    box = Box(costs=costs, values=((2.0, 3.0),) * levels, limit=int((4 + 4 * share) * sum(sizes)))
     own = [rng.expovariate(1) * size**0.5 for size in sizes]
-    pairs = {pair: rng.gauss(0, 3) for pair in itertools.combinations(range(variables), 2) if rng.random() < 0.2}
+    pairs = {pair: rng.gauss(0, 3) for pair in itertools.combinations(range(levels), 2) if rng.random() < 0.2}
 
     def damage(point):
         error = [(1.0, 0.25)[level] for level in point]
@@ -91,7 +91,7 @@ def run(method, box, damage, config, *, start=(), known=None, seed=0, stop=None)
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.lists(variables, min_size=1, max_size=7), shares, st.integers(0, 40), st.integers(0, 9))
+@given(st.lists(levels, min_size=1, max_size=7), shares, st.integers(0, 40), st.integers(0, 9))
 def test_random_points_fit_and_are_new_and_as_many_as_there_are(costs, share, count, seed):
     box, rng = box_of(costs, share), random.Random(seed)
     uniform_within_budget = everything(box)
@@ -102,7 +102,7 @@ def test_random_points_fit_and_are_new_and_as_many_as_there_are(costs, share, co
 
 
 def test_random_points_leave_no_room_and_differ_where_chance_would_never_fit():
-    box, _ = binary(0, variables=60, share=0.02)
+    box, _ = binary(0, levels=60, share=0.02)
     found = boxes.feasible_points(box, 50, seeded(0))
     assert len(set(found)) == 50
     for point in found:
@@ -113,7 +113,7 @@ def test_random_points_leave_no_room_and_differ_where_chance_would_never_fit():
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.lists(variables, min_size=1, max_size=7), shares, st.integers(1, 40), st.integers(0, 9))
+@given(st.lists(levels, min_size=1, max_size=7), shares, st.integers(1, 40), st.integers(0, 9))
 def test_neighbours_fit_and_hold_all_steps_and_swaps(costs, share, near, seed):
     box = box_of(costs, share)
     uniform_within_budget = everything(box)
@@ -146,7 +146,7 @@ def test_features_are_scaled():
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.lists(variables, min_size=1, max_size=7), shares, st.integers(1, 4), st.integers(0, 9))
+@given(st.lists(levels, min_size=1, max_size=7), shares, st.integers(1, 4), st.integers(0, 9))
 def test_proposals_fit_and_are_new_and_distinct(costs, share, batch, seed):
     box = box_of(costs, share)
     uniform_within_budget = everything(box)
@@ -249,7 +249,7 @@ def test_better_than_chance():
 
 def test_finds_the_least_of_all():
     """A space of hundreds of points, of which a few dozen are tried."""
-    box, damage = binary(4, variables=10, share=0.4)
+    box, damage = binary(4, levels=10, share=0.4)
     uniform_within_budget = everything(box)
     assert len(uniform_within_budget) > 200
     done = run(bayes.optimise, box, damage, QUICK.model_copy(update={"trials": 36}))
@@ -269,7 +269,7 @@ def test_tries_all_of_a_tiny_space_and_stops(method, batch):
 @pytest.mark.parametrize("method", [bayes.optimise, bayes.random_search])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_goes_on_as_if_never_interrupted(method, batch):
-    box, damage = binary(5, variables=8)
+    box, damage = binary(5, levels=8)
     config = QUICK.model_copy(update={"trials": 9, "initial": 3, "batch": batch})
     start = boxes.feasible_points(box, 2, seeded(9))
     whole = run(method, box, damage, config, start=start)
@@ -299,7 +299,7 @@ def test_goes_on_as_if_never_interrupted(method, batch):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_damage_that_is_not_finite_is_an_error(bad):
-    box, damage = binary(0, variables=6)
+    box, damage = binary(0, levels=6)
     third = [point for point, _ in run(bayes.random_search, box, damage, Config(trials=5)).found][2]
     done = {}
 
@@ -350,7 +350,7 @@ def test_a_front_of_files_does_not_trade_for_a_few_bytes(sizes, values, found):
 
 
 def test_smaller_points_fit_smaller_limits():
-    box, damage = binary(3, variables=12)
+    box, damage = binary(3, levels=12)
     config = Config(smaller=3, pool=16, near=8, steps=5)
     points = boxes.feasible_points(box, 8, seeded(0))
     tried = dict(zip(points, map(damage, points), strict=True))

@@ -69,7 +69,7 @@ def made(tmp_path, config=CONFIG, limit=None, **fields):
         limit or 10**9, space=SPACE, measurements=measurements(), channels=Figures(second_moments=second_moments),
         masked=lambda _: masked, journal=tmp_path / "masks.jsonl", key="k", **fields,
     )  # fmt: skip
-    module = importlib.import_module(type(config).__module__)
+    module = toga if type(config) is toga.Config else importlib.import_module(type(config).__module__)
     return found if limit else replace(found, limit=module.default_limit(found, config))
 
 

@@ -194,7 +194,7 @@ def _quiet() -> Iterator[None]:
     from tqdm import tqdm
 
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
-    variables, init = [logger.level for logger in loggers], tqdm.__init__
+    levels, init = [logger.level for logger in loggers], tqdm.__init__
     stored = vars(tqdm)["__init__"]  # may be a partialmethod, which is another function at every look
 
     def without_bar(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
@@ -207,5 +207,5 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         tqdm.__init__ = stored
-        for logger, level in zip(loggers, variables, strict=True):
+        for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

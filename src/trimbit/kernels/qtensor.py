@@ -73,7 +73,7 @@ def pack_columns(
             continue
         numbers = part.to(torch.uint8)
         if isinstance(precision, Codebook):
-            code_parts.append(pack_digits(numbers, len(precision.variables), precision.per_byte))
+            code_parts.append(pack_digits(numbers, len(precision.levels), precision.per_byte))
             stored = zero.to(torch.float16).view(torch.uint8)
         else:
             code_parts.append(pack(numbers, precision.bits))

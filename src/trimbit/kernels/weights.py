@@ -65,8 +65,8 @@ def per_column(per_group: Tensor, group: int | None, count: int) -> Tensor:
 
 def _levels(codebook: Codebook, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "256 per_byte"]:
     """The levels of the codes of each byte."""
-    variables = torch.tensor(codebook.variables, dtype=dtype, device=device)
-    return variables[digits(len(codebook.variables), codebook.per_byte, device)]
+    levels = torch.tensor(codebook.levels, dtype=dtype, device=device)
+    return levels[digits(len(codebook.levels), codebook.per_byte, device)]
 
 
 def _floats(stored: UInt8[Tensor, "rows nbytes"], dtype: torch.dtype) -> Float[Tensor, "rows n"]:

@@ -39,14 +39,14 @@ def install(whole: InMemoryModel, layout: Layout, candidates: Candidates, plan: 
 
 
 def measure(
-    compare_logits: KLProbe, layout: Layout, candidates: Candidates, space: Space, background: Background, path: Path,
+    probe: KLProbe, layout: Layout, candidates: Candidates, space: Space, background: Background, path: Path,
     model: ModelRef, data_digest: str, seed: int, progress: Progress,
 ) -> Measurements:  # fmt: skip
     """Measure every format of every site and every width of every dim, one at a time, in the background.
 
     The journal at `path` knows changes by what they do, so that other spaces and rankings share it.
     """
-    whole = compare_logits.whole
+    whole = probe.whole
     journal = Journal(path, path.stem)
     known: dict[str, float] = {entry["change"]: entry["damage"] for entry in journal.read()}
     work = [
@@ -56,8 +56,8 @@ def measure(
     ]
     if "background" not in known or any(key not in known for _, key, _, _ in work):
         install(whole, layout, candidates, background)
-        compare_logits.refresh()
-        base = compare_logits.damage(None)
+        probe.refresh()
+        base = probe.damage(None)
         if "background" not in known:
             journal.append({"change": "background", "damage": base})
             known["background"] = base
@@ -66,7 +66,7 @@ def measure(
                 state = candidates.unit_state(unit, width, formats)
                 before = whole.current(tuple(state))
                 whole.install(state)
-                known[key] = compare_logits.damage(unit.block) - base
+                known[key] = probe.damage(unit.block) - base
                 whole.install(before)
                 journal.append({"change": key, "damage": known[key]})
             progress(at + 1, len(work))

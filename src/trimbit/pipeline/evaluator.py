@@ -49,9 +49,9 @@ class PlanEvaluator:
 
     def put_together(self, plan: Plan) -> KLProbe:
         """The judge on held-out tokens, whose model now has the plan's candidates: no block makes up for others."""
-        compare_logits, layout = self.judges[1], self.prepared.layout
-        install(compare_logits.whole, layout, self.prepared.candidates, background_of(plan, layout))
-        return compare_logits
+        probe, layout = self.judges[1], self.prepared.layout
+        install(probe.whole, layout, self.prepared.candidates, background_of(plan, layout))
+        return probe
 
     def evaluate(self, plan: Plan) -> float:
         """KL of a plan put together from candidates: quick."""
@@ -80,8 +80,8 @@ class PlanEvaluator:
         return found.model_copy(update={"accuracy": mean.value, "stderr": mean.stderr, "correct": correct})
 
     def _as_it_starts(self, plan: Plan) -> tuple[PreTrainedModel, Divergence]:
-        compare_logits = self.put_together(plan)
-        return compare_logits.whole.model, compare_logits.divergence()
+        probe = self.put_together(plan)
+        return probe.whole.model, probe.divergence()
 
     def _trained(self, plan: Plan, steps: int) -> tuple[PreTrainedModel, Divergence]:
         """What was written for this is removed: a search tries many plans and writes one."""

@@ -133,7 +133,7 @@ class Preparation:
             self._check_masking(self.search[1])
         self._check_text()
         if "space" in self.search[0].NEEDS and recipe.space is not None:
-            for name in ("formats", "table_formats"):
+            for name in ("formats", "embedding_formats"):
                 if not getattr(recipe.space, name):
                     raise RecipeError(f"space.{name} is empty: search {recipe.search.name} has nothing to choose from")
         if recipe.prune is not None and recipe.criterion is None:

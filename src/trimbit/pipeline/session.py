@@ -161,21 +161,21 @@ class Session(Preparation):
 
     def measure(self, background: Background, number: int) -> Measurements:
         """Damage of every choice in a background; a stored measurement is reused, a broken-off one goes on."""
-        space, compare_logits = self.space, self.judging.judges[0]
-        assert compare_logits is not None
+        space, probe = self.space, self.judging.judges[0]
+        assert probe is not None
         key = digest(
             [
                 self.stats_key,
                 self.candidates.folder.name,
                 background.model_dump(mode="json"),
                 self.kept(background.widths),
-                list(compare_logits.tokens.shape),
+                list(probe.tokens.shape),
             ]
         )
         journal = self.cache / "measurements" / f"{key}.jsonl"
         with self.reporter.stage("damage of each choice" + (f", round {number + 1}" if number else "")) as progress:
             found = measure(
-                compare_logits, self.layout, self.candidates, space, background, journal,
+                probe, self.layout, self.candidates, space, background, journal,
                 self.model, self.tokens.digest, self.seed, progress,
             )  # fmt: skip
         path = self.cache / "measurements" / f"{digest(found.model_dump(mode='json'))}.json"

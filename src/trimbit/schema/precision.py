@@ -70,7 +70,7 @@ class Codebook(Grouped):
     """
 
     stem: ClassVar[str]
-    variables: ClassVar[tuple[float, ...]]
+    levels: ClassVar[tuple[float, ...]]
     per_byte: ClassVar[int]  # the most for which len(levels)^per_byte <= 256
 
     @property
@@ -99,7 +99,7 @@ class NormalFloat(Codebook):
     """
 
     stem: ClassVar[str] = "nf4"
-    variables: ClassVar[tuple[float, ...]] = NF4_LEVELS
+    levels: ClassVar[tuple[float, ...]] = NF4_LEVELS
     per_byte: ClassVar[int] = 2
 
 
@@ -107,7 +107,7 @@ class Ternary(Codebook):
     """-s, 0 or s. Five codes fill a byte, 3^5 = 243, so that one takes 1.6 bits; the least would be log2(3) = 1.585."""
 
     stem: ClassVar[str] = "ternary"
-    variables: ClassVar[tuple[float, ...]] = (-1.0, 0.0, 1.0)
+    levels: ClassVar[tuple[float, ...]] = (-1.0, 0.0, 1.0)
     per_byte: ClassVar[int] = 5
 
 
@@ -116,7 +116,7 @@ class Binary(Codebook):
 
     mean: bool
     stem: ClassVar[str] = "binary"
-    variables: ClassVar[tuple[float, ...]] = (-1.0, 1.0)
+    levels: ClassVar[tuple[float, ...]] = (-1.0, 1.0)
     per_byte: ClassVar[int] = 8
 
     @property

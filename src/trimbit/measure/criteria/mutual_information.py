@@ -33,7 +33,7 @@ class Config(Schema):
     # 67 to 78 %. For independent x and y, of 64 classes with sizes as 1 / rank, 16 cells leave a bias of 0.019 nats at
     # 8,000 samples and 0.001 at 32,000; 64 cells (3 dims) leave 0.13 and 0.017
     dims: int = Field(default=2, ge=1)  # principal components of x
-    variables: int = Field(default=4, ge=2)  # quantile bins of each component
+    levels: int = Field(default=4, ge=2)  # quantile bins of each component
     classes: int = Field(default=64, ge=1)  # ours: of the prediction
 
 
@@ -68,7 +68,7 @@ def information(x: Float[Tensor, "samples features"], y: Int[Tensor, " samples"]
         return _plug_in(_equal_widths(x.mean(1), config.bins), _equal_widths(y.double(), config.bins))[0]
     cells = torch.zeros(len(x), dtype=torch.int64)
     for component in _components(x, config.dims):
-        cells = cells * config.variables + _equal_counts(component, config.variables)
+        cells = cells * config.levels + _equal_counts(component, config.levels)
     plug_in, k_x, k_y, k_xy = _plug_in(cells, classes(y, config.classes))
     return plug_in + (k_x + k_y - k_xy - 1) / (2 * len(x))
 
@@ -94,9 +94,9 @@ def _equal_widths(values: Float[Tensor, " samples"], bins: int) -> Int[Tensor, "
     return ((values - low) * bins / width).long().clamp(max=bins - 1)
 
 
-def _equal_counts(values: Float[Tensor, " samples"], variables: int) -> Int[Tensor, " samples"]:
+def _equal_counts(values: Float[Tensor, " samples"], levels: int) -> Int[Tensor, " samples"]:
     """Quantile bin of each value. Equal values share one, so the order of the samples tells nothing."""
-    edges = values.sort().values[torch.arange(1, variables) * len(values) // variables]
+    edges = values.sort().values[torch.arange(1, levels) * len(values) // levels]
     return torch.bucketize(values, edges, right=True)
 
 

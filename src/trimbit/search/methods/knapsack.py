@@ -115,7 +115,7 @@ def require_feasible(problem: Problem, config: Config) -> None:
 def background(problem: Problem, config: Config) -> Background:
     """The plan to measure around: one format for all blocks, by default one that loses next to nothing.
 
-    A table takes the format of its menu that is nearest to its bits, but not below `table_bits`.
+    A table takes the format of its menu that is nearest to its bits, but not below `embedding_bits`.
     """
     layout = problem.layout
     blocks = config.background

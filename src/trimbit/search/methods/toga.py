@@ -25,13 +25,26 @@ from torch import Tensor
 from trimbit.jobs.state import load_state, read_metadata, require_finite, save_state
 from trimbit.schema.plan import Plan
 from trimbit.search.problem import Problem
-from trimbit.search.two_formats.tiles import TileProblem, as_masks, require_feasible
+from trimbit.search.two_formats.tiles import TileProblem, as_masks, default_limit, require_feasible
 from trimbit.search.two_formats.training import Config, Training
 
 PAPER = "TOGA-q, arXiv:2606.07819; masks as in DISP-LLM, arXiv:2410.11988"
 NEEDS: tuple[str, ...] = ()
 READS = "moments"
 ADVICE = "With a lower search.learning_rate they are learnt anew"
+
+__all__ = [
+    "NEEDS",
+    "PAPER",
+    "READS",
+    "Config",
+    "curve",
+    "default_limit",
+    "learn",
+    "require_feasible",
+    "result_fields",
+    "search",
+]
 
 
 def result_fields(config: Config) -> dict[str, Any]:

@@ -51,17 +51,17 @@ class Box:
 
 def _settle(box: Box, point: Point, generator: torch.Generator, fixed: int | None = None) -> Point:
     """Lower random variables until the point fits, then raise random ones until nothing more does; all but `fixed`."""
-    variables, left = list(point), box.limit - box.nbytes(point)
+    levels, left = list(point), box.limit - box.nbytes(point)
     for step in (-1, 1) if left < 0 else (1,):
-        room = [level if step < 0 else len(c) - 1 - level for c, level in zip(box.costs, variables, strict=True)]
+        room = [level if step < 0 else len(c) - 1 - level for c, level in zip(box.costs, levels, strict=True)]
         moves = [i for i, count in enumerate(room) for _ in range(count) if i != fixed]
         for at in torch.randperm(len(moves), generator=generator).tolist():
             i = moves[at]
-            more = box.costs[i][variables[i] + step] - box.costs[i][variables[i]]
+            more = box.costs[i][levels[i] + step] - box.costs[i][levels[i]]
             if more <= left if step > 0 else left < 0:
-                variables[i] += step
+                levels[i] += step
                 left -= more
-    return tuple(variables)
+    return tuple(levels)
 
 
 def _steps(box: Box, point: Point) -> list[tuple[int, Point]]:

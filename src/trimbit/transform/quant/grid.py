@@ -55,7 +55,7 @@ def _columns(w: Tensor, run: Run, scale: Tensor | None, zero: Tensor | None) -> 
         return w - (zero - scale), 2 * scale, torch.zeros_like(w), torch.ones_like(w)
     if isinstance(precision, NormalFloat):
         return w, scale, zero, torch.full_like(w, TABLE)
-    codes = len(precision.variables) if isinstance(precision, Ternary) else 2**precision.bits
+    codes = len(precision.levels) if isinstance(precision, Ternary) else 2**precision.bits
     return w, scale, zero, torch.full_like(w, codes - 1)
 
 
@@ -152,16 +152,16 @@ def _grid(x: Tensor, precision: Int | NormalFloat, shrink: float, side: float) -
     if isinstance(precision, NormalFloat):
         scale = side * _float16(x.abs().amax(-1, keepdim=True) * shrink)
         return scale, torch.zeros_like(scale)
-    variables = 2**precision.bits
+    levels = 2**precision.bits
     if precision.symmetric:
         reach = x.abs().amax(-1, keepdim=True) * shrink
-        scale = side * _float16(reach / (variables / 2 - 1))
-        return scale, torch.full_like(scale, variables / 2)
+        scale = side * _float16(reach / (levels / 2 - 1))
+        return scale, torch.full_like(scale, levels / 2)
     low = x.amin(-1, keepdim=True).clamp(max=0) * shrink
     high = x.amax(-1, keepdim=True).clamp(min=0) * shrink
-    scale = _float16((high - low) / (variables - 1))
+    scale = _float16((high - low) / (levels - 1))
     zero = torch.where(scale > 0, (-low / scale.clamp(min=torch.finfo(torch.float32).tiny)).round(), 0.0)
-    return scale, zero.clamp(0, variables - 1)
+    return scale, zero.clamp(0, levels - 1)
 
 
 def _float16(scale: Tensor) -> Tensor:
@@ -189,8 +189,8 @@ def nearest(x: Tensor, safe: Tensor, zero: Tensor, top: Tensor, *, tables: bool)
     """
     x = x / safe
     codes = torch.minimum(x.round().add_(zero).clamp_(min=0), top)
-    variables = codes - zero
+    levels = codes - zero
     if tables:
         table, index = top == TABLE, torch.bucketize(x, MIDPOINTS)
-        codes, variables = torch.where(table, index.float(), codes), torch.where(table, LEVELS[index], variables)
-    return codes, variables
+        codes, levels = torch.where(table, index.float(), codes), torch.where(table, LEVELS[index], levels)
+    return codes, levels
