@@ -1,14 +1,13 @@
 """The model card of a compressed directory."""
 
+from importlib.metadata import version
 from pathlib import Path
 
 from trimbit.model.layout import Layout
 from trimbit.schema.plan import Plan
 
 
-def model_card(
-    version: str, model_id: str, license_name: str | None, layout: Layout, plan: Plan, calibration: str
-) -> str:
+def model_card(model_id: str, license_name: str | None, layout: Layout, plan: Plan, calibration: str) -> str:
     """README.md of a compressed directory."""
     nbytes, found = layout.file_nbytes(plan), plan.found_by
     license_line = f"license: {license_name}\n" if license_name else ""
@@ -19,7 +18,7 @@ def model_card(
         f"---\nbase_model: {model_id}\nlibrary_name: trimbit\n{license_line}"
         "tags: [trimbit, quantized, pruned]\n---\n\n"
         f"# {model_id}, {nbytes / 1e6:.1f} MB\n\n"
-        f"Compressed with trimbit {version}: {found.method}. Weight file {nbytes:,} bytes, "
+        f"Compressed with trimbit {version('trimbit')}: {found.method}. Weight file {nbytes:,} bytes, "
         f"{8 * nbytes / layout.parameters:.2f} bits per original parameter; "
         f"KL to the original on held-out calibration text: {damage}.\n"
         f"Calibrated on {text}, seed {found.seed}.{cache}\n\n"

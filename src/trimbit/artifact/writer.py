@@ -1,20 +1,22 @@
-"""The compressed directory: written beside and renamed when whole; the weight files are as large as the plan says."""
+"""Writes the weight files of a compressed directory, tensor by tensor; they are as large as the plan says."""
 
 import json
 import os
+import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trimbit.artifact.files import PLAN_FILE, config_fields, require_absent
+from trimbit.artifact.files import PLAN_FILE, config_fields, require_absent, weight_nbytes
 from trimbit.errors import ArtifactError
 from trimbit.model.layout import Layout
-from trimbit.model.shards import METADATA, TensorSpec, shard_nbytes, shards
-from trimbit.schema.plan import Plan, load_plan
+from trimbit.model.shards import METADATA, TensorSpec, shards
+from trimbit.schema.plan import Plan
 
 DTYPES = {
     "torch.uint8": "U8",
@@ -26,31 +28,24 @@ DTYPES = {
 
 
 class Writer:
-    """Writes a compressed directory tensor by tensor, in the order of the plan.
+    """Takes the tensors of a plan, in the order of the model, and writes each file as soon as its tensors are there."""
 
-    Use as a context: on leaving without an error the directory appears under its name; on an error nothing is left.
-    """
-
-    def __init__(self, out: Path, layout: Layout, plan: Plan) -> None:
-        require_absent(out)
-        self.out = out
-        self.plan = plan
+    def __init__(self, folder: Path, layout: Layout, plan: Plan) -> None:
+        self.folder = folder
         self.layout = layout
+        self.plan = plan
         self.files = shards(layout.tensors(plan))
         self.specs = {name: spec for file in self.files for name, spec in file.items()}
         self.pending: dict[str, Tensor] = {}
         self.written = 0
-        self.partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-
-    def __enter__(self) -> "Writer":
-        try:
-            self.partial.mkdir(parents=True)
-        except OSError as err:
-            raise ArtifactError(f"cannot write {self.out}: {err.strerror}") from err
-        return self
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take tensors; a file is written as soon as all of its tensors are there."""
+        """Take tensors.
+
+        Raises:
+            ArtifactError: if the plan has no such tensor, or one of another type or shape; or if a file cannot be
+                written.
+        """
         for name, tensor in tensors.items():
             have = TensorSpec(DTYPES.get(str(tensor.dtype), str(tensor.dtype)), tuple(tensor.shape))
             if self.specs.get(name) != have:
@@ -58,72 +53,115 @@ class Writer:
             self.pending[name] = tensor.contiguous()
         while self.written < len(self.files) and self.files[self.written].keys() <= self.pending.keys():
             part = {name: self.pending.pop(name) for name in self.files[self.written]}
-            self._save(part, self._file_name(self.written))
+            self._save(part, file_name(self.written, len(self.files)))
             self.written += 1
-
-    def take(self, folder: Path, changed: Mapping[str, Tensor] = MappingProxyType({})) -> None:
-        """Take the weight files and the plan of a directory that the same plan was applied to before.
-
-        Tensors in `changed` take the place of those in the files.
-        """
-        for at, specs in enumerate(self.files):
-            source = folder / self._file_name(at)
-            if not source.is_file() or source.stat().st_size != shard_nbytes(specs):
-                raise ArtifactError(f"{folder}, where the plan was tried, is damaged; remove it and run again")
-            if specs.keys() & changed.keys():
-                tensors = load_file(source)
-                self.add(tensors | {name: changed[name] for name in specs.keys() & changed.keys()})
-                continue
-            try:
-                shutil.copyfile(source, self.partial / source.name)
-            except OSError as err:
-                raise ArtifactError(f"cannot write {self.out}: {err.strerror}") from err
-            self.written += 1
-        found = load_plan(folder / PLAN_FILE).found_by
-        self.plan = self.plan.with_provenance(measured_damage=found.measured_damage)
-
-    def _file_name(self, index: int) -> str:
-        count = len(self.files)
-        return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
     def _save(self, tensors: dict[str, Tensor], name: str) -> None:
         try:
-            save_file(tensors, self.partial / name, metadata=METADATA)
+            save_file(tensors, self.folder / name, metadata=METADATA)
         except Exception as err:
-            raise ArtifactError(f"cannot write {self.out / name}: {err}") from err
+            raise ArtifactError(f"cannot write {self.folder / name}: {err}") from err
 
-    def write(self, name: str, content: str | bytes) -> None:
-        """Write one of the files beside the weights."""
-        data = content.encode() if isinstance(content, str) else content
-        try:
-            (self.partial / name).write_bytes(data)
-        except OSError as err:
-            raise ArtifactError(f"cannot write {self.out / name}: {err.strerror}") from err
+    def finish(self) -> None:
+        """Write config.json, plan.json and the index.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            return
-        try:
-            self._finish()
-            self.partial.rename(self.out)
-        except OSError as err:
-            raise ArtifactError(f"cannot write {self.out}: {err.strerror}") from err
-        finally:
-            shutil.rmtree(self.partial, ignore_errors=True)
-
-    def _finish(self) -> None:
+        Raises:
+            ArtifactError: if a tensor of the plan is missing, or the files have other bytes than the plan says.
+        """
         missing = [name for file in self.files[self.written :] for name in file]
         if missing:
             raise ArtifactError(f"{len(missing)} tensors of the plan were never written, the first is {missing[0]}")
+        have, want = weight_nbytes(self.folder), self.layout.file_nbytes(self.plan)
+        if have != want:
+            raise ArtifactError(f"{self.folder}: the weight files have {have:,} bytes, but the plan says {want:,}")
         if len(self.files) > 1:
-            index = {name: self._file_name(at) for at, file in enumerate(self.files) for name in file}
+            names = {name: file_name(at, len(self.files)) for at, file in enumerate(self.files) for name in file}
             size = sum(spec.nbytes for spec in self.specs.values())
-            self.write(
-                "model.safetensors.index.json",
-                json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=1),
-            )
-        self.write("config.json", json.dumps(config_fields(self.layout, self.plan), indent=1) + "\n")
-        self.plan.save(self.partial / PLAN_FILE)
+            index = json.dumps({"metadata": {"total_size": size}, "weight_map": names}, indent=1)
+            write_file(self.folder, "model.safetensors.index.json", index)
+        write_file(self.folder, "config.json", json.dumps(config_fields(self.layout, self.plan), indent=1) + "\n")
+        write_file(self.folder, PLAN_FILE, self.plan.to_json())
+
+
+def copy_weights(source: Path, writer: Writer, changed: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+    """Fill a writer with the weight files of a directory that the same plan was applied to.
+
+    Tensors in `changed` take the place of those in the files.
+
+    Raises:
+        ArtifactError: if a file cannot be written.
+    """
+    count = len(writer.files)
+    for at, specs in enumerate(writer.files):
+        name = file_name(at, count)
+        if own := specs.keys() & changed.keys():
+            writer.add(load_file(source / name) | {key: changed[key] for key in own})
+            continue
+        try:
+            shutil.copyfile(source / name, writer.folder / name)
+        except OSError as err:
+            raise ArtifactError(f"cannot write {writer.folder / name}: {err.strerror}") from err
+        writer.written += 1
+
+
+def file_name(index: int, count: int) -> str:
+    """The name of a weight file, counted from 0."""
+    return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def write_file(folder: Path, name: str, content: str | bytes) -> None:
+    """Write one of the files of a compressed directory.
+
+    Raises:
+        ArtifactError: if it cannot be written.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    path = folder / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    except OSError as err:
+        raise ArtifactError(f"cannot write {path}: {err.strerror}") from err
+
+
+@contextmanager
+def appearing(out: Path) -> Iterator[Path]:
+    """A folder that gets the name `out` when the block ends without an error; after an error nothing is left.
+
+    Folders that processes of this host have left when they died are removed.
+
+    Raises:
+        ArtifactError: if `out` exists or cannot be made.
+    """
+    require_absent(out)
+    _sweep(out)
+    partial = out.parent / f".{out.name}.partial-{platform.node()}-{os.getpid()}"
+    try:
+        partial.mkdir(parents=True)
+    except OSError as err:
+        raise ArtifactError(f"cannot write {out}: {err.strerror}") from err
+    try:
+        yield partial
+        try:
+            partial.rename(out)
+        except OSError as err:
+            raise ArtifactError(f"cannot write {out}: {err.strerror}") from err
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sweep(out: Path) -> None:
+    for path in out.parent.glob(f".{out.name}.partial-{platform.node()}-*") if out.parent.is_dir() else ():
+        pid = path.name.rpartition("-")[2]
+        if pid.isdecimal() and not _alive(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -14,6 +14,7 @@ from torch import Tensor
 from trimbit.calibrate.moments import Accumulator, Moments
 from trimbit.calibrate.taps import Tap
 from trimbit.jobs.cache import save_atomically
+from trimbit.jobs.carried import Carried
 from trimbit.jobs.progress import Progress
 from trimbit.model.forward.stream import BlockStream, embed_chunks
 
@@ -36,25 +37,16 @@ def _file(site: str) -> str:
     return f"block-{int(parts[1]):04d}.safetensors" if parts[0] == "blocks" else f"{site}.safetensors"
 
 
-def _files(blocks: int) -> list[str]:
-    return [_file(f"blocks.{index}") for index in range(blocks)] + [_file("head_in")]
-
-
-def stored(folder: Path, blocks: int, count: int) -> Stats | None:
-    """The statistics under `folder`, if a sweep over `count` tokens has finished there."""
-    return Stats(folder, count) if all((folder / name).exists() for name in _files(blocks)) else None
-
-
-def collect(stream: BlockStream, tokens: Int[Tensor, "rows length"], folder: Path, progress: Progress) -> Stats:
+def collect(stream: BlockStream, tokens: Int[Tensor, "rows length"], folder: Path, progress: Progress) -> None:
     """Run the dense model over the tokens block by block and store the moments of every site under `folder`.
 
-    Each file appears whole or not at all; the last one is the head's, so that its presence means all are there.
+    A sweep that was interrupted goes on from the block that it had reached.
     """
-    layout = stream.layout
-    files = _files(layout.blocks)
-    folder.mkdir(parents=True, exist_ok=True)
-    hidden = embed_chunks(stream, tokens)
-    for index in range(layout.blocks):
+    layout, carried = stream.layout, Carried(folder)
+    done, hidden = 0, embed_chunks(stream, tokens)
+    if (known := carried.load()) is not None:
+        done, hidden = known[0], known[1]["hidden"]
+    for index in range(done, layout.blocks):
         block = stream.load(index)
         sites = stream.site_modules(index, block)
         sums = {site: Accumulator() for site in sites}
@@ -63,13 +55,14 @@ def collect(stream: BlockStream, tokens: Int[Tensor, "rows length"], folder: Pat
                 hidden[at] = stream.run(index, block, chunk)
             for site, x in seen.items():
                 sums[site].add(x)
-        _store(folder / files[index], sums)
+        _store(folder / _file(f"blocks.{index}"), sums)
+        carried.save(index + 1, {"hidden": hidden})
         progress(index + 1, layout.blocks)
     final = Accumulator()
     for chunk in hidden:
         final.add(stream.final_norm(chunk).flatten(0, -2))
-    _store(folder / files[-1], {"head_in": final})
-    return Stats(folder, tokens.numel())
+    _store(folder / _file("head_in"), {"head_in": final})
+    carried.finish()
 
 
 def _store(path: Path, sums: Mapping[str, Accumulator]) -> None:
@@ -77,4 +70,4 @@ def _store(path: Path, sums: Mapping[str, Accumulator]) -> None:
     for site, total in sums.items():
         moments = total.moments()
         tensors |= {f"{site}.h": moments.h, f"{site}.mean": moments.mean}
-    save_atomically(path, lambda beside: save_file(tensors, beside))
+    save_atomically(path, lambda temporary: save_file(tensors, temporary))

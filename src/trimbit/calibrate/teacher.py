@@ -6,15 +6,14 @@ that is trained, and are there for the next training on the same rows.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trimbit.jobs.cache import save_atomically
+from trimbit.errors import ArtifactError
+from trimbit.jobs.checked import load_tensors, save_tensors
 from trimbit.jobs.progress import Progress
 from trimbit.model.forward.compute import fastest_device
 from trimbit.model.forward.logits import Head
@@ -43,7 +42,7 @@ def teacher_outputs(stream: BlockStream, rows: Iterable[Tensor], folder: Path, p
     def place(tokens: Tensor) -> Path:
         return folder / f"{digest(tokens.tolist())}.safetensors"
 
-    missing = {path: tokens for tokens in rows if not (path := place(tokens)).exists()}
+    missing = {path: tokens for tokens in rows if load_tensors(path := place(tokens)) is None}
     groups = _groups(missing, 4 * stream.layout.sizes["hidden"])
     for number, group in enumerate(groups):
         hidden = [stream.embed(missing[path][None]).to(device) for path in group]
@@ -52,8 +51,15 @@ def teacher_outputs(stream: BlockStream, rows: Iterable[Tensor], folder: Path, p
             hidden = [stream.run(index, block, row) for row in hidden]
             progress(number * stream.layout.blocks + index + 1, len(groups) * stream.layout.blocks)
         for path, last in zip(group, hidden, strict=True):
-            save_atomically(path, partial(save_file, {"hidden": stream.final_norm(last.cpu())[0].to(torch.bfloat16)}))
-    return Teacher(hidden=lambda tokens: load_file(place(tokens))["hidden"].to(stream.compute), head=stream.head())
+            save_tensors(path, {"hidden": stream.final_norm(last.cpu())[0].to(torch.bfloat16)})
+
+    def hidden_of(tokens: Tensor) -> Tensor:
+        found = load_tensors(place(tokens))
+        if found is None:
+            raise ArtifactError(f"{place(tokens)} was damaged meanwhile; run again")
+        return found[0]["hidden"].to(stream.compute)
+
+    return Teacher(hidden=hidden_of, head=stream.head())
 
 
 def _groups(rows: Mapping[Path, Tensor], token_nbytes: int) -> list[list[Path]]:

@@ -202,3 +202,9 @@ def _positive(what: str, value: int) -> None:
     if value < 1:
         msg = f"{what} is {value}; must be at least 1"
         raise DataError(msg)
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Sha256 (hex) of what a tokenizer does: its model and rules, its special tokens, its chat template."""
+    parts = (tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()

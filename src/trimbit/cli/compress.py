@@ -22,7 +22,7 @@ from trimbit.cli.options import (
 
 if TYPE_CHECKING:
     from trimbit.model.layout import Layout
-    from trimbit.pipeline.session import Session
+    from trimbit.pipeline.job import Job
     from trimbit.schema.budget import Budget
     from trimbit.schema.plan import Plan
     from trimbit.schema.recipe import Recipe
@@ -34,18 +34,18 @@ def compress(
 ) -> None:  # fmt: skip
     """Find the best model within a budget and write it."""
     from trimbit.artifact.files import require_absent
+    from trimbit.pipeline import flow
     from trimbit.pipeline.recipes import load_recipe
-    from trimbit.pipeline.session import compress as run
     from trimbit.schema.budget import Budget
 
     limit = Budget.parse(budget) if budget is not None else None
     require_absent(out)
-    session = _session(model, load_recipe(recipe, tuple(overrides or ())), calibration, seed)
+    job = _job(model, load_recipe(recipe, tuple(overrides or ())), calibration, seed)
     if dry_run:
-        _estimate(session, limit)
+        _estimate(job, limit)
         return
-    plan = run(session, limit, out)
-    print_summary(session.layout, plan, session.limit(limit), out)
+    found = flow.compress(job, limit, out)
+    print_summary(job.layout, found, limit.nbytes(job.layout.parameters) if limit else None, out)
 
 
 def plan(
@@ -54,18 +54,19 @@ def plan(
 ) -> None:  # fmt: skip
     """Find the best plan within a budget and write it as JSON."""
     from trimbit.artifact.files import require_absent
+    from trimbit.pipeline import flow
     from trimbit.pipeline.recipes import load_recipe
     from trimbit.schema.budget import Budget
 
     limit = Budget.parse(budget) if budget is not None else None
     require_absent(out, file=True)
-    session = _session(model, load_recipe(recipe, tuple(overrides or ())), calibration, seed)
+    job = _job(model, load_recipe(recipe, tuple(overrides or ())), calibration, seed)
     if dry_run:
-        _estimate(session, limit)
+        _estimate(job, limit)
         return
-    found = session.find_plan(limit)
+    found = flow.find_plan(job, limit).plan
     found.save(out)
-    print_summary(session.layout, found, session.limit(limit), out)
+    print_summary(job.layout, found, limit.nbytes(job.layout.parameters) if limit else None, out)
 
 
 def apply_command(
@@ -78,6 +79,7 @@ def apply_command(
     """Apply a plan to a model and write the compressed directory, by the recipe that the plan was found by."""
     from trimbit.artifact.files import require_absent
     from trimbit.errors import PlanError
+    from trimbit.pipeline import flow
     from trimbit.pipeline.recipes import load_recipe, read_recipe
     from trimbit.schema.plan import load_plan
 
@@ -85,27 +87,29 @@ def apply_command(
     found, own = load_plan(plan_file), tuple(overrides or ())
     by = found.found_by
     resolved = read_recipe(by.recipe, str(plan_file), own) if recipe is None else load_recipe(recipe, own)
-    session = _session(model, resolved, calibration or "self", by.seed if seed is None else seed)
-    if calibration is None and by.calibration != "self" and session.measures_plans:
+    job = _job(model, resolved, calibration or "self", by.seed if seed is None else seed)
+    if calibration is None and by.calibration != "self" and job.needs_text:
         raise PlanError(f"the plan was found on {by.calibration}: give that file, or another text (--calibration)")
-    written = session.write(found, out)
-    print_summary(session.layout, written, session.layout.file_nbytes(written), out)
+    written = flow.apply(job, found, out)
+    print_summary(job.layout, written, None, out)
 
 
-def _session(model: Path, recipe: "Recipe", calibration: str, seed: int) -> "Session":
-    from trimbit.pipeline.session import open_session
+def _job(model: Path, recipe: "Recipe", calibration: str, seed: int) -> "Job":
+    from trimbit.pipeline.preflight import open_job
 
-    return open_session(model, recipe, calibration=calibration, seed=seed, reporter=Bars())
+    return open_job(model, recipe, calibration=calibration, seed=seed, reporter=Bars())
 
 
-def print_summary(layout: "Layout", plan: "Plan", limit: int, out: Path) -> None:
+def print_summary(layout: "Layout", plan: "Plan", budget_nbytes: int | None, out: Path) -> None:
     """What was decided, in a few lines."""
+    from trimbit.report.plan_table import cache_line
+
     found = plan.found_by
     nbytes = layout.file_nbytes(plan)
     cut = [dim for dim in plan.cuts if len(plan.cuts[dim]) < layout.unit_of_dim(dim).size]
     pruned = f"{len(cut)} of {2 * layout.blocks} sub-blocks cut" if cut else "no pruning was chosen"
-    share, bits = 100 * nbytes / limit, 8 * nbytes / layout.parameters
-    stdout.print(f"{out}: {nbytes:,} bytes of {limit:,} ({share:.2f} %), {bits:.2f} bits a parameter", highlight=False)
+    of = f" of {budget_nbytes:,} ({100 * nbytes / budget_nbytes:.2f} %)" if budget_nbytes else ""
+    stdout.print(f"{out}: {nbytes:,} bytes{of}, {8 * nbytes / layout.parameters:.2f} bits a parameter", highlight=False)
     stdout.print(f"{found.method}; {pruned}", highlight=False)
     if found.measured_damage is not None:
         stdout.print(
@@ -113,18 +117,14 @@ def print_summary(layout: "Layout", plan: "Plan", limit: int, out: Path) -> None
             highlight=False,
         )
     if plan.kv_cache is not None:
-        from trimbit.report.plan_table import cache_line
-
         stdout.print(cache_line(layout, plan, CONTEXT), highlight=False)
-    for note in found.notes:
-        stdout.print(note, highlight=False)
 
 
-def _estimate(session: "Session", budget: "Budget | None") -> None:
+def _estimate(job: "Job", budget: "Budget | None") -> None:
     """What a run would take: bytes exactly bounded, memory and time from sizes."""
     from trimbit.pipeline.dry_run import estimate
 
     table = Table(show_header=False, title="dry run: nothing was written")
-    for what, value in estimate(session, budget):
+    for what, value in estimate(job, budget):
         table.add_row(what, value)
     stdout.print(table)

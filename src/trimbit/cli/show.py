@@ -61,7 +61,7 @@ def recipes(
     from trimbit.pipeline.recipes import load_recipe, names
 
     if name is not None:
-        from trimbit.pipeline.prepare import resolved_fields
+        from trimbit.pipeline.steps import resolved_fields
 
         fields = resolved_fields(load_recipe(name, tuple(overrides or ())))
         typer.echo(yaml.safe_dump(fields, sort_keys=False, width=120), nl=False)

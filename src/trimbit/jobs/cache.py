@@ -1,11 +1,31 @@
-"""Where finished stages are kept, and what their keys are made of."""
+"""The cache of finished stages: one folder an entry, named by its content key and checked when it is opened.
 
+    <root>/<stage>/<key>/        a finished entry, or a store that grows file by file
+    <root>/partial/<stage>/<key>/   what an interrupted stage has done so far; the same stage goes on from there
+    <root>/locks/<stage>-<key>   held while a process works on the entry; released by the system when it dies
+
+An entry appears whole: it is made as a partial one and renamed. `entry.json` has the digest of each of its files.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
 import os
-from collections.abc import Callable
-from functools import cache
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from trimbit.schema.base import digest
+from trimbit.schema.budget import Budget
+
+log = logging.getLogger(__name__)
+ENTRY_FILE = "entry.json"
+PARTIAL, LOCKS = "partial", "locks"
+MAX_NBYTES = 100 * 10**9  # ours
 
 
 def cache_root() -> Path:
@@ -13,21 +33,181 @@ def cache_root() -> Path:
     return Path(os.environ.get("TRIMBIT_CACHE") or Path.home() / ".cache" / "trimbit")
 
 
-@cache
-def source_digest(*parts: str) -> str:
-    """Content key of the package's code, or of some of its files and folders: other code has other results."""
-    root = Path(__file__).parent.parent
-    files = [file for part in parts for file in (root / part).rglob("*.py")] if parts else root.rglob("*.py")
-    files = [*files, *(root / part for part in parts if part.endswith(".py"))]
-    return digest([path.read_text(encoding="utf-8") for path in sorted(set(files))])
+def cache_limit() -> int:
+    """`$TRIMBIT_CACHE_LIMIT`, such as `50GB`, in bytes; 100 GB by default."""
+    text = os.environ.get("TRIMBIT_CACHE_LIMIT")
+    return Budget.parse(text).nbytes(0) if text else MAX_NBYTES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheEntry:
+    """One entry of the cache."""
+
+    stage: str
+    key: str
+    nbytes: int
+    used: float  # time of the last use, seconds since the epoch
+    complete: bool  # False: an interrupted stage
+    path: Path
+
+
+class Cache:
+    """Entries by stage and key under a root folder; a size limit in bytes evicts what was not used for longest."""
+
+    def __init__(self, root: Path | None = None, max_nbytes: int | None = None) -> None:
+        self.root = root or cache_root()
+        self.max_nbytes = max_nbytes if max_nbytes is not None else cache_limit()
+        self._open: set[Path] = set()  # entries that this process uses
+
+    def path(self, stage: str, key: str) -> Path:
+        """Where a finished entry lies."""
+        return self.root / stage / key
+
+    def partial(self, stage: str, key: str) -> Path:
+        """The folder in which an entry is made; what an interrupted run has left there is kept."""
+        path = self.root / PARTIAL / stage / key
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def store(self, stage: str, key: str) -> Path:
+        """A folder that grows file by file; its files carry their own digests (`jobs/checked.py`)."""
+        path = self.path(stage, key)
+        path.mkdir(parents=True, exist_ok=True)
+        self._use(path)
+        return path
+
+    def open(self, stage: str, key: str) -> Path | None:
+        """A finished entry whose files are as they were written; None if there is none.
+
+        An entry that was changed or damaged is reported and removed.
+        """
+        path = self.path(stage, key)
+        if not (path / ENTRY_FILE).is_file():
+            return None
+        if path not in self._open and (problem := _damage(path)):
+            log.warning("%s: %s; the entry is removed and made again", path, problem)
+            shutil.rmtree(path)
+            return None
+        self._use(path)
+        return path
+
+    def commit(self, stage: str, key: str) -> Path:
+        """Turn the partial entry into a finished one; then keep to the size limit."""
+        partial, path = self.partial(stage, key), self.path(stage, key)
+        files = {str(file.relative_to(partial)): _file_digest(file) for file in _files(partial)}
+        fields = {"stage": stage, "key": key, "files": files}
+        (partial / ENTRY_FILE).write_text(json.dumps(fields, indent=1), encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():  # a folder that no entry.json completed
+            shutil.rmtree(path)
+        partial.rename(path)
+        self._use(path)
+        self._evict()
+        return path
+
+    def remove(self, stage: str, key: str) -> None:
+        """Remove an entry, finished or not."""
+        for path in (self.path(stage, key), self.root / PARTIAL / stage / key):
+            shutil.rmtree(path, ignore_errors=True)
+            self._open.discard(path)
+
+    @contextmanager
+    def locked(self, stage: str, key: str) -> Iterator[None]:
+        """Keep other processes from making the same entry; waits for one that does."""
+        path = self.root / LOCKS / f"{stage}-{key}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.warning("waiting for another process that makes %s %s", stage, key)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def entries(self) -> list[CacheEntry]:
+        """All entries, the one that was not used for longest first."""
+        found = []
+        for complete, root in ((True, self.root), (False, self.root / PARTIAL)):
+            for path in root.glob("*/*"):
+                stage = path.parent.name
+                if path.is_dir() and stage not in {PARTIAL, LOCKS}:
+                    nbytes = sum(file.stat().st_size for file in _files(path))
+                    found.append(
+                        CacheEntry(
+                            stage=stage, key=path.name, nbytes=nbytes, used=path.stat().st_mtime,
+                            complete=complete, path=path,
+                        )
+                    )  # fmt: skip
+        return sorted(found, key=lambda entry: entry.used)
+
+    def prune(self, max_nbytes: int | None = None, older_than_days: float | None = None) -> list[CacheEntry]:
+        """Remove entries until the rest takes at most `max_nbytes`, and those not used for some days; gives them."""
+        entries = [entry for entry in self.entries() if entry.path not in self._open and self._free(entry)]
+        total = sum(entry.nbytes for entry in self.entries())
+        removed = []
+        for entry in entries:
+            old = older_than_days is not None and time.time() - entry.used > older_than_days * 86400
+            if old or (max_nbytes is not None and total > max_nbytes):
+                shutil.rmtree(entry.path, ignore_errors=True)
+                total -= entry.nbytes
+                removed.append(entry)
+        return removed
+
+    def clear(self) -> list[CacheEntry]:
+        """Remove all entries that no process works on; gives them."""
+        return self.prune(max_nbytes=-1)
+
+    def _evict(self) -> None:
+        for entry in self.prune(max_nbytes=self.max_nbytes):
+            log.info("the cache is over its limit of %d bytes: removed %s", self.max_nbytes, entry.path)
+
+    def _use(self, path: Path) -> None:
+        self._open.add(path)
+        os.utime(path)
+
+    def _free(self, entry: CacheEntry) -> bool:
+        """Whether no process works on an entry."""
+        lock = self.root / LOCKS / f"{entry.stage}-{entry.key}"
+        if not lock.exists():
+            return True
+        with lock.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+        return True
 
 
 def save_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that it appears whole or not at all; a write that fails leaves nothing beside it."""
+    """Write a file so that it appears whole or not at all; a write that fails leaves nothing behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    handle, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
     try:
-        write(beside)
-        beside.replace(path)
+        write(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file() and file.name != ENTRY_FILE)
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+
+
+def _damage(path: Path) -> str | None:
+    """How an entry differs from what was written; None: it does not."""
+    try:
+        want = dict(json.loads((path / ENTRY_FILE).read_text(encoding="utf-8"))["files"])
+    except (ValueError, KeyError, TypeError):
+        return f"{ENTRY_FILE} is damaged"
+    have = {str(file.relative_to(path)) for file in _files(path)}
+    if odd := sorted(have ^ want.keys()):
+        return f"{odd[0]} is {'missing' if odd[0] in want else 'not part of the entry'}"
+    return next((f"{name} was damaged" for name, own in want.items() if _file_digest(path / name) != own), None)

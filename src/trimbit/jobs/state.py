@@ -1,15 +1,13 @@
-"""The state of a training that may be broken off: its parameters, AdamW's moments if it has any, and what is told."""
+"""Checkpoint of a resumable training run: parameters, optimizer moments, metadata."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from trimbit.errors import ArtifactError, NumericsError
-from trimbit.jobs.cache import save_atomically
+from trimbit.errors import NumericsError
+from trimbit.jobs.checked import load_tensors, save_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of AdamW; plain SGD has none
 
@@ -21,34 +19,20 @@ def save_state(
     tensors = {name: p.detach() for name, p in parameters.items()}
     parts = _parts(optimizer)
     tensors |= {f"{name}.{part}": optimizer.state[p][part] for name, p in parameters.items() for part in parts}
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_atomically(path, lambda beside: save_file(whole, beside, dict(metadata)))
+    save_tensors(path, tensors, metadata)
 
 
-def load_state(
-    path: Path,
-    parameters: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    what: str,
-    belongs: str | None = None,
-) -> dict[str, str] | None:
-    """Take a state up; returns what is told beside it, or None where there is no state.
-
-    Raises:
-        ArtifactError: if it has other parameters, or is told to belong to something else; `what` names the training.
-    """
-    if not path.exists():
+def load_state(path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, str] | None:
+    """Take a state up; returns its metadata, or None where there is no state, or one that was damaged."""
+    found = load_tensors(path)
+    if found is None:
         return None
-    metadata, parts = read_metadata(path), _parts(optimizer)
-    with safe_open(path, framework="pt") as file:
-        want = {*parameters, *(f"{name}.{part}" for name in parameters for part in parts)}
-        if metadata.get("belongs") != belongs or set(file.keys()) != want:
-            raise ArtifactError(f"{path}: the stored state of another {what}; remove it and run again")
-        for name, p in parameters.items():
-            with torch.no_grad():
-                p.copy_(file.get_tensor(name))
-            own = {part: file.get_tensor(f"{name}.{part}") for part in parts}
-            optimizer.state[p] = {part: kept if part == "step" else kept.to(p.device) for part, kept in own.items()}
+    tensors, metadata = found
+    for name, p in parameters.items():
+        with torch.no_grad():
+            p.copy_(tensors[name])
+        moments = {part: tensors[f"{name}.{part}"] for part in _parts(optimizer)}
+        optimizer.state[p] = {part: own if part == "step" else own.to(p.device) for part, own in moments.items()}
     return metadata
 
 
@@ -66,9 +50,3 @@ def require_finite(what: str, step: int, kept: int, advice: str, **found: Iterab
         if not bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all()):
             state = f"the state after step {kept} is kept" if kept else "no state was kept yet"
             raise NumericsError(f"a {kind} of step {step} of {what} is not finite; {state}. {advice}")
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """What is told beside a state."""
-    with safe_open(path, framework="pt") as file:
-        return dict(file.metadata() or {})

@@ -47,7 +47,7 @@ def measure(
     The journal at `path` knows changes by what they do, so that other spaces and rankings share it.
     """
     whole = probe.whole
-    journal = Journal(path, path.stem)
+    journal = Journal(path)
     known: dict[str, float] = {entry["change"]: entry["damage"] for entry in journal.read()}
     work = [
         (unit, key, width, formats)

@@ -5,7 +5,8 @@ import time
 import torch
 
 from trimbit.model.forward.compute import fast_bf16, fastest_device, native
-from trimbit.pipeline.session import Session
+from trimbit.pipeline.job import Job
+from trimbit.pipeline.preflight import preflight
 from trimbit.schema.budget import Budget
 from trimbit.search.methods import shares
 from trimbit.search.two_formats.config import MaskedSearch, MaskTraining
@@ -15,15 +16,13 @@ TASK_DOCUMENTS = 2000  # where no limit says how many
 TASK_TOKENS = 200  # of a document's prompts and choices
 
 
-def estimate(session: Session, budget: Budget | None) -> list[tuple[str, str]]:
+def estimate(job: Job, budget: Budget | None) -> list[tuple[str, str]]:
     """Rows of (what, how much) for one job; checks that the budget is feasible.
 
     Time counts matrix products at the speed of one that is timed here; it is an order of magnitude, not a promise.
     """
-    layout, recipe = session.layout, session.recipe
-    limit = session.limit(budget)
-    if session.measures_plans:  # its text is there, and long enough; what is sampled needs the tokenizer alone
-        _ = session.checkpoint.tokenizer() if session.calibration == "self" else session.tokens
+    layout, recipe = job.layout, job.recipe
+    limit = preflight(job, budget)
     rows = recipe.calibration.rows + recipe.calibration.held_out
     tokens, text = rows * recipe.calibration.length, rows + recipe.calibration.training
     block = sum(w.rows * w.cols for w in layout.weights.values() if w.unit.startswith("blocks.0."))
@@ -38,30 +37,30 @@ def estimate(session: Session, budget: Budget | None) -> list[tuple[str, str]]:
         states = judged * layout.blocks * layout.sizes["hidden"] * 4
         measuring = 2 * layout.parameters + 2 * judged * layout.sizes["vocab"] + states + 2 * table
     recovering = 0
-    if session.tuning is not None:  # the model, the original's head, and what a few rows leave for the backward pass
-        blocks = 1 if session.tuning.checkpointing else layout.blocks
+    if job.steps.tune is not None:  # the model, the original's head, and what a few rows leave for the backward pass
+        blocks = 1 if job.steps.tune.checkpointing else layout.blocks
         width = 16 * layout.sizes["hidden"] + 8 * layout.sizes["mid"]
-        recovering = limit + 2 * table + session.tuning.micro * session.tuning.length * blocks * width * 2
-    masking = _masking_nbytes(session) if isinstance(session.search[1], MaskedSearch) else 0
+        recovering = limit + 2 * table + job.steps.tune.micro * job.steps.tune.length * blocks * width * 2
+    masking = _masking_nbytes(job) if isinstance(job.steps.search, MaskedSearch) else 0
     return [
         (
             "model",
-            f"{session.checkpoint.model_id}, {layout.parameters:,} parameters, "
+            f"{job.checkpoint.model_id}, {layout.parameters:,} parameters, "
             f"{2 * layout.parameters / 1e6:.0f} MB in bf16",
         ),
         ("weight files", f"at most {limit:,} bytes ({8 * limit / layout.parameters:.2f} bits a parameter)"),
-        ("calibration", f"{text} rows of {recipe.calibration.length} tokens, {session.calibration}"),
+        ("calibration", f"{text} rows of {recipe.calibration.length} tokens, {job.calibration}"),
         ("memory", f"about {max(streaming, measuring, recovering, masking) / 1e6:.0f} MB above the libraries"),
-        ("time", f"about {_seconds(session, tokens, block) / 60:.0f} minutes"),
+        ("time", f"about {_seconds(job, tokens, block) / 60:.0f} minutes"),
     ]
 
 
-def _masking_nbytes(session: Session) -> int:
+def _masking_nbytes(job: Job) -> int:
     """Both formats or the weights, the tables, what a row leaves for the backward pass, what is learnt and AdamW."""
-    layout, config = session.layout, session.search[1]
+    layout, config = job.layout, job.steps.search
     tables = sum(w.rows * w.cols for w in layout.weights.values() if not layout.readers(w.site))
     codes = sum(w.rows * w.cols for w in layout.weights.values()) - tables
-    dense = native(session.compute, fastest_device().type).itemsize
+    dense = native(job.compute, fastest_device().type).itemsize
     two = 2 * dense if config.dense else (config.low.bits + config.high.bits) / 8
     expected = config.error_model == "expected"
     each, ranks = (dense, 2 * config.rank * dense) if expected else (two, 0)
@@ -76,10 +75,10 @@ def _masking_nbytes(session: Session) -> int:
     return round(nbytes)
 
 
-def _seconds(session: Session, tokens: int, block: int) -> float:
-    layout, recipe = session.layout, session.recipe
+def _seconds(job: Job, tokens: int, block: int) -> float:
+    layout, recipe = job.layout, job.recipe
     speed = _products_per_second()
-    measured = hasattr(session.search[0], "background") and recipe.measure is not None and recipe.space is not None
+    measured = job.steps.method.measures_damage and recipe.measure is not None and recipe.space is not None
     trials = 3 if measured and recipe.measure and recipe.measure.apply_finalists else 1
     passes = 1 + 5 * trials  # statistics, and the passes of each application
     work = float(passes * tokens * layout.blocks * block)
@@ -88,18 +87,18 @@ def _seconds(session: Session, tokens: int, block: int) -> float:
         choices = layout.blocks * (4 * len(recipe.space.formats) + 2 * len(recipe.space.widths))
         work += choices * want.rows * want.length * (layout.parameters / 2)
     step = 0.0
-    if session.tuning is not None:  # the original forward, the compressed one forward and back, and their heads
-        step = 4.0 * session.tuning.batch * session.tuning.length * layout.parameters
-        work += session.tuning.steps * step
-    if session.objective is not None and recipe.measure:
-        goal = session.objective
+    if job.steps.tune is not None:  # the original forward, the compressed one forward and back, and their heads
+        step = 4.0 * job.steps.tune.batch * job.steps.tune.length * layout.parameters
+        work += job.steps.tune.steps * step
+    if job.objective is not None and recipe.measure:
+        goal = job.objective
         judged = recipe.calibration.held_out * recipe.measure.length * layout.parameters
         asked = len(goal.tasks) * (goal.documents or TASK_DOCUMENTS) * TASK_TOKENS * layout.parameters
         applied = tokens * layout.blocks * block if goal.steps else 0
-        search = session.search[1]
+        search = job.steps.search
         tried = search.optimiser.trials + (search.optimiser.smaller if search.engine == "bayes" else 0)
         work += tried * (judged + asked + applied + goal.steps * step)
-    config = session.search[1]
+    config = job.steps.search
     if isinstance(
         config, MaskTraining
     ):  # forward, twice if checkpointed, and back, for two error_model twice, and the head
@@ -108,7 +107,7 @@ def _seconds(session: Session, tokens: int, block: int) -> float:
     elif isinstance(config, shares.Config):
         tried = 4 * layout.blocks * len(config.factors)
         work += tried * config.rows * config.length * layout.parameters
-    if session.calibration == "self":
+    if job.calibration == "self":
         tokens += recipe.calibration.training * recipe.calibration.length
         work += 10.0 * tokens * layout.parameters  # decoding reads all weights for few rows
     rounding = sum(w.cols for w in layout.weights.values()) * 2e-4  # seconds, one column after the other

@@ -28,7 +28,7 @@ from trimbit.runtime.inputs import move_hooks
 from trimbit.schema.base import Schema
 from trimbit.transform.repair.lowrank import LowRank
 
-ADVICE = "With a lower tune.learning_rate it is trained anew"
+ADVICE = "Lower tune.learning_rate to retrain from scratch"
 PAPER = "LoRA, arXiv:2106.09685; LLM-Pruner's recovery, arXiv:2305.11627"
 
 
@@ -98,7 +98,7 @@ def tune(
     lora = _attach(model, pairs, kinds, config)
     parameters = {f"{name}.{part}": p for name, own in lora.items() for part, p in zip("ab", own, strict=True)}
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
-    metadata = load_state(state, parameters, optimizer, "recovery")
+    metadata = load_state(state, parameters, optimizer)
     losses: list[float] = json.loads(metadata["losses"]) if metadata else []
     kept = len(losses)
     model.train()

@@ -1,19 +1,18 @@
 """What a search tried, beside its result: a table, and a picture of bytes against KL and accuracy."""
 
 import csv
-import importlib.util
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from trimbit.errors import RecipeError
+from trimbit.schema.found import Tried
 from trimbit.schema.objective import Outcome
 from trimbit.schema.plan import Plan
 from trimbit.search.solvers.pareto import front
 
 
 class Trial(NamedTuple):
-    """One plan, and what was found of it."""
+    """One plan that a search by whole plans tried, and its outcome."""
 
     plan: Plan
     outcome: Outcome
@@ -22,6 +21,11 @@ class Trial(NamedTuple):
     def nbytes(self) -> int:
         """Of its file."""
         return self.plan.found_by.nbytes
+
+
+def trials_of(tried: Iterable[Tried]) -> list[Trial]:
+    """The tried plans that have an outcome."""
+    return [Trial(one.plan, one.outcome) for one in tried if one.outcome is not None]
 
 
 def best(trials: Sequence[Trial]) -> list[int]:
@@ -42,17 +46,7 @@ def table(trials: Sequence[Trial]) -> str:
     return out.getvalue()
 
 
-def require_plot() -> None:
-    """Fail before anything long where the picture cannot be drawn.
-
-    Raises:
-        RecipeError: if matplotlib is missing.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise RecipeError("the search draws a picture: pip install 'trimbit[plot]'")
-
-
-def picture(trials: Sequence[Trial], limit: int) -> bytes:
+def picture(trials: Sequence[Trial], budget_nbytes: int) -> bytes:
     """A PNG: every trial, the Pareto set joined by a line, and the budget; a panel for KL, and one for accuracy."""
     from matplotlib.figure import Figure
 
@@ -72,7 +66,7 @@ def picture(trials: Sequence[Trial], limit: int) -> bytes:
             axes.errorbar(sizes, values, errors, fmt="none", ecolor="0.8", elinewidth=1, zorder=0)
         axes.plot([sizes[at] for at in joined], [values[at] for at in joined], color="0.35", lw=1, label="Pareto set")
         axes.plot(sizes[0], values[0], "s", mfc="none", mec="tab:red", ms=11, label="first")
-        axes.axvline(limit / 1e6, color="tab:red", linestyle=":", linewidth=1, label="budget")
+        axes.axvline(budget_nbytes / 1e6, color="tab:red", linestyle=":", linewidth=1, label="budget")
         axes.set(xlabel="weight file, MB", ylabel=label)
         axes.legend(frameon=False)
     figure.colorbar(all_axes[0].collections[0], ax=all_axes, label="trial")

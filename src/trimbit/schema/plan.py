@@ -1,5 +1,6 @@
 """The plan: what is cut and how many bits the rest gets."""
 
+import os
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -88,19 +89,27 @@ class Plan(Schema):
         """Bytes of all tensors written; the file adds its header."""
         return layout.tensor_nbytes(self)
 
-    def save(self, path: Path) -> None:
-        """Write the plan as JSON."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        whole = self.with_provenance(content=self.content)
-        path.write_text(whole.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    def to_json(self) -> str:
+        """The content of plan.json; it carries the content key, by which an edited plan is recognised."""
+        return self.with_provenance(content=self.content).model_dump_json(indent=1) + "\n"
 
-    def with_provenance(self, **told: object) -> "Plan":
-        """The same plan with some of `found_by` said otherwise."""
-        return self.model_copy(update={"found_by": self.found_by.model_copy(update=told)})
+    def save(self, path: Path) -> None:
+        """Write plan.json; the file appears whole."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(self.to_json(), encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def with_provenance(self, **fields: object) -> "Plan":
+        """A copy with some provenance fields replaced."""
+        return self.model_copy(update={"found_by": self.found_by.model_copy(update=fields)})
 
 
 def load_plan(path: Path) -> Plan:
-    """Read a plan; one that was edited tells nothing of what was found of the plan that it was.
+    """Read a plan. If the file was edited by hand, its recorded results are cleared.
 
     Raises:
         PlanError: if the file is missing, is not JSON, or has an unknown key, type or schema version.

@@ -1,9 +1,9 @@
-"""What a search method is given: the layout, the budget, the space, the measurements, and a way to try a plan."""
+"""What a search method is given: a problem, as data, and an oracle that says what choices and plans cost."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from torch import Generator, Tensor, device
 
@@ -13,28 +13,17 @@ from trimbit.measure.choices import allowed_formats, allowed_widths, format_of, 
 from trimbit.model.forward.logits import Divergence
 from trimbit.model.layout import Layout, Unit
 from trimbit.schema.base import Schema
+from trimbit.schema.found import Found, Tried
 from trimbit.schema.kv_cache import KVPrecision
-from trimbit.schema.measurements import Measurements
-from trimbit.schema.objective import Outcome
+from trimbit.schema.measurements import Background, Measurements
+from trimbit.schema.objective import Objective, Outcome
 from trimbit.schema.plan import ModelRef, Plan, Provenance, Rotation
 from trimbit.schema.precision import Precision, Run
+from trimbit.schema.recipe import Measure
 from trimbit.schema.space import Space
 
-Evaluate = Callable[[Plan], float]
-Outcomes = Callable[[Sequence[Plan]], Iterable[tuple[int, Outcome]]]
-
-
-@runtime_checkable
-class Method(Protocol):
-    """A search module."""
-
-    @property
-    def PAPER(self) -> str: ...  # noqa: N802, D102
-    @property
-    def NEEDS(self) -> tuple[str, ...]: ...  # noqa: N802, D102
-    @property
-    def Config(self) -> type[Schema]: ...  # noqa: N802, D102
-    def search(self, problem: "Problem", config: Schema) -> Plan: ...  # noqa: D102
+C = TypeVar("C", bound=Schema)
+In = TypeVar("In", bound=Schema, contravariant=True)
 
 
 @runtime_checkable
@@ -53,53 +42,90 @@ class Channels(Protocol):
 
 @runtime_checkable
 class Masked(Protocol):
-    """The frozen model with a low and a high format in every layer, of which masks choose for each channel."""
+    """The frozen model with a low and a high format in every layer; masks choose one for each channel."""
 
-    device: device  # that masks and their gradients are wanted on
+    device: device  # of masks and their gradients
 
     def gradients(
         self, masks: Mapping[str, Tensor], step: int, generator: Generator
     ) -> tuple[float, dict[str, Tensor]]:
         """The loss of a step's tokens, in nats a token, for masks of zeros and ones by site, and its gradients.
 
-        What is left to chance, beside the masks, is drawn from the generator.
+        All randomness but that of the masks is drawn from the generator.
         """
 
     def damage(self, masks: Mapping[str, Tensor], rows: int | None = None) -> Divergence:
         """KL to the original and loss, in nats a token, on the first rows that are learnt from; None: held-out ones."""
 
 
+class Measured(NamedTuple):
+    """KL of an applied plan, in nats a token."""
+
+    choose: float  # on the rows that plans are chosen by
+    report: float | None  # on rows that nothing is fitted to or chosen by
+
+
+@runtime_checkable
+class Oracle(Protocol):
+    """What choices and plans cost, and the gradients of masks: everything that needs the model."""
+
+    @property
+    def channels(self) -> Channels:
+        """Figures of the input channels of weights."""
+
+    def damage(self, background: Background, number: int) -> Measurements:
+        """Damage of every choice in a background; `number` counts the rounds, from 0."""
+
+    def estimate_kl(self, plan: Plan) -> float:
+        """KL of a plan assembled from candidates: seconds."""
+
+    def apply_and_measure(self, plan: Plan) -> Measured:
+        """KL of a plan that is applied for real: minutes."""
+
+    def outcomes(self, plans: Sequence[Plan], objective: Objective) -> Iterable[tuple[int, Outcome]]:
+        """What an objective wants to know of each plan, with the plan's index, as it becomes known."""
+
+    def importance(self) -> Mapping[str, float]:
+        """Importance of `blocks.7`, `blocks.7.attn`, ... to the task."""
+
+    def masked(self, config: Any) -> Masked:  # noqa: ANN401
+        """The model with two formats in every weight, for gradients."""
+
+    def share_damage(self, config: Any, masks: Mapping[str, Tensor], rows: int) -> float:  # noqa: ANN401
+        """KL of the model under masks, kept so that an interrupted search goes on."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One search: find the plan of least damage whose weight files are at most `limit` bytes."""
+    """One search: find the plan of least damage whose weight files are at most `budget_nbytes`."""
 
     layout: Layout
     model: ModelRef
-    limit: int
+    budget_nbytes: int
     space: Space
-    rankings: Mapping[str, tuple[int, ...]]
-    recipe: Mapping[str, Any]  # and the text, for the plan to tell
+    rankings: Mapping[str, tuple[int, ...]]  # dim -> its indices, the one to keep longest first
+    recipe: Mapping[str, Any]  # as plain data, for the plan's provenance
     calibration: str
     seed: int
-    measurements: Measurements | None = None
-    measurement_hash: str | None = None
-    evaluate: Evaluate | None = None  # quick: KL of a plan put together from what was quantised alone
-    trial: Evaluate | None = None  # real: KL of the plan as it is applied
-    outcomes: Outcomes | None = None  # of plans, each with its place among them, as it becomes known
-    channels: "Channels | None" = None  # what is known of the weights' input channels
-    masked: "Callable[[Any], Masked] | None" = None  # the model with two formats in every weight, for gradients
-    importance: Callable[[], Mapping[str, float]] | None = None  # of `blocks.7`, `blocks.7.attn`, ... to the task
-    journal: Path | None = None  # of trials or steps, for a search that may be broken off and go on
-    key: str = ""  # content key of all that decides a trial's or a step's result
-    reporter: Reporter = field(default_factory=Silent)
-    refit_biases: bool = True  # a cut unit's out weight gains a bias
+    measure: Measure | None = None
+    oracle: Oracle | None = None  # None: for sizes alone
+    refits: bool = True  # the out weight of a cut unit gains a bias
     rank: int = 0  # of the low-rank pair beside each weight of the blocks
     rotation: Rotation | None = None  # of every plan
     kv_cache: KVPrecision | None = None  # of every plan
+    importance: bool = False  # whether the recipe ranks layers
+    state: Path | None = None  # folder for what a search keeps to go on after an interruption
+    reporter: Reporter = field(default_factory=Silent)
+
+    @property
+    def costs(self) -> Oracle:
+        """The oracle; a search that asks for it is not run for sizes alone."""
+        assert self.oracle is not None, "this problem is for sizes alone"
+        return self.oracle
 
     def plan(
         self, widths: Mapping[str, int], formats: Mapping[str, Precision], method: str, predicted: float | None = None,
-        notes: tuple[str, ...] = (),
+        measurements: str | None = None,
     ) -> Plan:  # fmt: skip
         """The plan that keeps `widths` of the cut dims by their rankings; `formats` are by site, or by weight."""
         layout = self.layout
@@ -111,7 +137,7 @@ class Problem:
             width = widths.get(unit.dim, self.space.kept.get(unit.dim, unit.size)) if unit.dim else None
             if unit.dim and width != unit.size:
                 cuts[unit.dim] = tuple(sorted(self.rankings[unit.dim][:width]))
-                if self.refit_biases and width and unit.out_weight:
+                if self.refits and width and unit.out_weight:
                     biases.append(unit.out_weight)
             if unit.dim and width == 0:
                 continue
@@ -121,9 +147,8 @@ class Problem:
                     cols = layout.weight_shape(layout.weights[name], width)[1]
                     weights[name] = (Run(count=cols, precision=format_of(formats, site, name)),)
         found = Provenance(
-            method=method, recipe=dict(self.recipe), calibration=self.calibration,
-            measurement_hash=self.measurement_hash, seed=self.seed,
-            predicted_damage=predicted, measured_damage=None, nbytes=0, notes=notes,
+            method=method, recipe=dict(self.recipe), calibration=self.calibration, measurement_hash=measurements,
+            seed=self.seed, predicted_damage=predicted, measured_damage=None, nbytes=0,
         )  # fmt: skip
         plan = Plan(
             model=self.model, rotation=self.rotation, cuts=cuts, weights=weights, biases=tuple(biases),
@@ -135,22 +160,25 @@ class Problem:
         """The ranks of the low-rank pairs of a unit's weights."""
         return dict.fromkeys(unit.weights, self.rank) if self.rank and unit.block is not None else {}
 
-    def quick_best(self, plans: Sequence[Plan]) -> tuple[Plan, tuple[str, ...]]:
-        """The plan of least quick KL, and a note about each; the first where there is no choice or nothing can tell."""
-        if self.evaluate is None or len(plans) == 1:
+    def best_estimated(self, plans: Sequence[Plan]) -> tuple[Plan, tuple[Tried, ...]]:
+        """The plan of least estimated KL, and what was tried; the first plan where the recipe measures nothing."""
+        if self.measure is None or len(plans) == 1:
             return plans[0], ()
-        found = [self.evaluate(plan) for plan in plans]
-        notes = (f"quick, {p.found_by.method}: {damage:.4f} nats" for p, damage in zip(plans, found, strict=True))
-        return plans[found.index(min(found))], tuple(notes)
+        found = [self.costs.estimate_kl(plan) for plan in plans]
+        tried = tuple(Tried(plan=plan, estimated_kl=kl) for plan, kl in zip(plans, found, strict=True))
+        return plans[found.index(min(found))], tried
 
-    def best(self, plans: Sequence[Plan]) -> tuple[Plan, tuple[str, ...]]:
-        """The plan of least real KL, which it then tells, and a note about each; of least quick KL without trials."""
-        if self.trial is None:
-            return self.quick_best(plans)
-        found = [self.trial(plan) for plan in plans]
-        notes = (f"applied, {p.found_by.method}: {damage:.4f} nats" for p, damage in zip(plans, found, strict=True))
-        best = plans[found.index(min(found))]
-        return best.with_provenance(measured_damage=min(found)), tuple(notes)
+    def best(self, plans: Sequence[Plan]) -> tuple[Plan, tuple[Tried, ...]]:
+        """The plan of least KL as applied, and what was tried; by estimated KL if the recipe applies no finalists.
+
+        The plan's measured damage is that on the report rows.
+        """
+        if self.measure is None or not self.measure.apply_finalists:
+            return self.best_estimated(plans)
+        found = [self.costs.apply_and_measure(plan) for plan in plans]
+        tried = tuple(Tried(plan=plan, applied_kl=own.choose) for plan, own in zip(plans, found, strict=True))
+        at = min(range(len(plans)), key=lambda i: found[i].choose)
+        return plans[at].with_provenance(measured_damage=found[at].report), tried
 
     def uniform(self, precision: Precision, method: str) -> Plan:
         """Every weight, the embedding included, in one format, nothing cut."""
@@ -162,22 +190,21 @@ class Problem:
         layout = self.layout
         widths, formats = {}, {}
         for unit in layout.units.values():
-            if unit.dim:
-                widths[unit.dim] = min(allowed_widths(layout, unit, self.space))
+            if unit.dim and (least := min(allowed_widths(layout, unit, self.space))) != unit.size:
+                widths[unit.dim] = least
             for site, names in sites_of(layout, unit).items():
                 weight = layout.weights[names[0]]
-                formats[site] = min(
-                    allowed_formats(unit, self.space),
-                    key=lambda p: sum(
+                sizes = {
+                    p: sum(
                         spec.nbytes
                         for spec in layout.weight_tensors(
                             weight, (Run(count=weight.cols, precision=p),), None, bias=False
                         ).values()
-                    ),
-                )
-        return self.plan(
-            {dim: width for dim, width in widths.items() if width != layout.unit_of_dim(dim).size}, formats, "smallest"
-        )
+                    )
+                    for p in allowed_formats(unit, self.space)
+                }
+                formats[site] = min(sizes, key=sizes.__getitem__)
+        return self.plan(widths, formats, "smallest")
 
     def require_feasible(self, smallest: Plan) -> None:
         """Refuse a budget below the smallest plan.
@@ -186,8 +213,50 @@ class Problem:
             BudgetError: naming the smallest feasible budget.
         """
         need = smallest.found_by.nbytes
-        if need > self.limit:
+        if need > self.budget_nbytes:
             raise BudgetError(
-                f"the budget of {self.limit:,} bytes is below the smallest model that this recipe can make; "
+                f"the budget of {self.budget_nbytes:,} bytes is below the smallest model that this recipe can make; "
                 f"the smallest feasible budget is {need:,} bytes (--budget {need}B)"
             )
+
+
+class Search(Protocol[In]):
+    """Finds a plan within the problem's budget."""
+
+    def __call__(self, problem: Problem, config: In) -> Found:
+        """Search."""
+
+
+class RequireFeasible(Protocol[In]):
+    """Refuses, before anything long, a budget or a recipe that the method cannot serve."""
+
+    def __call__(self, problem: Problem, config: In) -> None:
+        """Check."""
+
+
+class DefaultNbytes(Protocol[In]):
+    """Bytes of the weight files where no budget is given."""
+
+    def __call__(self, problem: Problem, config: In) -> int:
+        """Bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchMethod(Generic[C]):
+    """What a module in `search/methods/` offers, as `METHOD`; mypy checks each field against the module's `Config`."""
+
+    paper: str
+    config: type[C]
+    search: Search[C]
+    require_feasible: RequireFeasible[C]
+    default_nbytes: DefaultNbytes[C] | None = None  # None: a budget is required
+    needs: tuple[str, ...] = ()  # fields of the recipe
+    reads_moments: bool = False  # wants to know the channels
+    measures_damage: bool = False  # asks for the damage of every choice
+    draws: bool = False  # its result comes with a picture
+    objective: Callable[[C], Objective] | None = None  # of a search by whole plans
+    result_fields: Callable[[C], dict[str, Any]] | None = None  # fields that decide the result; None: all
+
+    def fields(self, config: C) -> dict[str, Any]:
+        """What of a configuration decides the result, for a content key."""
+        return self.result_fields(config) if self.result_fields else config.model_dump(mode="json")

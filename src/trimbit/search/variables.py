@@ -22,7 +22,7 @@ class Variables:
     covers: Mapping[str, tuple[str, ...]]  # sites, or weights
     layers: tuple[str, ...]  # whose importance each variable has: `blocks.7`, or the sub-block that it is a part of
     costs: tuple[tuple[int, ...], ...]
-    limit: int  # for the variables; the rest of the file is taken off the budget
+    room_nbytes: int  # for the variables; the rest of the file is taken off the budget
 
     def plan(self, point: Sequence[int], method: str) -> Plan:
         """The plan of one level for each variable."""
@@ -43,7 +43,7 @@ class Variables:
         """Bytes of the file with this share of the variables, those that cost most, at the highest level."""
         upgrades = sorted((costs[-1] - costs[0] for costs in self.costs), reverse=True)
         used = sum(costs[0] for costs in self.costs) + sum(upgrades[: round(of * len(upgrades))])
-        return self.problem.limit - self.limit + used
+        return self.problem.budget_nbytes - self.room_nbytes + used
 
 
 def variables(problem: Problem, per: Per) -> Variables:
@@ -68,8 +68,8 @@ def variables(problem: Problem, per: Per) -> Variables:
                 costs[key] = [old + new for old, new in zip(costs.get(key, [0] * len(formats)), nbytes, strict=True)]
     found = Variables(
         problem=problem, formats=formats, covers=covers, layers=tuple(layers.values()),
-        costs=tuple(map(tuple, costs.values())), limit=0,
+        costs=tuple(map(tuple, costs.values())), room_nbytes=0,
     )  # fmt: skip
     lowest = found.plan([0] * len(covers), "lowest")
     rest = lowest.nbytes(layout) - sum(cost[0] for cost in found.costs) + header_bound(layout, problem.rank)
-    return replace(found, limit=problem.limit - rest)
+    return replace(found, room_nbytes=problem.budget_nbytes - rest)

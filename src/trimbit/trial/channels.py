@@ -15,7 +15,7 @@ DAMPING = 0.01  # code (Aaronhuang-778/SliM-LLM): of diag H, as a share of its m
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Channels:
+class ChannelFigures:
     """The channels of one model, as the dense model's statistics show them."""
 
     checkpoint: Checkpoint

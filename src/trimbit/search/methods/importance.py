@@ -14,14 +14,11 @@ from pydantic import Field
 
 from trimbit.errors import RecipeError
 from trimbit.schema.base import Schema
-from trimbit.schema.plan import Plan
-from trimbit.search.problem import Problem
+from trimbit.schema.found import Found
+from trimbit.search.problem import Problem, SearchMethod
 from trimbit.search.solvers.knapsack import Config as Solver
 from trimbit.search.solvers.knapsack import knapsack
 from trimbit.search.variables import Per, Variables, variables
-
-PAPER = "QPruner, arXiv:2412.11629"
-NEEDS = ("space", "importance")
 
 
 class Config(Schema):
@@ -31,7 +28,7 @@ class Config(Schema):
     share: float = Field(default=0.25, ge=0, le=1)  # ours, without a budget: blocks in the largest format
 
 
-def default_limit(problem: Problem, config: Config) -> int:
+def default_nbytes(problem: Problem, config: Config) -> int:
     """Bytes with `share` of the variables in the largest format."""
     return variables(problem, config.per).share(config.share)
 
@@ -53,16 +50,15 @@ def require_feasible(problem: Problem, config: Config) -> None:
     problem.require_feasible(found.plan([0] * len(found.costs), "smallest"))
 
 
-def search(problem: Problem, config: Config) -> Plan:
+def search(problem: Problem, config: Config) -> Found:
     """The plan of largest total gain.
 
     Raises:
         BudgetError: if nothing fits; names the smallest feasible budget.
     """
-    assert problem.importance is not None, "bits by importance need the importance of each layer"
     require_feasible(problem, config)
     found = variables(problem, config.per)
-    return found.plan(allocate(found, problem.importance()), "bits by importance")
+    return Found(plan=found.plan(allocate(found, problem.costs.importance()), "bits by importance"))
 
 
 def allocate(found: Variables, importance: Mapping[str, float]) -> Sequence[int]:
@@ -79,5 +75,15 @@ def allocate(found: Variables, importance: Mapping[str, float]) -> Sequence[int]
         [(nbytes, -gain) for nbytes, gain in zip(costs, gain, strict=True)]
         for costs, gain in zip(found.costs, gains, strict=True)
     ]
-    picked = knapsack(items, found.limit, Solver())
+    picked = knapsack(items, found.room_nbytes, Solver())
     return [0] * len(items) if picked is None else picked  # so near the smallest that the header's bound leaves no room
+
+
+METHOD = SearchMethod(
+    paper="QPruner, arXiv:2412.11629",
+    config=Config,
+    search=search,
+    require_feasible=require_feasible,
+    default_nbytes=default_nbytes,
+    needs=("space", "importance"),
+)

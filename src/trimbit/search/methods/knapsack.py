@@ -14,19 +14,27 @@ import numpy as np
 from pydantic import PositiveFloat
 
 from trimbit.errors import BudgetError
-from trimbit.measure.choices import allowed_formats, allowed_widths, reference_width, sites_of, spared_format
+from trimbit.measure.choices import (
+    allowed_formats,
+    allowed_widths,
+    background_of,
+    reference_width,
+    sites_of,
+    spared_format,
+)
 from trimbit.model.layout import Unit, header_bound
-from trimbit.schema.measurements import Background
+from trimbit.schema.base import digest
+from trimbit.schema.found import Found, Tried
+from trimbit.schema.measurements import Background, Measurements
 from trimbit.schema.plan import Plan
 from trimbit.schema.precision import Int, Precision, Run
 from trimbit.search.methods import uniform
-from trimbit.search.problem import Problem
+from trimbit.search.problem import Problem, SearchMethod
 from trimbit.search.solvers import knapsack as solver
 from trimbit.search.solvers.knapsack import knapsack
 
-PAPER = "this project; HiGHS through scipy.optimize.milp"
-NEEDS = ("space", "measure")
 Uniform = uniform.Config
+NO_PRUNING = "knapsack, no pruning"
 NEAR_LOSSLESS = Int(bits=6, group=64, symmetric=False)  # errors that are measured one at a time add up best
 
 
@@ -56,44 +64,55 @@ class Choice:
     cost: float
 
 
-def search(problem: Problem, config: Config) -> Plan:
-    """The best tried plan among knapsack solutions with pruning, without, and the best uniform plan.
+def search(problem: Problem, config: Config) -> Found:
+    """The best plan over all rounds; each round measures in the background of the plan before it.
 
     Raises:
         BudgetError: if nothing in the space fits; names the smallest feasible budget.
     """
-    assert problem.measurements is not None, "the knapsack needs measurements"
+    assert problem.measure is not None, "the knapsack needs measurements"
     require_feasible(problem, config)
+    around, rounds = background(problem, config), []
+    for number in range(problem.measure.rounds):
+        rounds.append(best_of(problem, config, problem.costs.damage(around, number)))
+        around = background_of(rounds[-1].plan, problem.layout)
+    if len(rounds) == 1:
+        return rounds[0]
+    plan, tried = problem.best([found.plan for found in rounds])
+    return Found(plan=plan, tried=(*(one for found in rounds for one in found.tried), *tried))
+
+
+def best_of(problem: Problem, config: Config, damage: Measurements) -> Found:
+    """The best tried plan among solutions with pruning, without, and the best uniform plan."""
     solved: dict[str, Plan] = {}
-    notes: tuple[str, ...] = ()
     costs = (*config.pruning_costs, *((None,) if config.no_pruning else ()))
     for cost in costs:
-        method = "knapsack, no pruning" if cost is None else f"knapsack, pruning cost x{cost:g}"
-        plan = solve(problem, config, cost, method)
-        if plan is None:
-            notes += (f"{method}: nothing found",)
-        else:
+        method = NO_PRUNING if cost is None else f"knapsack, pruning cost x{cost:g}"
+        plan = solve(problem, config, damage, cost, method)
+        if plan is not None:
             solved.setdefault(plan.content, plan)
     pruned = [plan for plan in solved.values() if plan.cuts]
     kinds = [kind for kind in (pruned, [plan for plan in solved.values() if not plan.cuts]) if kind]
-    finalists = []
+    finalists: list[Plan] = []
+    tried: tuple[Tried, ...] = ()
     for kind in kinds:
-        plan, more = problem.quick_best(sorted(kind, key=_predicted))
+        plan, more = problem.best_estimated(sorted(kind, key=_predicted))
         finalists.append(plan)
-        notes += more
-    finalists += _uniform(problem, config)
+        tried += more
+    for found in _uniform(problem, config):
+        finalists.append(found.plan)
+        tried += found.tried
     if not finalists:  # so near the smallest budget that the bound on the header leaves no room
         finalists = [problem.smallest()]
-    best, tried = problem.best(sorted(finalists, key=_predicted))
-    notes += tried if best.cuts else (*tried, "no pruning was chosen")
-    return best.with_provenance(notes=notes)
+    best, applied = problem.best(sorted(finalists, key=_predicted))
+    return Found(plan=best, tried=(*tried, *applied))
 
 
 def _predicted(plan: Plan) -> float:
     return plan.found_by.predicted_damage if plan.found_by.predicted_damage is not None else float("inf")
 
 
-def _uniform(problem: Problem, config: Config) -> list[Plan]:
+def _uniform(problem: Problem, config: Config) -> list[Found]:
     """The best uniform plan, if one is wanted and fits."""
     if config.uniform is None:
         return []
@@ -121,7 +140,7 @@ def background(problem: Problem, config: Config) -> Background:
     blocks = config.background
     if blocks is None:
         sizes = {p: problem.uniform(p, "background").found_by.nbytes for p in problem.space.formats}
-        blocks = min(sizes, key=lambda p: abs(sizes[p] - problem.limit))
+        blocks = min(sizes, key=lambda p: abs(sizes[p] - problem.budget_nbytes))
     want = max(blocks.bits, config.embedding_bits)
     table = min(problem.space.embedding_formats, key=lambda p: (abs(p.bits - want), p.name))
     formats: dict[str, Precision] = {}
@@ -131,21 +150,23 @@ def background(problem: Problem, config: Config) -> Background:
     return Background(widths=problem.space.kept, formats=formats)
 
 
-def _limit(problem: Problem) -> int:
+def _room_nbytes(problem: Problem) -> int:
     """What is left of the budget for the units."""
     layout = problem.layout
     return (
-        problem.limit
+        problem.budget_nbytes
         - header_bound(layout, problem.rank)
         - sum(2 * int(np.prod(layout.shapes[name])) for name in layout.fixed)
     )
 
 
-def solve(problem: Problem, config: Config, pruning_cost: float | None, method: str) -> Plan | None:
+def solve(
+    problem: Problem, config: Config, damage: Measurements, pruning_cost: float | None, method: str
+) -> Plan | None:  # fmt: skip
     """The knapsack's optimum with D(width) times `pruning_cost` (None: full widths only); None if nothing fits."""
     layout = problem.layout
-    groups = [pareto(choices(problem, unit, pruning_cost)) for unit in layout.units.values()]
-    picked = knapsack([[(c.nbytes, c.cost) for c in group] for group in groups], _limit(problem), config)
+    groups = [pareto(choices(problem, damage, unit, pruning_cost)) for unit in layout.units.values()]
+    picked = knapsack([[(c.nbytes, c.cost) for c in group] for group in groups], _room_nbytes(problem), config)
     if picked is None:
         return None
     chosen = [group[at] for group, at in zip(groups, picked, strict=True)]
@@ -153,17 +174,16 @@ def solve(problem: Problem, config: Config, pruning_cost: float | None, method: 
         c.unit.dim: c.width for c in chosen if c.unit.dim is not None and c.width is not None and c.width != c.unit.size
     }
     formats = {site: precision for c in chosen for site, precision in c.formats}
-    base = problem.measurements.background_damage if problem.measurements else 0.0
-    method = method if widths else "knapsack, no pruning"  # whatever pruning would have cost
-    return problem.plan(widths, formats, method, base + sum(c.damage for c in chosen))
+    method = method if widths else NO_PRUNING  # whatever pruning would have cost
+    predicted = damage.background_damage + sum(c.damage for c in chosen)
+    return problem.plan(widths, formats, method, predicted, digest(damage.model_dump(mode="json")))
 
 
-def choices(problem: Problem, unit: Unit, pruning_cost: float | None) -> list[Choice]:
+def choices(problem: Problem, damage: Measurements, unit: Unit, pruning_cost: float | None) -> list[Choice]:
     """All choices of a unit: every width times every combination of formats of its sites."""
-    assert problem.measurements is not None
     layout = problem.layout
-    by_format = {(m.site, m.precision.name): m.damage for m in problem.measurements.formats}
-    by_width = {(m.dim, m.width): m.damage for m in problem.measurements.widths}
+    by_format = {(m.site, m.precision.name): m.damage for m in damage.formats}
+    by_width = {(m.dim, m.width): m.damage for m in damage.widths}
     sites = sites_of(layout, unit)
     found: list[Choice] = []
     for width in allowed_widths(layout, unit, problem.space) or (None,):
@@ -184,18 +204,18 @@ def choices(problem: Problem, unit: Unit, pruning_cost: float | None) -> list[Ch
                 )
             )
             continue
-        share = width / (reference_width(unit, problem.measurements.background) or 1) if width is not None else 1.0
+        share = width / (reference_width(unit, damage.background) or 1) if width is not None else 1.0
         for combination in product(allowed_formats(unit, problem.space), repeat=len(sites)):
             formats = dict(zip(sites, combination, strict=True))
-            damage = shape + share * sum(by_format[site, p.name] for site, p in formats.items())
+            total = shape + share * sum(by_format[site, p.name] for site, p in formats.items())
             found.append(
                 Choice(
                     unit,
                     width,
                     tuple(formats.items()),
                     _nbytes(problem, unit, width, formats, cut=cut),
-                    damage,
-                    damage + price,
+                    total,
+                    total + price,
                 )
             )
     return found
@@ -208,7 +228,7 @@ def _nbytes(problem: Problem, unit: Unit, width: int | None, formats: Mapping[st
         for site, names in sites_of(layout, unit).items()
         for name in names
     }
-    biases = (unit.out_weight,) if cut and problem.refit_biases and unit.out_weight else ()
+    biases = (unit.out_weight,) if cut and problem.refits and unit.out_weight else ()
     specs = layout.unit_tensors(unit, runs, width, biases=biases, adapters=problem.adapters(unit))
     return sum(spec.nbytes for spec in specs.values())
 
@@ -220,3 +240,13 @@ def pareto(found: list[Choice]) -> list[Choice]:
         if not front or choice.cost < front[-1].cost:
             front.append(choice)
     return front
+
+
+METHOD = SearchMethod(
+    paper="this project; HiGHS through scipy.optimize.milp",
+    config=Config,
+    search=search,
+    require_feasible=require_feasible,
+    needs=("space", "measure"),
+    measures_damage=True,
+)

@@ -6,15 +6,10 @@ With a binary low format this is the layout of PTQ1.61 (arXiv:2502.13179). Basel
 import random
 from typing import Literal
 
-from trimbit.schema.plan import Plan
-from trimbit.search.problem import Problem
+from trimbit.schema.found import Found
+from trimbit.search.problem import Problem, SearchMethod
 from trimbit.search.two_formats.config import TwoFormats
-from trimbit.search.two_formats.tiles import TileProblem, default_limit, require_feasible
-
-PAPER = "Atom, arXiv:2310.19102"
-NEEDS: tuple[str, ...] = ()
-READS = "moments"
-__all__ = ["NEEDS", "PAPER", "READS", "Config", "default_limit", "require_feasible", "search"]
+from trimbit.search.two_formats.tiles import TileProblem, default_nbytes, require_feasible
 
 
 class Config(TwoFormats):
@@ -23,7 +18,7 @@ class Config(TwoFormats):
     by: Literal["second_moment", "random"] = "second_moment"
 
 
-def search(problem: Problem, config: Config) -> Plan:
+def search(problem: Problem, config: Config) -> Found:
     """The plan of the largest share within the budget.
 
     Raises:
@@ -40,5 +35,15 @@ def search(problem: Problem, config: Config) -> Plan:
         for site, count in tiles.items()
     }
     by = "largest diag H" if config.by == "second_moment" else "at random"
-    told = f"{sites.bits(sites.codes(tiles)):.3f} bits a code, channels {by} in {config.high.name}"
-    return sites.plan(high, told if any(tiles.values()) else f"{config.low.name} in all channels")
+    summary = f"{sites.bits(sites.codes(tiles)):.3f} bits a code, channels {by} in {config.high.name}"
+    return Found(plan=sites.plan(high, summary if any(tiles.values()) else f"{config.low.name} in all channels"))
+
+
+METHOD = SearchMethod(
+    paper="Atom, arXiv:2310.19102",
+    config=Config,
+    search=search,
+    require_feasible=require_feasible,
+    default_nbytes=default_nbytes,
+    reads_moments=True,
+)

@@ -2,12 +2,10 @@
 
 from trimbit.measure.choices import sites_of, spared_format
 from trimbit.schema.base import Schema
+from trimbit.schema.found import Found
 from trimbit.schema.plan import Plan
 from trimbit.schema.precision import BF16, NormalFloat, Precision
-from trimbit.search.problem import Problem
-
-PAPER = "QPruner, arXiv:2412.11629, as QPruner-1"
-NEEDS: tuple[str, ...] = ()
+from trimbit.search.problem import Problem, SearchMethod
 
 
 class Config(Schema):
@@ -17,7 +15,7 @@ class Config(Schema):
     embedding: Precision = BF16  # code (harrysyz99/Qmixtuner): the embedding and the head stay as they are
 
 
-def default_limit(problem: Problem, config: Config) -> int:
+def default_nbytes(problem: Problem, config: Config) -> int:
     """The bytes of the one plan there is."""
     return _plan(problem, config).found_by.nbytes
 
@@ -31,7 +29,7 @@ def require_feasible(problem: Problem, config: Config) -> None:
     problem.require_feasible(_plan(problem, config))
 
 
-def search(problem: Problem, config: Config) -> Plan:
+def search(problem: Problem, config: Config) -> Found:
     """The one plan.
 
     Raises:
@@ -39,7 +37,7 @@ def search(problem: Problem, config: Config) -> Plan:
     """
     plan = _plan(problem, config)
     problem.require_feasible(plan)
-    return plan
+    return Found(plan=plan)
 
 
 def _plan(problem: Problem, config: Config) -> Plan:
@@ -49,3 +47,12 @@ def _plan(problem: Problem, config: Config) -> Plan:
         fixed = spared_format(unit, problem.space)
         formats |= dict.fromkeys(sites_of(problem.layout, unit), fixed or own)
     return problem.plan({}, formats, f"{config.blocks.name} in every block")
+
+
+METHOD = SearchMethod(
+    paper="QPruner, arXiv:2412.11629, as QPruner-1",
+    config=Config,
+    search=search,
+    require_feasible=require_feasible,
+    default_nbytes=default_nbytes,
+)

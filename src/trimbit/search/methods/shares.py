@@ -9,26 +9,14 @@ from typing import Any
 
 from pydantic import Field
 
-from trimbit.jobs.journal import Journal
-from trimbit.schema.plan import Plan
-from trimbit.search.problem import Problem
+from trimbit.schema.found import Found
+from trimbit.search.problem import Problem, SearchMethod
 from trimbit.search.two_formats.config import ErrorModels, MaskedSearch
-from trimbit.search.two_formats.tiles import TileProblem, as_masks, default_limit, require_feasible
+from trimbit.search.two_formats.tiles import TileProblem, as_masks, default_nbytes, require_feasible
 
 PAPER = "this project; HiGHS through scipy.optimize.milp"
 NEEDS: tuple[str, ...] = ()
 READS = "moments"
-__all__ = [
-    "NEEDS",
-    "PAPER",
-    "READS",
-    "Config",
-    "default_limit",
-    "measure",
-    "require_feasible",
-    "result_fields",
-    "search",
-]
 
 
 class Config(MaskedSearch):
@@ -49,35 +37,27 @@ def result_fields(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude={"dense"})
 
 
-def search(problem: Problem, config: Config) -> Plan:
+def search(problem: Problem, config: Config) -> Found:
     """The plan of least summed damage within the budget.
 
     Raises:
         BudgetError: if the budget is outside what the formats reach.
-        PlanError: if the journal belongs to another search.
     """
     require_feasible(problem, config)
     sites = TileProblem(problem, config)
     ranked = {site: sites.top_channels(site, count // config.tile) for site, count in sites.channels.items()}
-    return sites.fill_by_knapsack(
-        measure(problem, config, sites), ranked, f"shares by measured KL in {config.high.name}"
-    )
+    losses = measure(problem, config, sites)
+    return Found(plan=sites.fill_by_knapsack(losses, ranked, f"shares by measured KL in {config.high.name}"))
 
 
 def measure(problem: Problem, config: Config, sites: TileProblem) -> dict[str, dict[int, float]]:
     """For each site, by its number of high tiles, the change of KL in nats a token."""
-    assert problem.masked is not None
-    masked, base = problem.masked(config), sites.uniform_within_budget
-    journal = Journal(problem.journal, problem.key)
-    known: dict[tuple[str, int], float] = {(one["site"], one["tiles"]): one["kl"] for one in journal.read()}
+    base = sites.uniform_within_budget
 
     def kl(site: str, tiles: int) -> float:
-        if (site, tiles) not in known:
-            counts = {**base, **({site: tiles} if site else {})}
-            masks = as_masks({one: sites.top_channels(one, n) for one, n in counts.items()}, sites)
-            known[site, tiles] = masked.damage(masks, config.rows).kl
-            journal.append({"site": site, "tiles": tiles, "kl": known[site, tiles]})
-        return known[site, tiles]
+        counts = {**base, **({site: tiles} if site else {})}
+        masks = as_masks({one: sites.top_channels(one, n) for one, n in counts.items()}, sites)
+        return problem.costs.share_damage(config, masks, config.rows)
 
     work = [(site, tiles) for site in base for tiles in _menu(site, config, sites, base)]
     background, found = kl("", 0), dict[str, dict[int, float]]()
@@ -92,3 +72,14 @@ def measure(problem: Problem, config: Config, sites: TileProblem) -> dict[str, d
 def _menu(site: str, config: Config, sites: TileProblem, base: Mapping[str, int]) -> list[int]:
     most, around = sites.channels[site] // config.tile, max(base[site], 1)
     return sorted({base[site], around, *(min(most, round(factor * around)) for factor in config.factors)})
+
+
+METHOD = SearchMethod(
+    paper="this project; HiGHS through scipy.optimize.milp",
+    config=Config,
+    search=search,
+    require_feasible=require_feasible,
+    default_nbytes=default_nbytes,
+    reads_moments=True,
+    result_fields=result_fields,
+)

@@ -11,13 +11,11 @@ from pydantic import Field
 from trimbit.errors import RecipeError
 from trimbit.measure.choices import sites_of
 from trimbit.schema.base import Schema
+from trimbit.schema.found import Found
 from trimbit.schema.plan import Plan
 from trimbit.schema.precision import BF16, Binary, Int, Precision, Run
-from trimbit.search.problem import Problem
+from trimbit.search.problem import Problem, SearchMethod
 
-PAPER = "SliM-LLM, arXiv:2405.14917"
-NEEDS: tuple[str, ...] = ()
-READS = "moments"
 GROUP: Literal[128] = 128  # code (Aaronhuang-778/SliM-LLM): channels
 
 
@@ -25,7 +23,7 @@ class Config(Schema):
     """The mean number of bits."""
 
     bits: int = Field(default=2, ge=2, le=7)
-    table: Precision = BF16  # of the embedding and the head
+    embedding: Precision = BF16  # of the embedding and the head
 
 
 def _formats(bits: int) -> tuple[Precision, Precision, Precision]:
@@ -34,7 +32,7 @@ def _formats(bits: int) -> tuple[Precision, Precision, Precision]:
     return less, Int(bits=bits, group=GROUP, symmetric=True), Int(bits=bits + 1, group=GROUP, symmetric=True)
 
 
-def default_limit(problem: Problem, config: Config) -> int:
+def default_nbytes(problem: Problem, config: Config) -> int:
     """Bytes with the mean number of bits everywhere: moving groups changes none."""
     return _uniform(problem, config).found_by.nbytes
 
@@ -54,7 +52,7 @@ def require_feasible(problem: Problem, config: Config) -> None:
     problem.require_feasible(_uniform(problem, config))
 
 
-def search(problem: Problem, config: Config) -> Plan:
+def search(problem: Problem, config: Config) -> Found:
     """The plan whose every weight loses least of its output.
 
     Raises:
@@ -72,12 +70,12 @@ def search(problem: Problem, config: Config) -> Plan:
             progress(at + 1, len(names))
     plan = base.model_copy(update={"weights": weights})
     method = f"SliM at {config.bits} bits: {moved} of {groups} groups have a bit more, and as many one less"
-    return plan.with_provenance(nbytes=layout.file_nbytes(plan), method=method)
+    return Found(plan=plan.with_provenance(nbytes=layout.file_nbytes(plan), method=method))
 
 
 def _uniform(problem: Problem, config: Config) -> Plan:
     formats = {
-        site: config.table if unit.block is None else _formats(config.bits)[1]
+        site: config.embedding if unit.block is None else _formats(config.bits)[1]
         for unit in problem.layout.units.values()
         for site in sites_of(problem.layout, unit)
     }
@@ -86,8 +84,8 @@ def _uniform(problem: Problem, config: Config) -> Plan:
 
 def _best(problem: Problem, name: str, bits: int) -> tuple[tuple[Run, ...], int]:
     """The runs of a weight, and how many of its groups have a bit more."""
-    assert problem.channels is not None, "the search reads saliences"
-    salience = problem.channels.salience(name)
+    channels = problem.costs.channels
+    salience = channels.salience(name)
     whole = len(salience) // GROUP
     sums = [sum(salience[at * GROUP : (at + 1) * GROUP]) for at in range(whole)]
     ranked = sorted(range(whole), key=sums.__getitem__)
@@ -98,7 +96,7 @@ def _best(problem: Problem, name: str, bits: int) -> tuple[tuple[Run, ...], int]
         for low, high in zip(ranked[:moved], ranked[whole - moved :], strict=True):
             own[low], own[high] = less, more
         runs = _joined(own, len(salience))
-        found.append((problem.channels.rounding_error(name, runs), moved, runs))
+        found.append((channels.rounding_error(name, runs), moved, runs))
     _, moved, runs = min(found, key=lambda one: one[:2])
     return runs, moved
 
@@ -112,3 +110,13 @@ def _joined(formats: list[Precision], channels: int) -> tuple[Run, ...]:
             count += runs.pop().count
         runs.append(Run(count=count, precision=precision))
     return tuple(runs)
+
+
+METHOD = SearchMethod(
+    paper="SliM-LLM, arXiv:2405.14917",
+    config=Config,
+    search=search,
+    require_feasible=require_feasible,
+    default_nbytes=default_nbytes,
+    reads_moments=True,
+)

@@ -15,36 +15,19 @@ are, or ours.
 
 import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trimbit.jobs.state import load_state, read_metadata, require_finite, save_state
-from trimbit.schema.plan import Plan
-from trimbit.search.problem import Problem
-from trimbit.search.two_formats.tiles import TileProblem, as_masks, default_limit, require_feasible
+from trimbit.jobs.state import load_state, require_finite, save_state
+from trimbit.schema.found import Found
+from trimbit.search.problem import Problem, SearchMethod
+from trimbit.search.two_formats.tiles import TileProblem, default_nbytes, require_feasible
 from trimbit.search.two_formats.training import Config, Training
 
-PAPER = "TOGA-q, arXiv:2606.07819; masks as in DISP-LLM, arXiv:2410.11988"
-NEEDS: tuple[str, ...] = ()
-READS = "moments"
-ADVICE = "With a lower search.learning_rate they are learnt anew"
-
-__all__ = [
-    "NEEDS",
-    "PAPER",
-    "READS",
-    "Config",
-    "curve",
-    "default_limit",
-    "learn",
-    "require_feasible",
-    "result_fields",
-    "search",
-]
+ADVICE = "Lower search.learning_rate to retrain from scratch"
 
 
 def result_fields(config: Config) -> dict[str, Any]:
@@ -52,42 +35,38 @@ def result_fields(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude={"save_every", "checkpointing", "dense"})
 
 
-def search(problem: Problem, config: Config) -> Plan:
+def search(problem: Problem, config: Config) -> Found:
     """Learn the masks, and fill the budget by them.
 
     Raises:
         BudgetError: if the budget is outside what the formats reach.
         NumericsError: if the loss is not finite; says the step. The last stored state stays.
-        ArtifactError: if the stored state is that of another search.
     """
     require_feasible(problem, config)
     sites = TileProblem(problem, config)
-    logits = learn(problem, config, sites)
-    plan = sites.fill_by_logits(logits, f"learnt channels in {config.high.name}")
-    assert problem.masked is not None
-    found = problem.masked(config).damage(as_masks(sites.high(plan), sites))
-    notes = (
-        f"masks: {config.steps} steps of {config.batch} x {config.length} tokens; "
-        f"held out, as the search sees them: KL {found.kl:.4f}, loss {found.nll:.4f} nats",
-    )
-    return plan.with_provenance(notes=(*notes, *plan.found_by.notes))
+    logits, curve = learn(problem, config, sites)
+    return Found(plan=sites.fill_by_logits(logits, f"learnt channels in {config.high.name}"), curve=tuple(curve))
 
 
-def curve(problem: Problem, config: Config) -> list[dict[str, float]]:
-    """Of every step that was made: loss in nats a token, nominal bits of the sample, temperature."""
-    return list(json.loads(read_metadata(_state(problem))["curve"]))
+Logits = dict[str, Float[Tensor, " channels"]]
+Curve = list[dict[str, float]]
 
 
-def learn(problem: Problem, config: Config, sites: TileProblem) -> dict[str, Float[Tensor, " channels"]]:
-    """The logits of every site's channels; a run that was broken off goes on from its stored state."""
+def learn(problem: Problem, config: Config, sites: TileProblem) -> tuple[Logits, Curve]:
+    """The logits of every site's channels, and of every step the loss in nats a token, the bits and the temperature.
+
+    A run that was interrupted goes on from its stored state.
+    """
+    assert problem.state is not None, "the search keeps its state"
+    path = problem.state / "masks.safetensors"
     training = Training(problem, config, sites)
     parameters = dict(training.network.named_parameters())
     optimizer = _optimizer(parameters.values(), config)
-    metadata = load_state(_state(problem), parameters, optimizer, "search", problem.key)
-    log: list[dict[str, float]] = json.loads(metadata["curve"]) if metadata else []
-    kept = len(log)
+    metadata = load_state(path, parameters, optimizer)
+    curve: Curve = json.loads(metadata["curve"]) if metadata else []
+    kept = len(curve)
     with problem.reporter.stage("masks") as progress:
-        for step in range(len(log), config.steps):
+        for step in range(len(curve), config.steps):
             loss, codes, gradients = training.backward(step)
             found = {"sample": [torch.tensor(codes)], "loss": [torch.tensor(loss)], "gradient": gradients}
             require_finite("the masks", step + 1, kept, ADVICE, **found)
@@ -98,14 +77,13 @@ def learn(problem: Problem, config: Config, sites: TileProblem) -> dict[str, Flo
             optimizer.step()
             optimizer.zero_grad()
             require_finite("the masks", step + 1, kept, ADVICE, parameter=parameters.values())
-            log.append({"loss": loss, "bits": sites.bits(int(codes)), "temperature": config.resolved_temperature})
+            curve.append({"loss": loss, "bits": sites.bits(int(codes)), "temperature": config.resolved_temperature})
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-                metadata = {"belongs": problem.key, "curve": json.dumps(log)}
-                save_state(_state(problem), parameters, optimizer, metadata)
+                save_state(path, parameters, optimizer, {"curve": json.dumps(curve)})
                 kept = step + 1
             progress(step + 1, config.steps)
     with torch.no_grad():
-        return {site: own.cpu() for site, own in training.logits().items()}
+        return {site: own.cpu() for site, own in training.logits().items()}, curve
 
 
 def _optimizer(parameters: Iterable[Tensor], config: Config) -> torch.optim.Optimizer:
@@ -122,6 +100,13 @@ def _normalize(parameters: Iterable[Tensor]) -> None:
         gradient /= length
 
 
-def _state(problem: Problem) -> Path:
-    assert problem.journal is not None, "the search keeps its state"
-    return problem.journal.with_suffix(".safetensors")
+METHOD = SearchMethod(
+    paper="TOGA-q, arXiv:2606.07819; masks as in DISP-LLM, arXiv:2410.11988",
+    config=Config,
+    search=search,
+    require_feasible=require_feasible,
+    default_nbytes=default_nbytes,
+    reads_moments=True,
+    draws=True,
+    result_fields=result_fields,
+)

@@ -3,12 +3,11 @@
 from pydantic import Field
 
 from trimbit.schema.base import Schema
+from trimbit.schema.found import Found
 from trimbit.schema.plan import Plan
 from trimbit.schema.precision import Int, Precision
-from trimbit.search.problem import Problem
+from trimbit.search.problem import Problem, SearchMethod
 
-PAPER = "baseline"
-NEEDS: tuple[str, ...] = ()
 MENU = tuple(Int(bits=bits, group=group, symmetric=False) for bits in range(2, 9) for group in (32, 64, 128, None))
 
 
@@ -28,16 +27,16 @@ def require_feasible(problem: Problem, config: Config) -> None:
     problem.require_feasible(_by_size(problem, config)[0])
 
 
-def search(problem: Problem, config: Config) -> Plan:
+def search(problem: Problem, config: Config) -> Found:
     """Of the largest formats that fit, the one of least damage; the largest where nothing can be evaluated.
 
     Raises:
         BudgetError: if none fits; names the smallest feasible budget.
     """
     require_feasible(problem, config)
-    uniform_within_budget = [plan for plan in _by_size(problem, config) if plan.found_by.nbytes <= problem.limit]
-    best, notes = problem.quick_best(uniform_within_budget[-config.tries :][::-1])
-    return best.with_provenance(notes=notes)
+    fitting = [plan for plan in _by_size(problem, config) if plan.found_by.nbytes <= problem.budget_nbytes]
+    best, tried = problem.best_estimated(fitting[-config.tries :][::-1])
+    return Found(plan=best, tried=tried)
 
 
 def _by_size(problem: Problem, config: Config) -> list[Plan]:
@@ -45,3 +44,6 @@ def _by_size(problem: Problem, config: Config) -> list[Plan]:
         (problem.uniform(precision, f"uniform {precision.name}") for precision in config.formats),
         key=lambda plan: plan.found_by.nbytes,
     )
+
+
+METHOD = SearchMethod(paper="baseline", config=Config, search=search, require_feasible=require_feasible)

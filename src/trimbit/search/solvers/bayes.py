@@ -21,7 +21,6 @@ from trimbit.search.solvers.box import Box, Point, feasible_points, neighbours
 from trimbit.search.solvers.gaussian_process import _acquisition, _botorch, _improvement, _surrogate
 
 Evaluate = Callable[[Sequence[Point]], Iterable[tuple[Point, float]]]  # as each becomes known, in any order
-Record = Callable[[int, Point, float], None]  # its place among all trials, the first 0
 Ask = Callable[[Mapping[Point, float], torch.Generator], list[Point]]
 CHUNK = 512  # points whose acquisition is computed at once
 
@@ -102,7 +101,7 @@ def smaller(box: Box, tried: Mapping[Point, float], config: Config, seed: int) -
     with _botorch(seed):
         model: Any = _surrogate(box.features(list(tried)), _improvement(list(tried.values())), config.steps)
         for part in range(config.smaller):
-            own = replace(box, limit=least + (box.limit - least) * part // config.smaller)
+            own = replace(box, room_nbytes=least + (box.room_nbytes - least) * part // config.smaller)
             taken = tried.keys() | found
             pool = feasible_points(own, config.pool, generator, taken)
             point = _climb(own, lambda x: model.posterior(x).mean.flatten(), pool, taken, generator, config)
@@ -111,21 +110,20 @@ def smaller(box: Box, tried: Mapping[Point, float], config: Config, seed: int) -
 
 
 def optimise(
-    box: Box, start: Sequence[Point], evaluate: Evaluate, known: Mapping[Point, float], config: Config, seed: int,
-    progress: Progress, record: Record,
+    box: Box, start: Sequence[Point], evaluate: Evaluate, config: Config, seed: int, progress: Progress
 ) -> list[tuple[Point, float]]:  # fmt: skip
     """Evaluate the start and random points, then what is proposed: at most `config.trials` points, in their order.
+
+    A proposal depends on the seed and the results before it alone, so a run whose results are remembered by `evaluate`
+    goes on after an interruption as if there had been none.
 
     Args:
         box: the space.
         start: points to begin with.
         evaluate: gives the damage of points: of all initial ones, then of up to `config.batch` at a time.
-        known: results of an interrupted run, in their order; they are trials that need no evaluation. A run that goes
-            on ends like one that was not interrupted: a proposal depends on the seed and the results before it alone.
         config: how many points.
         seed: of the random points.
-        progress: told how many trials are done.
-        record: given each new result at once, and its place.
+        progress: called with the number of trials that are done.
 
     Raises:
         NumericsError: if a damage is not finite, or the Gaussian process cannot be fitted.
@@ -134,52 +132,37 @@ def optimise(
     def ask(found: Mapping[Point, float], generator: torch.Generator) -> list[Point]:
         return propose(box, list(found), list(found.values()), config.batch, generator, config)
 
-    return _run(ask, box, start, evaluate, known, config, seed, progress, record)
+    return _run(ask, box, start, evaluate, config, seed, progress)
 
 
 def random_search(
-    box: Box, start: Sequence[Point], evaluate: Evaluate, known: Mapping[Point, float], config: Config, seed: int,
-    progress: Progress, record: Record,
+    box: Box, start: Sequence[Point], evaluate: Evaluate, config: Config, seed: int, progress: Progress
 ) -> list[tuple[Point, float]]:  # fmt: skip
     """As `optimise`, but all points after the start are random: the baseline."""
 
     def ask(found: Mapping[Point, float], generator: torch.Generator) -> list[Point]:
         return feasible_points(box, config.batch, generator, found.keys())
 
-    return _run(ask, box, start, evaluate, known, config, seed, progress, record)
+    return _run(ask, box, start, evaluate, config, seed, progress)
 
 
 def _run(
-    ask: Ask, box: Box, start: Sequence[Point], evaluate: Evaluate, known: Mapping[Point, float], config: Config,
-    seed: int, progress: Progress, record: Record,
+    ask: Ask, box: Box, start: Sequence[Point], evaluate: Evaluate, config: Config, seed: int, progress: Progress
 ) -> list[tuple[Point, float]]:  # fmt: skip
-    assert all(box.fits(point) for point in (*start, *known)), "over the limit"
-    first = list(dict.fromkeys(start))
-    first += feasible_points(box, max(config.initial - len(first), 0), _generator(seed, 0), set(first))
-    first = first[: config.trials]
-    found = dict(known)
-    progress(len(found), config.trials)
-
-    def tell(points: Sequence[Point], begin: int) -> None:
-        missing = [point for point in points if point not in found]
-        for point, damage in evaluate(missing) if missing else ():
+    assert all(box.fits(point) for point in start), "over the limit"
+    asked = list(dict.fromkeys(start))
+    asked += feasible_points(box, max(config.initial - len(asked), 0), _generator(seed, 0), set(asked))
+    found: dict[Point, float] = {}
+    while asked := asked[: config.trials - len(found)]:
+        values: dict[Point, float] = {}
+        for point, damage in evaluate(asked):
             if not math.isfinite(damage):
                 raise NumericsError(f"the damage of point {point} is {damage}")
-            found[point] = damage
-            record(begin + points.index(point), point, damage)
-            progress(len(found), config.trials)
-
-    tell(first, 0)
-    order = list(dict.fromkeys((*first, *known)))
-    order = order[: len(order) - (len(order) - len(first)) % config.batch]  # without a batch that was interrupted
-    while len(order) < config.trials:
-        asked = ask({point: found[point] for point in order}, _generator(seed, len(order)))
-        asked = asked[: config.trials - len(order)]
-        if not asked:
-            break
-        tell(asked, len(order))
-        order += asked
-    return [(point, found[point]) for point in order[: config.trials]]
+            values[point] = damage
+            progress(len(found) + len(values), config.trials)
+        found |= {point: values[point] for point in asked}
+        asked = ask(found, _generator(seed, len(found))) if len(found) < config.trials else []
+    return list(found.items())
 
 
 def _generator(seed: int, trial: int) -> torch.Generator:

@@ -23,7 +23,7 @@ class Box:
 
     costs: tuple[tuple[int, ...], ...]
     values: tuple[tuple[float, ...], ...]
-    limit: int
+    room_nbytes: int
 
     def __post_init__(self) -> None:
         assert [len(costs) for costs in self.costs] == [len(values) for values in self.values]
@@ -40,7 +40,7 @@ class Box:
 
     def fits(self, point: Point) -> bool:
         """Whether a point is within the limit."""
-        return self.nbytes(point) <= self.limit
+        return self.nbytes(point) <= self.room_nbytes
 
     def features(self, points: Sequence[Point]) -> Float64[Tensor, "points variables"]:
         """The values of points, each variable scaled to [0, 1]."""
@@ -51,7 +51,7 @@ class Box:
 
 def _settle(box: Box, point: Point, generator: torch.Generator, fixed: int | None = None) -> Point:
     """Lower random variables until the point fits, then raise random ones until nothing more does; all but `fixed`."""
-    levels, left = list(point), box.limit - box.nbytes(point)
+    levels, left = list(point), box.room_nbytes - box.nbytes(point)
     for step in (-1, 1) if left < 0 else (1,):
         room = [level if step < 0 else len(c) - 1 - level for c, level in zip(box.costs, levels, strict=True)]
         moves = [i for i, count in enumerate(room) for _ in range(count) if i != fixed]

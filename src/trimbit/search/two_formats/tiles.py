@@ -64,9 +64,9 @@ class TileProblem:
     @cached_property
     def second_moments(self) -> Mapping[str, Sequence[float]]:
         """Diag H of each site's inputs; for sizes alone, falling numbers, so that orders are stored."""
-        if self.problem.channels is None:
+        if self.problem.oracle is None:
             return {site: [-float(at) for at in range(count)] for site, count in self.channels.items()}
-        return self.problem.channels.second_moments()
+        return self.problem.oracle.channels.second_moments()
 
     def bits(self, codes: int) -> float:
         """Mean nominal bits of a code, so many of them in high channels."""
@@ -157,10 +157,14 @@ class TileProblem:
         return order + self.rows[site] * row_nbytes(runs)
 
     @cached_property
-    def limit(self) -> int:
+    def room_nbytes(self) -> int:
         """What is left of the budget for the sites; the headers of other tiles may differ by some bytes."""
         tiles = self.uniform_within_budget
-        return self.problem.limit - self.plan_nbytes(tiles) + sum(self.site_nbytes(*each) for each in tiles.items())
+        return (
+            self.problem.budget_nbytes
+            - self.plan_nbytes(tiles)
+            + sum(self.site_nbytes(*each) for each in tiles.items())
+        )
 
     def fill_by_knapsack(self, losses: Mapping[str, Mapping[int, float]], ranked: High, what: str) -> Plan:
         """The plan of least summed loss within the budget, a multiple-choice knapsack.
@@ -213,9 +217,9 @@ class TileProblem:
         So near the smallest budget that the header leaves no room, every site has the same share, and the plan's notes
         say so.
         """
-        limit = self.limit
+        room = self.room_nbytes
         while True:
-            tiles, notes = pick(limit), tuple[str, ...]()
+            tiles, notes = pick(room), tuple[str, ...]()
             if tiles is None:
                 tiles, notes = (
                     self.uniform_within_budget,
@@ -223,10 +227,10 @@ class TileProblem:
                 )
             high = {site: ranked[site][: count * self.mixed.tile] for site, count in tiles.items()}
             plan = self.plan(high, f"{self.bits(self.codes(tiles)):.3f} bits a code, {what}", notes)
-            over = plan.found_by.nbytes - self.problem.limit
+            over = plan.found_by.nbytes - self.problem.budget_nbytes
             if over <= 0:
                 return plan
-            limit -= over  # the header is that much longer
+            room -= over  # the header is that much longer
 
     def high(self, plan: Plan) -> High:
         """The high channels of a plan."""
@@ -245,13 +249,13 @@ class TileProblem:
             BudgetError: naming the range.
         """
         least, most = self.plan_nbytes(self.uniform_tiles(0.0)), self.plan_nbytes(self.uniform_tiles(1.0))
-        below, above = self.problem.limit < least, self.problem.limit > most and self.mixed.share > 0
+        below, above = self.problem.budget_nbytes < least, self.problem.budget_nbytes > most and self.mixed.share > 0
         if below or above:
             advice = f"smallest feasible budget is {least:,} bytes (--budget {least}B)"
             if above:
                 advice = f"largest that they fill is {most:,} bytes (--budget {most}B)"
             raise BudgetError(
-                f"the budget of {self.problem.limit:,} bytes is {'below' if below else 'above'} what "
+                f"the budget of {self.problem.budget_nbytes:,} bytes is {'below' if below else 'above'} what "
                 f"{self.mixed.low.name} and {self.mixed.high.name} reach: {least:,} to {most:,} bytes; the {advice}"
             )
 
@@ -261,19 +265,21 @@ class TileProblem:
         low, high = 0.0, 1.0
         if not self.mixed.share:
             return self.uniform_tiles(low)
-        if self.plan_nbytes(self.uniform_tiles(high)) <= self.problem.limit:
+        if self.plan_nbytes(self.uniform_tiles(high)) <= self.problem.budget_nbytes:
             return self.uniform_tiles(high)
-        if self.plan_nbytes(self.uniform_tiles(self.mixed.share)) <= self.problem.limit:
+        if self.plan_nbytes(self.uniform_tiles(self.mixed.share)) <= self.problem.budget_nbytes:
             low = self.mixed.share
         for _ in range(20):  # far below a tile
             middle = (low + high) / 2
             low, high = (
-                (middle, high) if self.plan_nbytes(self.uniform_tiles(middle)) <= self.problem.limit else (low, middle)
+                (middle, high)
+                if self.plan_nbytes(self.uniform_tiles(middle)) <= self.problem.budget_nbytes
+                else (low, middle)
             )
         return self.uniform_tiles(low)
 
 
-def default_limit(problem: Problem, config: TwoFormats) -> int:
+def default_nbytes(problem: Problem, config: TwoFormats) -> int:
     """Bytes with the configured share of every site's channels high."""
     sites = TileProblem(problem, config)
     return sites.plan_nbytes(sites.uniform_tiles(config.share))

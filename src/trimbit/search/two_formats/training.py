@@ -73,8 +73,7 @@ class Training:
     """The masks' network, and the gradients of its steps."""
 
     def __init__(self, problem: Problem, config: Config, sites: TileProblem) -> None:
-        assert problem.masked is not None
-        self.masked, self.config, self.sites, self.seed = problem.masked(config), config, sites, problem.seed
+        self.masked, self.config, self.sites, self.seed = problem.costs.masked(config), config, sites, problem.seed
         self.target = sites.codes(sites.uniform_within_budget)
         network = (
             Hypernetwork(sites.channels, self.seed) if config.network == "hypernetwork" else Logits(sites.channels)

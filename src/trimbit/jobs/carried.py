@@ -1,0 +1,42 @@
+"""What a sweep over the blocks carries from one to the next, kept so that an interrupted sweep goes on."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from trimbit.jobs.checked import load_tensors, save_tensors
+
+SECONDS = 10.0  # ours: between two saves; a sweep loses no more than that
+
+
+class Carried:
+    """Lists of tensors by name, with the number of blocks that are done."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "carried.safetensors"
+        self._saved = time.monotonic()
+
+    def load(self) -> tuple[int, dict[str, list[Tensor]]] | None:
+        """Blocks that are done, and what goes into the next one; None: the sweep starts from the first."""
+        found = load_tensors(self.path)
+        if found is None:
+            return None
+        tensors, metadata = found
+        lists: dict[str, list[Tensor]] = {name: [] for name in metadata["names"].split()}
+        for key in sorted(tensors):
+            lists[key.partition(".")[0]].append(tensors[key])
+        return int(metadata["done"]), lists
+
+    def save(self, done: int, lists: Mapping[str, Sequence[Tensor]]) -> None:
+        """Keep what goes into block `done`, unless that was done a moment ago."""
+        if time.monotonic() - self._saved < SECONDS:
+            return
+        tensors = {f"{name}.{at:06d}": own for name, parts in lists.items() for at, own in enumerate(parts)}
+        save_tensors(self.path, tensors, {"done": str(done), "names": " ".join(lists)})
+        self._saved = time.monotonic()
+
+    def finish(self) -> None:
+        """Remove it: the sweep is done."""
+        self.path.unlink(missing_ok=True)

@@ -1,0 +1,71 @@
+"""What a job runs on, and how much memory it takes."""
+
+import platform
+import resource
+import threading
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from trimbit.schema.run import Hardware
+
+INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")  # that matrix products may use
+SECONDS = 0.05  # between two looks at the memory
+
+
+def hardware() -> Hardware:
+    """The processor, the instruction sets that matter here, the threads, and the GPU if there is one."""
+    name, flags = platform.processor() or platform.machine(), set[str]()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        fields = {
+            name.strip(): value.strip()
+            for name, _, value in (line.partition(":") for line in cpuinfo.read_text(encoding="utf-8").splitlines())
+        }
+        name = fields.get("model name", name)
+        flags = set(fields.get("flags", "").split())
+    return Hardware(
+        cpu=name,
+        instruction_sets=tuple(one for one in INSTRUCTION_SETS if one in flags),
+        threads=torch.get_num_threads(),
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    )
+
+
+class PeakMemory:
+    """The peak resident memory of this process while a `with` block runs, in bytes.
+
+    Linux keeps a high-water mark for the whole process alone; where the block does not raise it, memory is sampled.
+    """
+
+    def __enter__(self) -> "PeakMemory":
+        self.nbytes = resident_nbytes()
+        self._before = _high_water()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.wait(SECONDS):
+            self.nbytes = max(self.nbytes, resident_nbytes())
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._done.set()
+        self._thread.join()
+        after = _high_water()
+        self.nbytes = after if after > self._before else max(self.nbytes, resident_nbytes())
+
+
+def resident_nbytes() -> int:
+    """Resident memory now."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+    return _high_water()
+
+
+def _high_water() -> int:
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

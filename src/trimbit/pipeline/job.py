@@ -1,0 +1,121 @@
+"""A job: one model, one recipe, one text, one seed, for any number of budgets; its inputs, and nothing that is made."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from trimbit.jobs.progress import Reporter
+from trimbit.jobs.stages import Runner
+from trimbit.model.build import build_layout
+from trimbit.model.checkpoint.checkpoint import Checkpoint
+from trimbit.model.forward.stream import BlockStream
+from trimbit.model.layout import Layout
+from trimbit.pipeline.steps import Steps, open_steps
+from trimbit.schema.objective import Objective
+from trimbit.schema.plan import ModelRef
+from trimbit.schema.recipe import Recipe, Step
+from trimbit.schema.space import Space
+from trimbit.search.ratio import kept_widths, protected
+from trimbit.transform.rotate import RotatedStream
+from trimbit.transform.weight import Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a job is given."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    calibration: str = "self"  # or a file
+    seed: int = 0
+    threads: int = field(default_factory=torch.get_num_threads)  # that text is sampled with: they decide the text
+    runner: Runner = field(default_factory=Runner)
+
+    @cached_property
+    def steps(self) -> Steps:
+        """The recipe's methods and their configurations."""
+        return open_steps(self.recipe)
+
+    @property
+    def compute(self) -> torch.dtype:
+        """Of matrix products."""
+        dtype: torch.dtype = getattr(torch, self.recipe.compute)
+        return dtype
+
+    @property
+    def reporter(self) -> Reporter:
+        """Where progress goes."""
+        return self.runner.reporter
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The structure of the model."""
+        return build_layout(self.checkpoint.config)
+
+    @cached_property
+    def model(self) -> ModelRef:
+        """What ties plans and measurements to the model."""
+        c = self.checkpoint
+        return ModelRef(id=c.model_id, config_hash=c.config_hash(), weights_hash=c.weights_hash())
+
+    @cached_property
+    def original(self) -> BlockStream:
+        """The dense model as it is, block by block."""
+        return BlockStream(self.checkpoint, self.layout, self.compute)
+
+    @cached_property
+    def stream(self) -> BlockStream:
+        """The dense model in the basis of the plans, block by block."""
+        rotation = self.recipe.rotation
+        if rotation is None:
+            return self.original
+        return RotatedStream(self.checkpoint, self.layout, rotation, self.compute)
+
+    @cached_property
+    def space(self) -> Space:
+        """What the search may choose from, with what is fixed before it."""
+        space = self.recipe.space or Space(formats=(), embedding_formats=())
+        if self.recipe.prune is None:
+            return space
+        fixed = {
+            "kept": kept_widths(self.layout, self.recipe.prune),
+            "spared": protected(self.layout, self.recipe.prune),
+        }
+        return space.model_copy(update=fixed)
+
+    @property
+    def compressor(self) -> Method:
+        """How a weight is compressed."""
+        quant = self.steps.quant
+        return Method(module=quant.module, config=quant.config, pairs=self.steps.lowrank, seed=self.seed)
+
+    @property
+    def rank(self) -> int:
+        """Of the low-rank pair beside each weight of the blocks; 0: none."""
+        return self.steps.lowrank.rank if self.steps.lowrank is not None else 0
+
+    @property
+    def objective(self) -> Objective | None:
+        """What a search by whole plans goes by."""
+        method = self.steps.method
+        return method.objective(self.steps.search) if method.objective else None
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether any step reads the moments of the dense model."""
+        criterion, repair = self.steps.criterion, self.steps.repair
+        ranks = criterion is not None and criterion.module.READS == "moments"
+        refits = criterion is not None and repair is not None
+        return self.compressor.needs_moments or ranks or refits or self.steps.method.reads_moments
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether any step reads text: a recipe that neither fits nor measures needs none."""
+        return self.needs_moments or self.recipe.measure is not None or self.recipe.tune is not None
+
+
+def plain(step: Step | None) -> dict[str, Any] | None:
+    """A step as plain data, for a content key."""
+    return step.model_dump(mode="json") if step else None

@@ -1,0 +1,52 @@
+"""The model under masks of a job."""
+
+import torch
+
+from trimbit.calibrate.teacher import teacher_outputs
+from trimbit.pipeline.candidates import candidates_key
+from trimbit.pipeline.job import Job, plain
+from trimbit.pipeline.prepare import Prepared
+from trimbit.pipeline.recovering import teacher_folder
+from trimbit.search.two_formats.config import MaskedSearch
+from trimbit.transform.quant import gptq, rtn
+from trimbit.transform.weight import Method
+from trimbit.trial.candidates import CandidateWeights
+from trimbit.trial.masked.layers import Layers
+from trimbit.trial.masked.model import MaskedModel, of_length
+
+
+def masked_model(job: Job, prepared: Prepared, config: MaskedSearch) -> MaskedModel:
+    """The frozen model with a search's two formats in every weight of its blocks."""
+    text, stats = prepared.text, prepared.stats
+    assert text is not None
+    assert stats is not None
+    by_quantizer = config.error_model == "quantizer"
+    method = job.compressor if by_quantizer else Method(module=rtn, config=rtn.Config(scales="mse"))
+    sites = dict.fromkeys(w.site for w in job.layout.weights.values() if job.layout.readers(w.site))
+    orders = {}
+    for site in sites:
+        h = stats.moments(site).h.diagonal()
+        orders[site] = h.argsort(stable=True) if config.sort else torch.arange(len(h))
+    key = candidates_key(
+        job, prepared, quant=plain(job.recipe.quant) if by_quantizer else {"name": "rtn", "scales": "mse"},
+        repair=None, lowrank=plain(job.recipe.lowrank) if by_quantizer else None,
+        order="second_moment" if config.sort else "original",
+    )  # fmt: skip
+    candidates = CandidateWeights(
+        job.stream.checkpoint, job.layout, stats, method, job.runner.cache.store(key.stage, key.digest), {}, None,
+        orders=orders,
+    )  # fmt: skip
+    rows, held_out = of_length(text.train.tokens, config.length), text.choose.tokens
+    with job.reporter.stage("the original's outputs") as progress:
+        distilled = [*held_out, *rows[: config.compared(len(rows))]]
+        teacher = teacher_outputs(job.original, distilled, teacher_folder(job), progress)
+    with job.reporter.stage("both formats of the weights") as progress:
+        layers = Layers(candidates, config, orders, expected_gptq(job))
+        return MaskedModel(job.stream, layers, rows, held_out, teacher, config, progress)
+
+
+def expected_gptq(job: Job) -> gptq.Config:
+    """The GPTQ whose errors a search expects: the recipe's, or the default one."""
+    quant = job.steps.quant
+    config: gptq.Config = quant.config if quant.module is gptq else gptq.Config()
+    return config

@@ -1,0 +1,122 @@
+"""Training of the low-rank pairs beside an applied plan, as a stage."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from trimbit.calibrate.teacher import Teacher, teacher_outputs
+from trimbit.jobs.checked import load_json, load_tensors, save_json, save_tensors
+from trimbit.jobs.stages import Stage, Work
+from trimbit.model.forward.compute import fastest_device
+from trimbit.model.forward.logits import Divergence
+from trimbit.pipeline.applying import Applied, applied_stage
+from trimbit.pipeline.job import Job
+from trimbit.pipeline.keys import PairsKey, TeacherKey
+from trimbit.pipeline.prepare import Prepared
+from trimbit.pipeline.text import Text
+from trimbit.recover.instructions import from_instructions, from_rows
+from trimbit.recover.recovery import divergence, train_pairs, with_pairs
+from trimbit.recover.tune import Config, Example, Tuned, drawn, result_fields
+from trimbit.schema.base import digest
+from trimbit.schema.plan import Plan
+from trimbit.transform.repair.lowrank import LowRank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovered:
+    """Trained pairs, and how training went."""
+
+    pairs: dict[str, LowRank]
+    losses: list[float]
+    trained_nbytes: int
+    optimizer_nbytes: int
+
+    def record(self) -> str:
+        """The content of tuning.json."""
+        fields = {
+            "losses": self.losses,
+            "trained_nbytes": self.trained_nbytes,
+            "optimizer_nbytes": self.optimizer_nbytes,
+        }
+        return json.dumps(fields, indent=1)
+
+
+def teacher_folder(job: Job) -> Path:
+    """Where the original's hidden states are kept."""
+    key = TeacherKey(
+        weights=job.model.weights_hash, config=job.model.config_hash, compute=job.recipe.compute,
+        device=fastest_device().type,
+    )  # fmt: skip
+    return job.runner.cache.store(key.stage, key.digest)
+
+
+def examples_of(job: Job, text: Text | None) -> list[Example]:
+    """What recovery trains on."""
+    config = job.steps.tune
+    assert config is not None
+    if config.data is None:
+        assert text is not None
+        return from_rows(text.train.tokens, job.checkpoint.tokenizer(), config.length)
+    masked = config.loss == "instruct"
+    return from_instructions(Path(config.data), job.checkpoint.tokenizer(), config.length, masked=masked)
+
+
+def rows_digest(examples: list[Example]) -> str:
+    """Content key of the rows."""
+    return digest([[row.tokens.tolist(), row.loss_mask.tolist()] for row in examples])
+
+
+def config_of(job: Job, steps: int | None = None) -> Config:
+    """How pairs are trained; `steps` in place of the recipe's."""
+    config = job.steps.tune
+    assert config is not None
+    return config if steps is None else config.model_copy(update={"steps": steps})
+
+
+def teacher_of(job: Job, examples: list[Example], config: Config) -> Teacher | None:
+    """The original's outputs for the rows that training draws; None where it learns from labels."""
+    if config.loss != "distill":
+        return None
+    used = (examples[at].tokens for at in drawn(config, len(examples), job.seed))
+    with job.reporter.stage("the original's outputs") as progress:
+        return teacher_outputs(job.original, used, teacher_folder(job), progress)
+
+
+def pairs_stage(job: Job, prepared: Prepared, plan: Plan, own: Applied, config: Config) -> Stage[Recovered]:
+    """The stage that trains the pairs of an applied plan."""
+    examples = examples_of(job, prepared.text)
+    applied_key = applied_stage(job, prepared, plan, "").key.digest
+    key = PairsKey(applied=applied_key, tune=result_fields(config), rows=rows_digest(examples), seed=job.seed)
+
+    def make(work: Work) -> None:
+        teacher, state = teacher_of(job, examples, config), work.folder / "state.safetensors"
+        tuned: Tuned = train_pairs(own.folder, config, examples, teacher, state, job.seed, work.progress)
+        tensors = {f"{name}.{part}": getattr(pair, part) for name, pair in tuned.pairs.items() for part in "ab"}
+        save_tensors(work.folder / "pairs.safetensors", tensors)
+        save_json(work.folder / "training.json", [tuned.losses, tuned.trained_nbytes, tuned.optimizer_nbytes])
+        state.unlink(missing_ok=True)
+
+    def load(folder: Path) -> Recovered:
+        found = load_tensors(folder / "pairs.safetensors")
+        assert found is not None, f"{folder} was checked when it was opened"
+        names = {name.rpartition(".")[0] for name in found[0]}
+        losses, trained, optimizer = load_json(folder / "training.json")
+        pairs = {name: LowRank(a=found[0][f"{name}.a"], b=found[0][f"{name}.b"]) for name in sorted(names)}
+        return Recovered(pairs=pairs, losses=losses, trained_nbytes=trained, optimizer_nbytes=optimizer)
+
+    return Stage(key=key, title="recovery", make=make, load=load)
+
+
+def measured_with_pairs(
+    job: Job, prepared: Prepared, own: Applied, recovered: Recovered
+) -> tuple[PreTrainedModel, Divergence]:
+    """The recovered model, and its divergence from the original on the rows that plans are chosen by."""
+    text = prepared.text
+    assert text is not None
+    with job.reporter.stage("the original's outputs") as progress:
+        teacher = teacher_outputs(job.original, text.choose.tokens, teacher_folder(job), progress)
+    model = with_pairs(own.folder, recovered.pairs)
+    with job.reporter.stage("KL of the recovered model") as progress:
+        return model, divergence(model, teacher, text.choose.tokens, progress)

@@ -1,0 +1,69 @@
+"""The search, as a stage: from a budget to a plan within it."""
+
+import json
+from pathlib import Path
+
+from trimbit.errors import BudgetError
+from trimbit.jobs.checked import load_json, save_json
+from trimbit.jobs.stages import Stage, Work
+from trimbit.model.forward.compute import fastest_device, native
+from trimbit.model.layout import Layout
+from trimbit.pipeline.job import Job
+from trimbit.pipeline.keys import PlanKey
+from trimbit.pipeline.oracle import ModelOracle, problem_of
+from trimbit.pipeline.prepare import Prepared
+from trimbit.schema.base import digest
+from trimbit.schema.found import Found
+from trimbit.schema.plan import Plan
+from trimbit.search.two_formats.config import MaskedSearch
+
+IRRELEVANT = {"description", "source", "search"}  # fields of a recipe that decide no plan; the search has its own
+
+
+def search(job: Job, prepared: Prepared, budget_nbytes: int) -> Found:
+    """Find the best plan within a budget; the result is cached.
+
+    Raises:
+        BudgetError: if the budget is not feasible.
+    """
+
+    def make(work: Work) -> None:
+        with ModelOracle(job, prepared) as oracle:
+            problem = problem_of(job, budget_nbytes, oracle, work.folder)
+            found = job.steps.method.search(problem, job.steps.search)
+        require_within(found.plan, job.layout, budget_nbytes)
+        save_json(work.folder / "found.json", found.model_dump(mode="json"))
+
+    def load(folder: Path) -> Found:
+        return Found.model_validate_json(json.dumps(load_json(folder / "found.json")))
+
+    return job.runner.run(Stage(key=_key(job, prepared, budget_nbytes), title="search", make=make, load=load))
+
+
+def require_within(plan: Plan, layout: Layout, budget_nbytes: int) -> None:
+    """The promise of the budget, kept by the house whatever a search does.
+
+    Raises:
+        BudgetError: if the plan's files are larger than the budget.
+    """
+    nbytes = layout.file_nbytes(plan)
+    if nbytes > budget_nbytes:
+        raise BudgetError(
+            f"the search found a plan of {nbytes:,} bytes for a budget of {budget_nbytes:,}: please report this; "
+            f"another recipe, or --budget {nbytes}B, will do meanwhile"
+        )
+
+
+def _key(job: Job, prepared: Prepared, budget_nbytes: int) -> PlanKey:
+    config, recipe = job.steps.search, job.recipe.model_dump(mode="json", exclude=IRRELEVANT)
+    device = "cpu"
+    if isinstance(config, MaskedSearch):
+        kind = fastest_device().type
+        graphs = " graphs" if config.cuda_graphs(kind) else ""
+        device = f"{kind} {native(job.compute, kind)}{graphs}"
+    return PlanKey(
+        weights=job.model.weights_hash, config=job.model.config_hash,
+        text=prepared.text.digests if prepared.text else [], recipe=recipe,
+        search={"name": job.recipe.search.name, **job.steps.method.fields(config)},
+        rankings=digest(dict(prepared.rankings)), budget_nbytes=budget_nbytes, seed=job.seed, device=device,
+    )  # fmt: skip
