@@ -1,7 +1,8 @@
 """Stages as values, and the runner that caches, resumes, times and reports them."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
@@ -94,6 +95,20 @@ class Runner:
             peak_rss_nbytes=peak.nbytes,
         )  # fmt: skip
         return result
+
+    @contextmanager
+    def store(self, key: StageKey, title: str) -> Iterator[Work]:
+        """Work on a store, a result that grows file by file; its files carry their own digests."""
+        name, digest_ = key.stage, key.digest
+        started = time.perf_counter()
+        with PeakMemory() as peak, self.cache.locked(name, digest_), self.reporter.stage(title) as progress:
+            yield Work(self.cache.store(name, digest_), progress)
+        before = self.records.get(digest_)
+        self.records[digest_] = StageRecord(
+            stage=name, key=digest_, cached=False,
+            seconds=round(time.perf_counter() - started + (before.seconds if before else 0.0), 3),
+            peak_rss_nbytes=max(peak.nbytes, before.peak_rss_nbytes if before else 0),
+        )  # fmt: skip
 
     def has(self, stage: Stage[T]) -> bool:
         """Whether the result is there already."""

@@ -2,11 +2,10 @@
 
 import torch
 
-from trimbit.calibrate.teacher import teacher_outputs
 from trimbit.pipeline.candidates import candidates_key
 from trimbit.pipeline.job import Job, plain
 from trimbit.pipeline.prepare import Prepared
-from trimbit.pipeline.recovering import teacher_folder
+from trimbit.pipeline.recovering import teacher
 from trimbit.search.two_formats.config import MaskedSearch
 from trimbit.transform.quant import gptq, rtn
 from trimbit.transform.weight import Method
@@ -37,12 +36,10 @@ def masked_model(job: Job, prepared: Prepared, config: MaskedSearch) -> MaskedMo
         orders=orders,
     )  # fmt: skip
     rows, held_out = of_length(text.train.tokens, config.length), text.choose.tokens
-    with job.reporter.stage("the original's outputs") as progress:
-        distilled = [*held_out, *rows[: config.compared(len(rows))]]
-        teacher = teacher_outputs(job.original, distilled, teacher_folder(job), progress)
+    taught = teacher(job, [*held_out, *rows[: config.compared(len(rows))]])
     with job.reporter.stage("both formats of the weights") as progress:
         layers = Layers(candidates, config, orders, expected_gptq(job))
-        return MaskedModel(job.stream, layers, rows, held_out, teacher, config, progress)
+        return MaskedModel(job.stream, layers, rows, held_out, taught, config, progress)
 
 
 def expected_gptq(job: Job) -> gptq.Config:

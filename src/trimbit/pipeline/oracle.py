@@ -129,13 +129,12 @@ class ModelOracle:
             background=background.model_dump(mode="json"), kept=kept_members(self.prepared, background.widths),
             tokens=digest(probe.tokens.tolist()), length=want.length,
         )  # fmt: skip
-        folder = job.runner.cache.store(key.stage, key.digest)
-        with job.reporter.stage("damage of each choice" + (f", round {number + 1}" if number else "")) as progress:
+        with job.runner.store(key, "damage of each choice" + (f", round {number + 1}" if number else "")) as work:
             found = measure(
-                probe, layout, self.candidates, job.space, background, folder / "journal.jsonl", job.model,
-                self.text.fit.digest, job.seed, progress,
+                probe, layout, self.candidates, job.space, background, work.folder / "journal.jsonl", job.model,
+                self.text.fit.digest, job.seed, work.progress,
             )  # fmt: skip
-        save_json(folder / "measurements.json", found.model_dump(mode="json"))
+            save_json(work.folder / "measurements.json", found.model_dump(mode="json"))
         return found
 
     def _probe_of_damage(self) -> KLProbe:

@@ -1,9 +1,11 @@
 """Training of the low-rank pairs beside an applied plan, as a stage."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from trimbit.calibrate.teacher import Teacher, teacher_outputs
@@ -43,13 +45,14 @@ class Recovered:
         return json.dumps(fields, indent=1)
 
 
-def teacher_folder(job: Job) -> Path:
-    """Where the original's hidden states are kept."""
+def teacher(job: Job, rows: Iterable[Tensor]) -> Teacher:
+    """The original's outputs for rows of tokens; each row is computed once."""
     key = TeacherKey(
         weights=job.model.weights_hash, config=job.model.config_hash, compute=job.recipe.compute,
         device=fastest_device().type,
     )  # fmt: skip
-    return job.runner.cache.store(key.stage, key.digest)
+    with job.runner.store(key, "the original's outputs") as work:
+        return teacher_outputs(job.original, rows, work.folder, work.progress)
 
 
 def examples_of(job: Job, text: Text | None) -> list[Example]:
@@ -79,9 +82,7 @@ def teacher_of(job: Job, examples: list[Example], config: Config) -> Teacher | N
     """The original's outputs for the rows that training draws; None where it learns from labels."""
     if config.loss != "distill":
         return None
-    used = (examples[at].tokens for at in drawn(config, len(examples), job.seed))
-    with job.reporter.stage("the original's outputs") as progress:
-        return teacher_outputs(job.original, used, teacher_folder(job), progress)
+    return teacher(job, (examples[at].tokens for at in drawn(config, len(examples), job.seed)))
 
 
 def pairs_stage(job: Job, prepared: Prepared, plan: Plan, own: Applied, config: Config) -> Stage[Recovered]:
@@ -91,8 +92,8 @@ def pairs_stage(job: Job, prepared: Prepared, plan: Plan, own: Applied, config: 
     key = PairsKey(applied=applied_key, tune=result_fields(config), rows=rows_digest(examples), seed=job.seed)
 
     def make(work: Work) -> None:
-        teacher, state = teacher_of(job, examples, config), work.folder / "state.safetensors"
-        tuned: Tuned = train_pairs(own.folder, config, examples, teacher, state, job.seed, work.progress)
+        taught, state = teacher_of(job, examples, config), work.folder / "state.safetensors"
+        tuned: Tuned = train_pairs(own.folder, config, examples, taught, state, job.seed, work.progress)
         tensors = {f"{name}.{part}": getattr(pair, part) for name, pair in tuned.pairs.items() for part in "ab"}
         save_tensors(work.folder / "pairs.safetensors", tensors)
         save_json(work.folder / "training.json", [tuned.losses, tuned.trained_nbytes, tuned.optimizer_nbytes])
@@ -115,8 +116,7 @@ def measured_with_pairs(
     """The recovered model, and its divergence from the original on the rows that plans are chosen by."""
     text = prepared.text
     assert text is not None
-    with job.reporter.stage("the original's outputs") as progress:
-        teacher = teacher_outputs(job.original, text.choose.tokens, teacher_folder(job), progress)
+    taught = teacher(job, text.choose.tokens)
     model = with_pairs(own.folder, recovered.pairs)
     with job.reporter.stage("KL of the recovered model") as progress:
-        return model, divergence(model, teacher, text.choose.tokens, progress)
+        return model, divergence(model, taught, text.choose.tokens, progress)
