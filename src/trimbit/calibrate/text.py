@@ -42,18 +42,34 @@ class TokenSet:
         data = self.tokens.cpu().contiguous().numpy().astype("<i8").tobytes()
         return hashlib.sha256(f"{shape}:".encode() + data).hexdigest()
 
-    def split(self, held_out: int) -> "tuple[TokenSet, TokenSet]":
-        """The first `rows - held_out` rows and the last `held_out` rows.
+    def split(self, *counts: int) -> "tuple[TokenSet, ...]":
+        """The first rows, the next ones, and so on; together they must be all rows.
 
         Raises:
-            DataError: if either part would be empty.
+            DataError: if the counts do not add up.
         """
-        rows = len(self.tokens)
-        if not 0 < held_out < rows:
-            msg = f"{self.name}: cannot hold out {held_out} of {rows} rows"
+        if sum(counts) != len(self.tokens):
+            msg = f"{self.name}: parts of {counts} rows asked of {len(self.tokens)}"
             raise DataError(msg)
-        first, last = self.tokens[:-held_out], self.tokens[-held_out:]
-        return replace(self, tokens=first), replace(self, tokens=last)
+        return tuple(replace(self, tokens=part) for part in self.tokens.split(list(counts)))
+
+    def pieces(self, length: int, count: int | None = None, bos: int | None = None) -> "TokenSet":
+        """Rows cut into pieces of `length` tokens, the first `count` of them; the end of a row that is left is unused.
+
+        With a BOS, which each row must begin with, each piece is the BOS and `length - 1` tokens.
+
+        Raises:
+            DataError: if a row is shorter than a piece, or there are fewer pieces.
+        """
+        body = self.tokens if bos is None else self.tokens[:, 1:]
+        size = length - (bos is not None)
+        whole = body.shape[1] // size * size
+        cut = body[:, :whole].reshape(-1, size)
+        if whole == 0 or (count is not None and len(cut) < count):
+            msg = f"{self.name}: {count or 1} pieces of {length} tokens asked, {len(self.tokens)} rows have {len(cut)}"
+            raise DataError(msg)
+        cut = cut[:count]
+        return replace(self, tokens=cut if bos is None else torch.cat([cut.new_full((len(cut), 1), bos), cut], dim=1))
 
 
 def read_text(path: Path) -> str:

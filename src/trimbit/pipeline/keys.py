@@ -80,7 +80,6 @@ class DamageKey(StageKey):
     background: dict[str, Any]
     kept: dict[str, list[int]]
     tokens: str
-    length: int
 
 
 class TeacherKey(StageKey):

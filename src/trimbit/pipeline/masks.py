@@ -11,7 +11,7 @@ from trimbit.transform.quant import gptq, rtn
 from trimbit.transform.weight import Method
 from trimbit.trial.candidates import CandidateWeights
 from trimbit.trial.masked.layers import Layers
-from trimbit.trial.masked.model import MaskedModel, of_length
+from trimbit.trial.masked.model import MaskedModel
 
 
 def masked_model(job: Job, prepared: Prepared, config: MaskedSearch) -> MaskedModel:
@@ -35,7 +35,7 @@ def masked_model(job: Job, prepared: Prepared, config: MaskedSearch) -> MaskedMo
         job.stream.checkpoint, job.layout, stats, method, job.runner.cache.store(key.stage, key.digest), {}, None,
         orders=orders,
     )  # fmt: skip
-    rows, held_out = of_length(text.train.tokens, config.length), text.choose.tokens
+    rows, held_out = text.train.pieces(config.length).tokens, text.choose.tokens
     taught = teacher(job, [*held_out, *rows[: config.compared(len(rows))]])
     with job.reporter.stage("both formats of the weights") as progress:
         layers = Layers(candidates, config, orders, expected_gptq(job))

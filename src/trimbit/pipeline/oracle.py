@@ -103,11 +103,10 @@ class ModelOracle:
 
     @cached_property
     def _damage_probe(self) -> KLProbe:
-        want = self.job.recipe.measure
-        assert want is not None
         assert "_choose_probe" not in self.__dict__, "the model is no longer the original"
+        assert self.text.damage is not None
         with self.job.reporter.stage("the original's outputs") as progress:
-            probe = KLProbe(self._model, self.text.fit.tokens[: want.rows, : want.length])
+            probe = KLProbe(self._model, self.text.damage.tokens)
             progress(1, 1)
         _ = self._choose_probe  # both are made while the model is the original
         return probe
@@ -121,18 +120,17 @@ class ModelOracle:
     def damage(self, background: Background, number: int) -> Measurements:
         """Damage of every choice in a background; what was measured before is reused."""
         job, layout = self.job, self.job.layout
-        want = job.recipe.measure
-        assert want is not None
+        assert self.text.damage is not None
         probe = self._probe_of_damage()
         key = DamageKey(
             moments=moments_key(job, self.text).digest, candidates=candidates_key(job, self.prepared).digest,
             background=background.model_dump(mode="json"), kept=kept_members(self.prepared, background.widths),
-            tokens=digest(probe.tokens.tolist()), length=want.length,
+            tokens=self.text.damage.digest,
         )  # fmt: skip
         with job.runner.store(key, "damage of each choice" + (f", round {number + 1}" if number else "")) as work:
             found = measure(
                 probe, layout, self.candidates, job.space, background, work.folder / "journal.jsonl", job.model,
-                self.text.fit.digest, job.seed, work.progress,
+                self.text.damage.digest, job.seed, work.progress,
             )  # fmt: skip
             save_json(work.folder / "measurements.json", found.model_dump(mode="json"))
         return found

@@ -15,7 +15,7 @@ from trimbit.model.checkpoint.open import open_checkpoint
 from trimbit.model.sizes import check_kv_cache
 from trimbit.pipeline.job import Job
 from trimbit.pipeline.oracle import problem_of
-from trimbit.pipeline.text import rows_of
+from trimbit.pipeline.text import damage_rows, rows_of
 from trimbit.recover.tune import require_peft
 from trimbit.report.plot import require_plot
 from trimbit.schema.budget import Budget
@@ -85,10 +85,7 @@ def preflight(job: Job, budget: Budget | None, out: Path | None = None) -> int:
     if job.needs_text:
         tokenizer = job.checkpoint.tokenizer()
         if job.calibration != "self":
-            from_file(
-                Path(job.calibration), tokenizer, rows=rows_of(job), length=job.recipe.calibration.length,
-                seed=job.seed,
-            )  # fmt: skip
+            require_rows(job, tokenizer)
     return budget_nbytes
 
 
@@ -99,6 +96,24 @@ def _nbytes(job: Job, budget: Budget | None) -> int:
     if default is None:
         raise BudgetError(f"search {job.recipe.search.name} needs a budget: give --budget, such as 0.3x")
     return default(problem_of(job, 0), job.steps.search)
+
+
+def require_rows(job: Job, tokenizer: Any) -> None:  # noqa: ANN401
+    """Refuse a file that is too short.
+
+    Raises:
+        DataError: naming the fields that ask for rows.
+    """
+    want = job.recipe.calibration
+    try:
+        from_file(Path(job.calibration), tokenizer, rows=rows_of(job), length=want.length, seed=job.seed)
+    except DataError as err:
+        uses = {
+            "calibration.rows": want.rows, "calibration.training": want.training,
+            "calibration.held_out": want.held_out, "measure.rows": damage_rows(job), "calibration.report": want.report,
+        }  # fmt: skip
+        parts = " + ".join(f"{count} for {name}" for name, count in uses.items() if count)
+        raise DataError(f"{err} (the rows are {parts})") from err
 
 
 def require_training(job: Job) -> None:
@@ -161,8 +176,10 @@ def _check_recipe(job: Job) -> None:
 def _check_text(job: Job) -> None:
     """Refuse steps that ask for more text than there is, before any of it is read."""
     want, measured, criterion = job.recipe.calibration, job.recipe.measure, job.steps.criterion
-    if measured is not None and measured.rows > want.rows:
-        raise RecipeError(f"measure.rows: {measured.rows} of {want.rows} calibration rows asked")
+    if measured is not None and measured.length > want.length:
+        raise RecipeError(
+            f"measure.length is {measured.length} tokens, but a row has {want.length}: raise calibration.length"
+        )
     if criterion is not None and criterion.module.READS == "gradients":
         require_samples(criterion.config, want.rows, want.length)
     if isinstance(job.steps.search, MaskedSearch):

@@ -37,11 +37,11 @@ def run_record(job: Job, result: "Result", plan: Plan) -> Run:
 def _text(job: Job, text: Text | None) -> TextRecord | None:
     if text is None:
         return None
-    want, measure = job.recipe.calibration, job.recipe.measure
+    want = job.recipe.calibration
     return TextRecord(
         name=text.fit.name, digest=digest(text.digests), length=want.length, fit_rows=len(text.fit.tokens),
-        damage_rows=measure.rows if measure and job.steps.method.measures_damage else 0,
-        choose_rows=len(text.choose.tokens), train_rows=want.training, report_rows=0,
+        damage_rows=len(text.damage.tokens) if text.damage else 0,
+        choose_rows=len(text.choose.tokens), train_rows=want.training, report_rows=len(text.report.tokens),
     )  # fmt: skip
 
 

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from trimbit.calibrate.sample import sample_self
-from trimbit.calibrate.text import TokenSet, from_file, tokenizer_digest
-from trimbit.errors import DataError
+from trimbit.calibrate.text import TokenSet, default_bos, from_file, tokenizer_digest
 from trimbit.jobs.checked import load_tensors, save_tensors
 from trimbit.jobs.stages import Stage, Work
 from trimbit.model.forward.in_memory import InMemoryModel
@@ -15,22 +15,32 @@ from trimbit.pipeline.keys import TextKey
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """Rows of tokens: no row has two uses, but that masks and pairs train on the fitted rows where none are extra."""
+    """Rows of tokens by use. No row has two, but masks and pairs train on the fitted rows where none are extra."""
 
     fit: TokenSet  # statistics, refits and quantisers are fitted to these
-    choose: TokenSet  # whole plans are compared on these
     train: TokenSet  # masks and pairs are trained on these
+    choose: TokenSet  # whole plans are compared on these
+    damage: TokenSet | None  # damage of single choices is measured on these
+    report: TokenSet  # nothing is fitted to or chosen by these: the KL that is reported
 
     @property
     def digests(self) -> list[str]:
         """Of all parts, for a content key."""
-        return [self.fit.digest, self.choose.digest, self.train.digest]
+        return [part.digest for part in (self.fit, self.train, self.choose, self.damage, self.report) if part]
+
+
+def damage_rows(job: Job) -> int:
+    """Rows that the pieces are cut from which damage is measured on."""
+    want, measure = job.recipe.calibration, job.recipe.measure
+    if measure is None or not job.steps.method.measures_damage:
+        return 0
+    return -(-measure.rows // (want.length // measure.length))
 
 
 def rows_of(job: Job) -> int:
     """Rows of the whole text."""
     want = job.recipe.calibration
-    return want.rows + want.held_out + want.training
+    return want.rows + want.training + want.held_out + damage_rows(job) + want.report
 
 
 def text_of(job: Job) -> Text:
@@ -39,26 +49,21 @@ def text_of(job: Job) -> Text:
     Raises:
         DataError: if the file cannot be read or is too short, naming the fields that ask for rows.
     """
-    want, rows = job.recipe.calibration, rows_of(job)
+    want, rows, tokenizer = job.recipe.calibration, rows_of(job), job.checkpoint.tokenizer()
     if job.calibration == "self":
-        found = _sampled(job, rows, want.length)
+        found = _sampled(job, tokenizer, rows, want.length)
     else:
-        try:
-            path = Path(job.calibration)
-            found = from_file(path, job.checkpoint.tokenizer(), rows=rows, length=want.length, seed=job.seed)
-        except DataError as err:
-            parts = "calibration.rows + calibration.held_out + calibration.training"
-            raise DataError(f"{err} (rows are {parts})") from err
-    fit, choose = found.split(want.held_out)
-    if not want.training:
-        return Text(fit=fit, choose=choose, train=fit)
-    fit, train = fit.split(want.training)
-    return Text(fit=fit, choose=choose, train=train)
+        found = from_file(Path(job.calibration), tokenizer, rows=rows, length=want.length, seed=job.seed)
+    counts = (want.rows, want.training, want.held_out, damage_rows(job), want.report)
+    fit, train, choose, damage, report = found.split(*counts)
+    measure, pieces = job.recipe.measure, None
+    if measure is not None and len(damage.tokens):
+        pieces = damage.pieces(measure.length, measure.rows, default_bos(tokenizer))
+    return Text(fit=fit, train=train if want.training else fit, choose=choose, damage=pieces, report=report)
 
 
-def _sampled(job: Job, rows: int, length: int) -> TokenSet:
+def _sampled(job: Job, tokenizer: Any, rows: int, length: int) -> TokenSet:  # noqa: ANN401
     """Text that the model itself has written."""
-    tokenizer = job.checkpoint.tokenizer()
 
     def make(work: Work) -> None:
         model = InMemoryModel(job.original).model

@@ -21,19 +21,19 @@ class Step(Schema):
 
 
 class Calibration(Schema):
-    """How much text the statistics are taken from; the command line says which."""
+    """How many rows of text there are for each use; the command line says which text. No row has two uses."""
 
-    rows: int = Field(default=16, ge=2)
+    rows: int = Field(default=16, ge=2)  # that statistics, refits and quantisers are fitted to
     length: int = Field(default=2048, ge=16)
-    # further rows, that nothing is fitted to: whole plans are judged on them, and a search may choose by that
-    held_out: int = Field(default=4, ge=1)
-    training: int = Field(default=0, ge=0)  # further rows, to train masks or pairs on; 0: the calibration rows
+    held_out: int = Field(default=4, ge=1)  # that whole plans are compared on, and chosen by
+    training: int = Field(default=0, ge=0)  # that masks or pairs are trained on; 0: the fitted rows
+    report: int = Field(default=4, ge=1)  # that nothing is fitted to or chosen by: the KL that is reported
 
 
 class Measure(Schema):
     """How damage is measured."""
 
-    rows: int = Field(default=3, ge=1)  # of the calibration rows, cut to `length` tokens
+    rows: int = Field(default=3, ge=1)  # pieces of `length` tokens, of rows that nothing is fitted to
     length: int = Field(default=512, ge=16)
     # whether the last plans are applied for real to choose among them; false: a plan in seconds
     apply_finalists: bool = True

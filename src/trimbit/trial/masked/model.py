@@ -34,12 +34,6 @@ if TYPE_CHECKING:
     from trimbit.trial.masked.inputs import MaskedLinear
 
 
-def of_length(rows: Int[Tensor, "rows length"], length: int) -> Int[Tensor, "pieces piece"]:
-    """Rows cut into pieces of this length; what is left of each is not used."""
-    whole = rows.shape[1] // length * length
-    return rows[:, :whole].reshape(-1, length)
-
-
 class Background(NamedTuple):
     """Masks that others are tried around: by row what lies before each block, and the original's log-probabilities."""
 
