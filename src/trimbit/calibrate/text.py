@@ -170,7 +170,7 @@ def windows(ids: Int[Tensor, " n"], length: int, *, bos: int | None) -> Int[Tens
         DataError: if there are too few tokens for one window.
     """
     body = length - (bos is not None)
-    _positive("window length without BOS", body)
+    require_positive("window length without BOS", body)
     if len(ids) < body:
         msg = f"{len(ids)} tokens found, {body} needed for one window; give more text"
         raise DataError(msg)
@@ -187,7 +187,7 @@ def evaluation_windows(
         DataError: if the file cannot be read or is shorter than a window, or `limit` is below 1.
     """
     if limit is not None:
-        _positive("limit", limit)
+        require_positive("limit", limit)
     ids = encode(read_text(path), tokenizer)
     try:
         return windows(ids, context, bos=default_bos(tokenizer))[:limit]
@@ -202,7 +202,7 @@ def from_file(path: Path, tokenizer: PreTrainedTokenizerBase, *, rows: int, leng
     Raises:
         DataError: if the file cannot be read, or has fewer windows than `rows`.
     """
-    _positive("rows", rows)
+    require_positive("rows", rows)
     found = evaluation_windows(path, tokenizer, context=length, limit=None)
     if len(found) < rows:
         msg = (
@@ -214,7 +214,12 @@ def from_file(path: Path, tokenizer: PreTrainedTokenizerBase, *, rows: int, leng
     return TokenSet(name=path.name, tokens=found[order[:rows]], seed=seed)
 
 
-def _positive(what: str, value: int) -> None:
+def require_positive(what: str, value: int) -> None:
+    """Refuse a number below 1.
+
+    Raises:
+        DataError: naming it.
+    """
     if value < 1:
         msg = f"{what} is {value}; must be at least 1"
         raise DataError(msg)

@@ -67,7 +67,9 @@ def _sampled(job: Job, tokenizer: Any, rows: int, length: int) -> TokenSet:  # n
 
     def make(work: Work) -> None:
         model = InMemoryModel(job.original).model
-        found = sample_self(model, tokenizer, rows=rows, length=length, seed=job.seed, progress=work.progress)
+        found = sample_self(
+            model, tokenizer, rows=rows, length=length, seed=job.seed, progress=work.progress, folder=work.folder
+        )
         save_tensors(work.folder / "tokens.safetensors", {"tokens": found.tokens})
 
     def load(folder: Path) -> TokenSet:
