@@ -118,6 +118,8 @@ def print_summary(layout: "Layout", plan: "Plan", budget_nbytes: int | None, out
         )
     if plan.kv_cache is not None:
         stdout.print(cache_line(layout, plan, CONTEXT), highlight=False)
+    for note in found.notes:
+        stdout.print(note, highlight=False)
 
 
 def _estimate(job: "Job", budget: "Budget | None") -> None:

@@ -1,5 +1,6 @@
 """The flow: model → calibrate → measure → search → transform → recover → artifact; each stage is cached by content."""
 
+import logging
 from pathlib import Path
 
 from trimbit.artifact.writer import appearing
@@ -13,6 +14,8 @@ from trimbit.pipeline.writing import Result, write
 from trimbit.schema.budget import Budget
 from trimbit.schema.found import Found
 from trimbit.schema.plan import Plan
+
+log = logging.getLogger(__name__)
 
 
 def compress(job: Job, budget: Budget | None, out: Path) -> Plan:
@@ -37,7 +40,12 @@ def apply(job: Job, plan: Plan, out: Path) -> Plan:
     """
     require_own(job, plan)
     require_training(job)
-    return finish(job, prepare(job), Found(plan=plan), None, job.layout.file_nbytes(plan), out)
+    prepared, own = prepare(job), plan.found_by.calibration_digest
+    if None not in {own, prepared.digest} and own != prepared.digest:
+        log.warning(
+            "the plan was found on another text than %s: it is fitted and measured on this one", job.calibration
+        )
+    return finish(job, prepared, Found(plan=plan), None, job.layout.file_nbytes(plan), out)
 
 
 def finish(

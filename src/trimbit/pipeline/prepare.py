@@ -15,6 +15,7 @@ from trimbit.measure.ranking import Rankings, by_gradients, by_moments
 from trimbit.pipeline.job import Job, plain
 from trimbit.pipeline.keys import ImportanceKey, MomentsKey, RankingKey
 from trimbit.pipeline.text import Text, text_of
+from trimbit.schema.base import digest
 from trimbit.transform.cut import cut_unit
 
 
@@ -25,6 +26,11 @@ class Prepared:
     text: Text | None
     stats: Stats | None
     rankings: Mapping[str, tuple[int, ...]]  # dim -> its indices, the one to keep longest first
+
+    @property
+    def digest(self) -> str | None:
+        """Of the whole text."""
+        return digest(self.text.digests) if self.text is not None else None
 
 
 def prepare(job: Job) -> Prepared:

@@ -15,6 +15,7 @@ from trimbit.pipeline.text import Text
 from trimbit.recover.recovery import adapter_tensors
 from trimbit.report import training
 from trimbit.report.pareto import best, picture, table, trials_of
+from trimbit.schema.base import digest
 from trimbit.schema.budget import Budget
 from trimbit.schema.found import Found
 from trimbit.schema.plan import Plan
@@ -48,7 +49,8 @@ def write(job: Job, result: Result, folder: Path) -> Plan:
     """Fill `folder` with the compressed model; returns the plan that it holds."""
     plan = result.plan.with_provenance(
         nbytes=job.layout.file_nbytes(result.found.plan), recipe=job.recipe.model_dump(mode="json"),
-        calibration=Path(job.calibration).name, seed=job.seed,
+        calibration=Path(job.calibration).name,
+        calibration_digest=digest(result.text.digests) if result.text else None, seed=job.seed,
     )  # fmt: skip
     writer = Writer(folder, job.layout, plan)
     copy_weights(result.applied.folder, writer, adapter_tensors(result.recovered.pairs) if result.recovered else {})

@@ -34,6 +34,7 @@ class Provenance(Schema):
     method: str
     recipe: dict[str, Any]  # resolved; the plan is applied by it, or was by this other one
     calibration: str  # the name of the text, or `self`
+    calibration_digest: str | None = None  # of its tokens
     measurement_hash: str | None
     seed: int
     predicted_damage: float | None  # nats of KL a token, by the additive model of the search

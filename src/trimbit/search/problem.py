@@ -22,6 +22,7 @@ from trimbit.schema.precision import Precision, Run
 from trimbit.schema.recipe import Measure
 from trimbit.schema.space import Space
 
+NO_CHOICE = "the budget is so near the smallest one that it leaves no choice: {}"
 C = TypeVar("C", bound=Schema)
 In = TypeVar("In", bound=Schema, contravariant=True)
 
@@ -106,6 +107,7 @@ class Problem:
     rankings: Mapping[str, tuple[int, ...]]  # dim -> its indices, the one to keep longest first
     recipe: Mapping[str, Any]  # as plain data, for the plan's provenance
     calibration: str
+    calibration_digest: str | None
     seed: int
     measure: Measure | None = None
     oracle: Oracle | None = None  # None: for sizes alone
@@ -147,8 +149,9 @@ class Problem:
                     cols = layout.weight_shape(layout.weights[name], width)[1]
                     weights[name] = (Run(count=cols, precision=format_of(formats, site, name)),)
         found = Provenance(
-            method=method, recipe=dict(self.recipe), calibration=self.calibration, measurement_hash=measurements,
-            seed=self.seed, predicted_damage=predicted, measured_damage=None, nbytes=0,
+            method=method, recipe=dict(self.recipe), calibration=self.calibration,
+            calibration_digest=self.calibration_digest, measurement_hash=measurements, seed=self.seed,
+            predicted_damage=predicted, measured_damage=None, nbytes=0,
         )  # fmt: skip
         plan = Plan(
             model=self.model, rotation=self.rotation, cuts=cuts, weights=weights, biases=tuple(biases),

@@ -15,7 +15,7 @@ from trimbit.schema.base import Schema
 from trimbit.schema.found import Found, Tried
 from trimbit.schema.objective import Objective, Outcome
 from trimbit.search.methods import importance
-from trimbit.search.problem import Problem, SearchMethod
+from trimbit.search.problem import NO_CHOICE, Problem, SearchMethod
 from trimbit.search.solvers.bayes import Config as Optimiser
 from trimbit.search.solvers.bayes import optimise, random_search, smaller
 from trimbit.search.solvers.box import Box, Point
@@ -67,9 +67,11 @@ def search(problem: Problem, config: Config) -> Found:
     found = variables(problem, config.per)
     widths = tuple(tuple(math.log2(p.bits) for p in found.formats) for _ in found.costs)
     box = Box(costs=found.costs, values=widths, room_nbytes=found.room_nbytes)
-    if not box.fits(box.lowest):  # so near the smallest budget that the bound on the header leaves no room
-        return Found(plan=found.plan(box.lowest, "smallest"))
-    start = [tuple(importance.allocate(found, problem.costs.importance()))] if problem.importance else []
+    if not box.fits(box.lowest):  # the bound on the header leaves no room
+        plan = found.plan(box.lowest, "smallest")
+        return Found(plan=plan.with_provenance(notes=(NO_CHOICE.format("the lowest bits everywhere"),)))
+    allocated = importance.allocate(found, problem.costs.importance()) if problem.importance else None
+    start = [tuple(allocated)] if allocated is not None else []
     outcomes: dict[Point, Outcome] = {}
 
     def evaluate(points: Sequence[Point]) -> Iterator[tuple[Point, float]]:

@@ -15,7 +15,7 @@ from pydantic import Field
 from trimbit.errors import RecipeError
 from trimbit.schema.base import Schema
 from trimbit.schema.found import Found
-from trimbit.search.problem import Problem, SearchMethod
+from trimbit.search.problem import NO_CHOICE, Problem, SearchMethod
 from trimbit.search.solvers.knapsack import Config as Solver
 from trimbit.search.solvers.knapsack import knapsack
 from trimbit.search.variables import Per, Variables, variables
@@ -58,11 +58,15 @@ def search(problem: Problem, config: Config) -> Found:
     """
     require_feasible(problem, config)
     found = variables(problem, config.per)
-    return Found(plan=found.plan(allocate(found, problem.costs.importance()), "bits by importance"))
+    levels = allocate(found, problem.costs.importance())
+    if levels is None:  # the bound on the header leaves no room
+        plan = found.plan([0] * len(found.costs), "bits by importance")
+        return Found(plan=plan.with_provenance(notes=(NO_CHOICE.format("the lowest bits everywhere"),)))
+    return Found(plan=found.plan(levels, "bits by importance"))
 
 
-def allocate(found: Variables, importance: Mapping[str, float]) -> Sequence[int]:
-    """A level for each variable."""
+def allocate(found: Variables, importance: Mapping[str, float]) -> Sequence[int] | None:
+    """A level for each variable; None if the lowest ones leave no room."""
     layer_nbytes: Counter[str] = Counter()
     for layer, costs in zip(found.layers, found.costs, strict=True):
         layer_nbytes[layer] += costs[0]
@@ -75,8 +79,7 @@ def allocate(found: Variables, importance: Mapping[str, float]) -> Sequence[int]
         [(nbytes, -gain) for nbytes, gain in zip(costs, gain, strict=True)]
         for costs, gain in zip(found.costs, gains, strict=True)
     ]
-    picked = knapsack(items, found.room_nbytes, Solver())
-    return [0] * len(items) if picked is None else picked  # so near the smallest that the header's bound leaves no room
+    return knapsack(items, found.room_nbytes, Solver())
 
 
 METHOD = SearchMethod(

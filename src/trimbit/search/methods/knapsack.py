@@ -29,7 +29,7 @@ from trimbit.schema.measurements import Background, Measurements
 from trimbit.schema.plan import Plan
 from trimbit.schema.precision import Int, Precision, Run
 from trimbit.search.methods import uniform
-from trimbit.search.problem import Problem, SearchMethod
+from trimbit.search.problem import NO_CHOICE, Problem, SearchMethod
 from trimbit.search.solvers import knapsack as solver
 from trimbit.search.solvers.knapsack import knapsack
 
@@ -102,8 +102,8 @@ def best_of(problem: Problem, config: Config, damage: Measurements) -> Found:
     for found in _uniform(problem, config):
         finalists.append(found.plan)
         tried += found.tried
-    if not finalists:  # so near the smallest budget that the bound on the header leaves no room
-        finalists = [problem.smallest()]
+    if not finalists:  # the bound on the header leaves no room
+        finalists = [problem.smallest().with_provenance(notes=(NO_CHOICE.format("the smallest plan"),))]
     best, applied = problem.best(sorted(finalists, key=_predicted))
     return Found(plan=best, tried=(*tried, *applied))
 

@@ -17,7 +17,7 @@ from trimbit.measure.choices import sites_of
 from trimbit.schema.activations import ActRun
 from trimbit.schema.plan import Plan
 from trimbit.schema.precision import Run, row_nbytes
-from trimbit.search.problem import Problem
+from trimbit.search.problem import NO_CHOICE, Problem
 from trimbit.search.solvers import knapsack
 from trimbit.search.two_formats.config import TwoFormats
 
@@ -223,7 +223,7 @@ class TileProblem:
             if tiles is None:
                 tiles, notes = (
                     self.uniform_within_budget,
-                    ("the same share of every site: the budget leaves no choice",),
+                    (NO_CHOICE.format("the same share of every site"),),
                 )
             high = {site: ranked[site][: count * self.mixed.tile] for site, count in tiles.items()}
             plan = self.plan(high, f"{self.bits(self.codes(tiles)):.3f} bits a code, {what}", notes)
