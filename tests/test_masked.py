@@ -553,17 +553,17 @@ def run_all(blocks, hidden, masks, _seed):
         ({"error_model": "expected", "high_acts": ACTS["high_acts"]}, False),
     ],
 )
-def test_what_a_gpu_replays_is_in_the_key(job, monkeypatch, params, cuda_graphs):
+def test_what_a_gpu_replays_is_in_the_key(job, monkeypatch, params, replayed):
     """Noise is another then; on a CPU nothing is replayed, and blocks that are run twice give the same masks."""
     whole = {"checkpointing": False} | params
     config = toga.Config(**recipe(**whole).search.params)
-    assert config.cuda_graphs("cuda") == cuda_graphs
+    assert config.cuda_graphs("cuda") == replayed
     assert not config.cuda_graphs("cpu")
     assert not config.model_copy(update={"checkpointing": True}).cuda_graphs("cuda")
     for gpu in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda own=gpu: own)
         keys = {session(job, **whole | {"checkpointing": twice}).problem(40_000).key for twice in (True, False)}
-        assert len(keys) == 1 + (gpu and cuda_graphs)
+        assert len(keys) == 1 + (gpu and replayed)
 
 
 EXACT = {"error_model": "expected", "high": "bf16", "loss": "kl"}

@@ -27,7 +27,13 @@ from trimbit.trial.candidates import CandidateWeights
 TOKENS = torch.randint(3, VOCAB, (4, 24), generator=torch.Generator().manual_seed(0))
 REF = ModelRef(id="tiny", config_hash="0", weights_hash="0")
 INT2, INT4, INT8 = (parse_precision(name) for name in ("int2g32", "int4g32", "int8row"))
-SPACE = Space(formats=(INT2, INT4), embedding_formats=(INT4, INT8), widths=(1.0, 0.5, 0.0), groups=True, multiple=16)
+SPACE = Space(
+    formats=(INT2, INT4),
+    embedding_formats=(INT4, INT8),
+    widths=(1.0, 0.5, 0.0),
+    prune_kv_groups=True,
+    channel_multiple=16,
+)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])

@@ -295,7 +295,7 @@ def test_an_unready_budget_is_refused_before_anything_long(job, tmp_path):
 
 def test_a_measured_search_without_moments(job, tmp_path):
     """Round to nearest needs no text, but the search does, and what it tries is judged."""
-    recipe = ("quant.name=rtn", "criterion=null", "space.widths=[1.0]", "space.prune_kv_prune_kv_groups=false")
+    recipe = ("quant.name=rtn", "criterion=null", "space.widths=[1.0]", "space.prune_kv_groups=false")
     plan = compress(session(job, *recipe), Budget.parse("40kB"), tmp_path / "out")
     assert plan.found_by.measured_damage > 0
     assert plan.cuts == {}

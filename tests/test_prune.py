@@ -29,7 +29,7 @@ def test_the_first_and_last_blocks_are_spared_as_in_the_reference_code():
 def test_that_share_of_the_blocks_parameters_goes(ratio, kv):
     """Few KV groups cannot follow the ratio; feed-forward channels make up for that."""
     found = layout(32, kv=kv)
-    widths = kept_widths(found, PruneRatio(ratio=ratio, multiple=1))
+    widths = kept_widths(found, PruneRatio(ratio=ratio, channel_multiple=1))
     plan = make_plan(found, cuts={dim: tuple(range(width)) for dim, width in widths.items()})
     sizes = {
         name: rows * cols
@@ -72,4 +72,4 @@ def test_a_ratio_that_cuts_nothing_is_refused():
 
 
 def test_a_multiple_that_does_not_divide_never_widens():
-    assert max(kept_widths(layout(32, mid=1536), PruneRatio(ratio=0.1, multiple=1000)).values()) <= 1536
+    assert max(kept_widths(layout(32, mid=1536), PruneRatio(ratio=0.1, channel_multiple=1000)).values()) <= 1536
