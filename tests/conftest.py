@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from jobs import Job
+from jobs import BUDGET, Job
 
 logging.disable_progress_bar()
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -39,3 +39,14 @@ def job(tmp_path_factory):
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def compressed(job, tmp_path_factory):
+    """The job's model within its budget: the directory and its plan; nothing may change them."""
+    from sessions import session
+    from trimbit.pipeline.session import compress
+    from trimbit.schema.budget import Budget
+
+    out = tmp_path_factory.mktemp("compressed") / "small"
+    return out, compress(session(job), Budget.parse(BUDGET), out)
