@@ -44,8 +44,7 @@ def generator():
 @pytest.fixture(scope="session")
 def compressed(job, tmp_path_factory):
     """The job's model within its budget: the directory and its plan; nothing may change them."""
-    from sessions import session
-    from trimbit.pipeline.session import compress
+    from sessions import compress, session
     from trimbit.schema.budget import Budget
 
     out = tmp_path_factory.mktemp("compressed") / "small"

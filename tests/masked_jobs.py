@@ -2,7 +2,7 @@
 
 import torch
 
-from trimbit.pipeline.session import open_session
+from sessions import open_session
 from trimbit.schema.recipe import Recipe, Step
 from trimbit.transform.quant import gptq
 

@@ -3,8 +3,8 @@
 import json
 
 from qpruner_jobs import CHOOSING, PRUNED, SMALL
+from sessions import open_session
 from trimbit.pipeline.recipes import load_recipe
-from trimbit.pipeline.session import open_session
 from trimbit.schema.objective import Outcome
 
 QUICK = "search.optimiser={trials: 6, initial: 3, pool: 16, near: 8, steps: 5, batch: 2, smaller: 2}"

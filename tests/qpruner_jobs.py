@@ -1,7 +1,7 @@
 """QPruner's recipes with small numbers."""
 
+from sessions import open_session
 from trimbit.pipeline.recipes import load_recipe
-from trimbit.pipeline.session import open_session
 
 SMALL = (
     "calibration.rows=6", "calibration.length=64", "calibration.held_out=2", "measure.rows=2", "measure.length=32",

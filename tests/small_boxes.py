@@ -23,13 +23,13 @@ def box_of(costs, share):
     """A space of which anything from one point to all of them fits."""
     least, most = sum(own[0] for own in costs), sum(own[-1] for own in costs)
     values = tuple(tuple(float(at) for at in range(len(own))) for own in costs)
-    return Box(costs=tuple(map(tuple, costs)), values=values, limit=least + (most - least) * share // 100)
+    return Box(costs=tuple(map(tuple, costs)), values=values, room_nbytes=least + (most - least) * share // 100)
 
 
 def everything(box):
     """All points that fit, counted without the code under test."""
     points = itertools.product(*(range(len(own)) for own in box.costs))
-    return [at for at in points if sum(own[i] for own, i in zip(box.costs, at, strict=True)) <= box.limit]
+    return [at for at in points if sum(own[i] for own, i in zip(box.costs, at, strict=True)) <= box.room_nbytes]
 
 
 def float_sum(point):
@@ -45,7 +45,7 @@ def binary(seed, levels=20, share=0.3):
     rng = random.Random(seed)
     sizes = [rng.choice([100, 300, 1000]) for _ in range(levels)]
     costs = tuple((4 * size, 8 * size) for size in sizes)
-    box = Box(costs=costs, values=((2.0, 3.0),) * levels, limit=int((4 + 4 * share) * sum(sizes)))
+    box = Box(costs=costs, values=((2.0, 3.0),) * levels, room_nbytes=int((4 + 4 * share) * sum(sizes)))
     own = [rng.expovariate(1) * size**0.5 for size in sizes]
     pairs = {pair: rng.gauss(0, 3) for pair in itertools.combinations(range(levels), 2) if rng.random() < 0.2}
 

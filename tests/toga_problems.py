@@ -64,10 +64,10 @@ def made(tmp_path, config=CONFIG, limit=None, **fields):
     masked = fields.pop("masked", None) or Invented(worths())
     found = problem(
         limit or 10**9, space=SPACE, measurements=measurements(), channels=Figures(second_moments=second_moments),
-        masked=lambda _: masked, journal=tmp_path / "masks.jsonl", key="k", **fields,
+        masks=masked, state=tmp_path, **fields,
     )  # fmt: skip
     module = toga if type(config) is toga.Config else importlib.import_module(type(config).__module__)
-    return found if limit else replace(found, limit=module.default_limit(found, config))
+    return found if limit else replace(found, budget_nbytes=module.default_nbytes(found, config))
 
 
 def high_of(plan, sites):

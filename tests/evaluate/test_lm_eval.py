@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from sessions import open_session
 
 from jobs import BUDGET
 from task_files import DOCUMENTS, run
@@ -18,7 +19,6 @@ from trimbit.evaluate import lm_eval
 from trimbit.evaluate.tasks import SOURCES
 from trimbit.pipeline import session as pipeline
 from trimbit.pipeline.recipes import load_recipe
-from trimbit.pipeline.session import open_session
 from trimbit.schema.budget import Budget
 
 for package in lm_eval.NEEDS:

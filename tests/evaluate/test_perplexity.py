@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from sessions import compress
 
 from jobs import BUDGET
 from sessions import session
 from trimbit.evaluate.perplexity import evaluate, final_hidden, read_hidden, score
-from trimbit.pipeline.session import compress
 from trimbit.schema.budget import Budget
 
 

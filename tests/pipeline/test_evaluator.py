@@ -6,12 +6,12 @@ import re
 
 import pytest
 import torch
+from sessions import compress, open_session
 
 from objectives import QUICK, session, trials
 from trimbit.artifact.files import weight_nbytes
 from trimbit.errors import ArtifactError, BudgetError, NumericsError
 from trimbit.pipeline.recipes import read_recipe
-from trimbit.pipeline.session import compress, open_session
 from trimbit.schema.budget import Budget
 from trimbit.schema.plan import load_plan
 

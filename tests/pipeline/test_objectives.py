@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
+from sessions import compress, open_session
 
 from objectives import QUICK, session, trials
 from qpruner_jobs import CHOOSING, PRUNED, SMALL
@@ -14,7 +15,6 @@ from tiny import VOCAB
 from trimbit.errors import DataError, RecipeError
 from trimbit.evaluate.tasks import SOURCES
 from trimbit.pipeline.recipes import load_recipe
-from trimbit.pipeline.session import compress, open_session
 from trimbit.search.variables import variables
 
 

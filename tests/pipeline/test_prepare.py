@@ -1,6 +1,7 @@
 """Text, statistics and measurements of a session, and its cache."""
 
 import pytest
+from sessions import compress, open_session
 
 from jobs import BUDGET
 from sessions import LIMIT, session
@@ -8,7 +9,6 @@ from trimbit.artifact.files import weight_nbytes
 from trimbit.errors import DataError, RecipeError
 from trimbit.pipeline import prepare as preparation
 from trimbit.pipeline.recipes import load_recipe
-from trimbit.pipeline.session import compress, open_session
 from trimbit.schema.budget import Budget
 
 

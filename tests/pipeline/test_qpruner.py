@@ -6,13 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from sessions import compress, open_session
 
 from qpruner_jobs import RECIPES, session
 from tiny import VOCAB
 from trimbit.artifact.files import weight_nbytes
 from trimbit.errors import BudgetError, DataError, PlanError, RecipeError
 from trimbit.pipeline.recipes import load_recipe
-from trimbit.pipeline.session import compress, open_session
 from trimbit.runtime.layers import PackedLinear
 from trimbit.schema.budget import Budget
 from trimbit.schema.plan import load_plan

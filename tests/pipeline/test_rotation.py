@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from sessions import compress, open_session
 
 from jobs import RECIPES
 from plans import make_plan
@@ -12,7 +13,6 @@ from trimbit.artifact.files import weight_nbytes
 from trimbit.errors import LayoutError, PlanError, RecipeError
 from trimbit.model.build import build_layout
 from trimbit.pipeline.recipes import load_recipe
-from trimbit.pipeline.session import compress, open_session
 from trimbit.schema.plan import Rotation
 from trimbit.schema.precision import BF16
 from trimbit.schema.recipe import Recipe, Step

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from sessions import compress, open_session
 
 import trimbit
 from jobs import BUDGET
@@ -17,7 +18,6 @@ from trimbit.artifact.files import weight_nbytes
 from trimbit.errors import ArtifactError, BudgetError, PlanError
 from trimbit.evaluate.perplexity import evaluate
 from trimbit.pipeline.recipes import load_recipe, read_recipe
-from trimbit.pipeline.session import compress, open_session
 from trimbit.schema.budget import Budget
 from trimbit.schema.plan import load_plan
 

@@ -4,12 +4,12 @@ from functools import partialmethod
 
 import pytest
 import torch
+from sessions import compress, open_session
 
 from masked_jobs import ACTS, recipe, session
 from trimbit.artifact.files import weight_nbytes
 from trimbit.errors import NumericsError, RecipeError
 from trimbit.pipeline.recipes import load_recipe
-from trimbit.pipeline.session import compress, open_session
 from trimbit.schema.plan import load_plan
 from trimbit.schema.recipe import Step
 from trimbit.trial.masked.model import MaskedModel

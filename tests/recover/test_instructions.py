@@ -2,8 +2,9 @@
 
 import json
 
+from sessions import compress
+
 from qpruner_jobs import session
-from trimbit.pipeline.session import compress
 
 
 def test_instructions_mask_the_prompt(job, tmp_path):

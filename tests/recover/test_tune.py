@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from sessions import compress
 
 from qpruner_jobs import session
 from tiny import VOCAB
 from trimbit.errors import NumericsError
-from trimbit.pipeline.session import compress
 from trimbit.recover.recovery import _taken_out
 from trimbit.recover.tune import Config, _drawn, drawn, tune
 from trimbit.runtime.layers import AdaptedLinear, PackedLinear

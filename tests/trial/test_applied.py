@@ -4,11 +4,11 @@ import shutil
 
 import pytest
 from transformers import AutoModelForCausalLM
+from sessions import compress
 
 from jobs import BUDGET
 from sessions import session
 from trimbit.errors import ArtifactError
-from trimbit.pipeline.session import compress
 from trimbit.runtime.kv_cache import precision_of
 from trimbit.schema.budget import Budget
 from trimbit.schema.kv_cache import KVPrecision

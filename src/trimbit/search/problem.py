@@ -223,6 +223,7 @@ class Problem:
             )
 
 
+@runtime_checkable
 class Search(Protocol[In]):
     """Finds a plan within the problem's budget."""
 
@@ -230,6 +231,7 @@ class Search(Protocol[In]):
         """Search."""
 
 
+@runtime_checkable
 class RequireFeasible(Protocol[In]):
     """Refuses, before anything long, a budget or a recipe that the method cannot serve."""
 
@@ -237,6 +239,7 @@ class RequireFeasible(Protocol[In]):
         """Check."""
 
 
+@runtime_checkable
 class DefaultNbytes(Protocol[In]):
     """Bytes of the weight files where no budget is given."""
 

@@ -19,9 +19,9 @@ def require_best(found, told, gain):
         return sum(costs[level] for costs, level in zip(found.costs, point, strict=True))
 
     every = product(range(len(found.formats)), repeat=len(found.layers))
-    best = max(gain(point) for point in every if nbytes(point) <= found.limit)
+    best = max(gain(point) for point in every if nbytes(point) <= found.room_nbytes)
     point = importance.allocate(found, told)
-    assert nbytes(point) <= found.limit
+    assert nbytes(point) <= found.room_nbytes
     assert gain(point) == pytest.approx(best, rel=1e-3)
 
 
@@ -29,7 +29,7 @@ def require_best(found, told, gain):
 def test_the_gain_is_the_largest_within_the_bytes(share):
     space = SPACE.model_copy(update={"formats": formats("int4row", "binaryrow", "ternaryrow")})
     config = importance.Config(per="unit", share=share)
-    found = variables(problem(importance.default_limit(problem(0, space=space), config), space=space), "unit")
+    found = variables(problem(importance.default_nbytes(problem(0, space=space), config), space=space), "unit")
     assert [p.name for p in found.formats] == ["binaryrow", "ternaryrow", "int4row"]
     told = {layer: 0.1 + 0.37 * at % 1 for at, layer in enumerate(found.layers)}
 
@@ -44,7 +44,7 @@ def test_the_gain_is_the_largest_within_the_bytes(share):
 def test_a_layer_that_is_cut_finer_is_worth_no_more(share):
     space = SPACE.model_copy(update={"formats": formats("int4row", "int2row")})
     config = importance.Config(per="weight", share=share)
-    found = variables(problem(importance.default_limit(problem(0, space=space), config), space=space), "weight")
+    found = variables(problem(importance.default_nbytes(problem(0, space=space), config), space=space), "weight")
     told = {layer: 0.5 + at % 3 for at, layer in enumerate(dict.fromkeys(found.layers))}
     shares = [
         costs[0] / sum(other[0] for name, other in zip(found.layers, found.costs, strict=True) if name == layer)

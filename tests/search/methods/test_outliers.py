@@ -12,7 +12,7 @@ from trimbit.search.two_formats.tiles import TileProblem
 def test_salient_channels(tmp_path, by):
     config = salient.Config(**SMALL, **ACTS, by=by)
     task = made(tmp_path, config)
-    plan = salient.search(task, config)
+    plan = salient.search(task, config).plan
     LAYOUT.check(plan)
     sites = TileProblem(task, config)
     high = high_of(plan, sites)
@@ -20,5 +20,5 @@ def test_salient_channels(tmp_path, by):
     assert (high == top_channels) is (by == "second_moment")
     for site, own in plan.acts.items():
         assert [run.precision for run in own] == [config.low_acts, config.high_acts][: 2 if high[site] else 1]
-    assert plan.found_by.nbytes == task.limit
-    assert plan.content == salient.search(task, config).content
+    assert plan.found_by.nbytes == task.budget_nbytes
+    assert plan.content == salient.search(task, config).plan.content

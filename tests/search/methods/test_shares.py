@@ -24,15 +24,15 @@ def by_site(seed=2):
 def test_shares_follow_what_is_measured(tmp_path):
     masked = Invented(by_site())
     task = made(tmp_path, SHARES, masked=masked)
-    plan = shares.search(task, SHARES)
+    plan = shares.search(task, SHARES).plan
     LAYOUT.check(plan)
     sites = TileProblem(task, SHARES)
     high = high_of(plan, sites)
     assert all(own == set(sites.top_channels(site, len(own) // 16)) for site, own in high.items())
-    alike = salient.search(task, salient.Config(**SMALL))
+    alike = salient.search(task, salient.Config(**SMALL)).plan
     kls = [masked.damage(as_masks(sites.high(one), sites)).kl for one in (plan, alike)]
     assert kls[0] < 0.9 * kls[1]
-    assert plan.found_by.nbytes <= task.limit
+    assert plan.found_by.nbytes <= task.budget_nbytes
     assert len(masked.steps) < 12 * 5 + 3
 
 
@@ -49,7 +49,7 @@ def test_a_measurement_that_was_broken_off_goes_on(tmp_path, stop):
     task = made(tmp_path, SHARES, masked=masked)
     with pytest.raises(KeyboardInterrupt):
         shares.search(task, SHARES)
-    again = shares.search(task, SHARES)
+    again = shares.search(task, SHARES).plan
     whole = Invented(by_site())
-    assert again.content == shares.search(made(tmp_path / "whole", SHARES, masked=whole), SHARES).content
+    assert again.content == shares.search(made(tmp_path / "whole", SHARES, masked=whole), SHARES).plan.content
     assert len(masked.steps) == len(whole.steps) + 1

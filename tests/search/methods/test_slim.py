@@ -8,16 +8,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from jobs import write_text
 from problems import LAYOUT as SMALL
-from problems import REF, Figures
+from problems import Figures, measurements
+from problems import problem as any_problem
+from sessions import compress, open_session
 from tiny import randomize, save_tiny, tiny_config
 from trimbit.artifact.files import weight_nbytes
 from trimbit.errors import BudgetError, RecipeError
 from trimbit.model.build import build_layout
 from trimbit.pipeline.recipes import load_recipe
-from trimbit.pipeline.session import compress, open_session
 from trimbit.schema.space import Space
 from trimbit.search.methods import slim
-from trimbit.search.problem import Problem
 
 LAYOUT = build_layout(
     LlamaConfig(
@@ -45,11 +45,13 @@ def error(name, runs):
 
 def problem(limit=None, layout=LAYOUT, **fields):
     channels = Figures(**{"salience": salience, "rounding_error": error} | fields)
-    made = Problem(
-        layout=layout, model=REF, limit=limit or 0, space=Space(formats=(), embedding_formats=()), rankings={},
-        recipe={}, calibration="self", seed=0, channels=channels,
-    )  # fmt: skip
-    return made if limit else problem(slim.default_limit(made, slim.Config()), **fields)
+    made = replace(
+        any_problem(
+            limit or 0, measurements=measurements(), channels=channels, space=Space(formats=(), embedding_formats=())
+        ),
+        layout=layout,
+    )
+    return made if limit else problem(slim.default_nbytes(made, slim.Config()), **fields)
 
 
 def names(runs):
@@ -57,7 +59,7 @@ def names(runs):
 
 
 def test_groups_move_where_it_helps():
-    plan = slim.search(problem(), slim.Config())
+    plan = slim.search(problem(), slim.Config()).plan
     LAYOUT.check(plan)
     assert names(plan.weights[DOWN]) == ["binaryg128", "int2g128", "int3g128", "int2g128", "int2g128"]
     for name, runs in plan.weights.items():
@@ -68,20 +70,20 @@ def test_groups_move_where_it_helps():
 
 def test_the_number_of_groups_is_that_of_least_error():
     """Both salient groups move only if the error says so, and as many others."""
-    plan = slim.search(problem(rounding_error=lambda _, runs: -float(len(names(runs)) * len(runs))), slim.Config())
+    plan = slim.search(problem(rounding_error=lambda _, runs: -float(len(names(runs)) * len(runs))), slim.Config()).plan
     for name, runs in plan.weights.items():
         if "layers" in name:
             count = Counter(names(runs))
             assert count["binaryg128"] == count["int3g128"] > 0
     assert Counter(names(plan.weights[DOWN])) == {"binaryg128": 2, "int3g128": 2, "int2g128": 1}
-    assert plan.found_by.nbytes <= problem().limit
+    assert plan.found_by.nbytes <= problem().budget_nbytes
 
 
 @pytest.mark.parametrize("bits", [3, 4])
 def test_other_bits(bits):
     config = slim.Config(bits=bits)
     found = problem(limit=10**8)
-    plan = slim.search(found, config)
+    plan = slim.search(found, config).plan
     assert names(plan.weights[DOWN])[2] == f"int{bits + 1}g128"
     with pytest.raises(BudgetError, match="smallest feasible budget"):
         slim.search(problem(limit=1000), config)
@@ -110,7 +112,7 @@ def test_the_recipe(tmp_path):
         tmp_path / "original", load_recipe("slim-w2a16", small), calibration=str(tmp_path / "text.txt")
     )  # fmt: skip
     plan = compress(made, None, tmp_path / "out")
-    assert weight_nbytes(tmp_path / "out") == plan.found_by.nbytes <= made.limit(None)
+    assert weight_nbytes(tmp_path / "out") == plan.found_by.nbytes <= made.budget_nbytes()
     assert plan.found_by.measured_damage > 0
     down = names(plan.weights[DOWN])
     assert down[1] == "int3g128"

@@ -21,12 +21,12 @@ def chosen(plan):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_the_largest_that_fits(name):
-    plan = uniform.search(problem(SIZES[name]), Config(formats=MENU))
+    plan = uniform.search(problem(SIZES[name]), Config(formats=MENU)).plan
     assert chosen(plan) == name
     assert LAYOUT.file_nbytes(plan) == SIZES[name] == plan.found_by.nbytes
     smaller = max((size for size in SIZES.values() if size < SIZES[name]), default=None)
     if smaller:
-        assert SIZES[chosen(uniform.search(problem(SIZES[name] - 1), Config(formats=MENU)))] == smaller
+        assert SIZES[chosen(uniform.search(problem(SIZES[name] - 1), Config(formats=MENU)).plan)] == smaller
 
 
 def test_one_byte_below_the_smallest():
@@ -47,10 +47,10 @@ def test_the_least_damage_of_the_largest_is_taken():
         return damage[tried[-1]]
 
     asked = problem(SIZES["int8row"], evaluate=evaluate)
-    plan = uniform.search(asked, Config(formats=MENU, tries=3))
+    plan = uniform.search(asked, Config(formats=MENU, tries=3)).plan
     assert chosen(plan) == "int4g32"
     assert plan.found_by.measured_damage is None  # that is for a plan that was applied
     assert "quick, uniform int4g32: 0.1000 nats" in plan.found_by.notes
     assert sorted(tried) == ["int4g32", "int8row", "uint4g32"]
-    assert chosen(uniform.search(asked, Config(formats=MENU, tries=5))) == "int2row"
-    assert chosen(uniform.search(asked, Config(formats=MENU, tries=1))) == "int8row"
+    assert chosen(uniform.search(asked, Config(formats=MENU, tries=5)).plan) == "int2row"
+    assert chosen(uniform.search(asked, Config(formats=MENU, tries=1)).plan) == "int8row"

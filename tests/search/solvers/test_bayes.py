@@ -32,16 +32,16 @@ def test_better_than_chance():
 def test_finds_the_least_of_all():
     """A space of hundreds of points, of which a few dozen are tried."""
     box, damage = binary(4, levels=10, share=0.4)
-    uniform_within_budget = everything(box)
-    assert len(uniform_within_budget) > 200
+    everything_that_fits = everything(box)
+    assert len(everything_that_fits) > 200
     done = run(bayes.optimise, box, damage, QUICK.model_copy(update={"trials": 36}))
-    assert min(value for _, value in done.found) == min(map(damage, uniform_within_budget))
+    assert min(value for _, value in done.found) == min(map(damage, everything_that_fits))
 
 
 @pytest.mark.parametrize("method", [bayes.optimise, bayes.random_search])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_tries_all_of_a_tiny_space_and_stops(method, batch):
-    box = Box(costs=((1, 2, 3), (1, 2), (2, 4)), values=((0.0, 1.0, 2.0), (0.0, 1.0), (0.0, 1.0)), limit=7)
+    box = Box(costs=((1, 2, 3), (1, 2), (2, 4)), values=((0.0, 1.0, 2.0), (0.0, 1.0), (0.0, 1.0)), room_nbytes=7)
     config = QUICK.model_copy(update={"initial": 3, "batch": batch})
     done = run(method, box, float_sum, config)
     assert sorted(point for point, _ in done.found) == sorted(everything(box))
@@ -104,7 +104,7 @@ def test_smaller_points_fit_smaller_limits():
     tried = dict(zip(points, map(damage, points), strict=True))
     found = bayes.smaller(box, tried, config, 0)
     least = box.nbytes(box.lowest)
-    limits = [least + (box.limit - least) * part // 3 for part in range(3)]
+    limits = [least + (box.room_nbytes - least) * part // 3 for part in range(3)]
     assert len(found) == len(set(found)) == 3
     assert not tried.keys() & found
     assert all(box.nbytes(point) <= limit for point, limit in zip(found, limits, strict=True))

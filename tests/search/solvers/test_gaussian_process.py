@@ -17,7 +17,7 @@ from trimbit.search.solvers.box import Box
 
 
 def test_features_are_scaled():
-    box = Box(costs=((1, 2, 3), (5,), (1, 2)), values=((1.0, 2.0, 3.0), (7.0,), (4.0, 4.0)), limit=99)
+    box = Box(costs=((1, 2, 3), (5,), (1, 2)), values=((1.0, 2.0, 3.0), (7.0,), (4.0, 4.0)), room_nbytes=99)
     want = torch.tensor([[0, 0, 0], [0.5, 0, 0], [1, 0, 0]], dtype=torch.float64)
     assert torch.equal(box.features([(0, 0, 0), (1, 0, 1), (2, 0, 1)]), want)
 
@@ -26,13 +26,13 @@ def test_features_are_scaled():
 @given(st.lists(levels, min_size=1, max_size=7), shares, st.integers(1, 4), st.integers(0, 9))
 def test_proposals_fit_and_are_new_and_distinct(costs, share, batch, seed):
     box = box_of(costs, share)
-    uniform_within_budget = everything(box)
+    everything_that_fits = everything(box)
     rng = random.Random(seed)
-    points = rng.sample(uniform_within_budget, min(len(uniform_within_budget), 12))
+    points = rng.sample(everything_that_fits, min(len(everything_that_fits), 12))
     values = [rng.choice([0.0, 1.0, rng.random()]) for _ in points]
     found = bayes.propose(box, points, values, batch, seeded(seed), QUICK)
-    assert len(set(found)) == len(found) == min(batch, len(uniform_within_budget) - len(points))
-    assert set(found) <= set(uniform_within_budget) - set(points)
+    assert len(set(found)) == len(found) == min(batch, len(everything_that_fits) - len(points))
+    assert set(found) <= set(everything_that_fits) - set(points)
 
 
 def test_a_batch_begins_with_the_proposal_for_one_and_takes_the_pending_into_account():

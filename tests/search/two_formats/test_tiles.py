@@ -32,7 +32,7 @@ def test_the_budget_is_filled_by_whole_tiles_and_never_exceeded(tmp_path_factory
     for site, own in high.items():
         assert len(own) % 16 == 0
         assert set(logits[site].topk(len(own)).indices.tolist()) == own
-    left = task.limit - plan.found_by.nbytes
+    left = task.budget_nbytes - plan.found_by.nbytes
     means = {site: own.sort(descending=True).values.view(-1, 16).mean(-1) for site, own in logits.items()}
     tiles = {site: len(own) // 16 for site, own in high.items()}
     last_in = min((float(means[site][count - 1]) for site, count in tiles.items() if count), default=0.0)
@@ -41,7 +41,7 @@ def test_the_budget_is_filled_by_whole_tiles_and_never_exceeded(tmp_path_factory
             fits = sites.site_nbytes(site, count + 1) - sites.site_nbytes(site, count) <= left
             assert float(means[site][count]) <= last_in or not fits
     dearest = max(sites.site_nbytes(site, 2) - sites.site_nbytes(site, 1) for site in sites.channels)
-    assert task.limit - dearest < plan.found_by.nbytes <= task.limit
+    assert task.budget_nbytes - dearest < plan.found_by.nbytes <= task.budget_nbytes
 
 
 def test_a_channel_that_costs_more_is_not_left_behind(tmp_path):
@@ -138,7 +138,7 @@ def test_a_site_without_high_channels_may_get_some(tmp_path):
 def test_all_of_one_format_is_a_plain_plan(tmp_path):
     for share, name in ((0.0, "binaryg32"), (1.0, "int4g32")):
         config = CONFIG.model_copy(update={"share": share, "sort": False})
-        plan = salient.search(made(tmp_path, config), salient.Config(**(SMALL | {"share": share, "sort": False})))
+        plan = salient.search(made(tmp_path, config), salient.Config(**(SMALL | {"share": share, "sort": False}))).plan
         assert not plan.orders
         assert {run.precision.name for n, runs in plan.weights.items() if "layers" in n for run in runs} == {name}
         told = "channels largest diag H in int4g32" if share else "binaryg32 in all channels"
@@ -147,7 +147,7 @@ def test_all_of_one_format_is_a_plain_plan(tmp_path):
 
 def test_no_high_channels_whatever_the_budget(tmp_path):
     config = salient.Config(**(SMALL | {"share": 0.0}))
-    plan = salient.search(made(tmp_path, config, limit=10**9), config)
+    plan = salient.search(made(tmp_path, config, limit=10**9), config).plan
     assert {run.precision.name for name, runs in plan.weights.items() if "layers" in name for run in runs} == {
         "binaryg32"
     }
@@ -157,5 +157,5 @@ def test_the_smallest_feasible_budget_is_feasible(tmp_path):
     with pytest.raises(BudgetError) as found:
         toga.search(made(tmp_path, limit=1000), CONFIG)
     least = int(str(found.value).split("--budget ")[1].rstrip("B)"))
-    plan = toga.search(made(tmp_path, limit=least), CONFIG)
+    plan = toga.search(made(tmp_path, limit=least), CONFIG).plan
     assert plan.found_by.nbytes <= least

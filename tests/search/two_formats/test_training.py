@@ -16,8 +16,8 @@ def test_steps_along_the_gradient_find_what_matters(tmp_path, network):
     rate = {"learning_rate": 20.0 if network == "logits" else 1.0, "steps": 150}
     config = CONFIG.model_copy(update={"optimizer": "sgd", "budget": "projection", "network": network} | rate)
     task = made(tmp_path, config)
-    by_energy = salient.search(task, salient.Config(**SMALL))
-    assert kept(toga.search(task, config), task, config) > 1.5 * kept(by_energy, task, config)
+    by_energy = salient.search(task, salient.Config(**SMALL)).plan
+    assert kept(toga.search(task, config).plan, task, config) > 1.5 * kept(by_energy, task, config)
 
 
 def test_a_step_along_the_gradient_is_as_long_as_the_rate_whatever_the_loss(tmp_path):
@@ -103,8 +103,7 @@ def test_the_penalty_holds_the_share_that_is_high(tmp_path):
         for site, count in sites.channels.items()
     }
     task = made(tmp_path, config, masked=Invented(worth))
-    toga.search(task, config)
-    bits = [step["bits"] for step in toga.curve(task, config)]
+    bits = [step["bits"] for step in toga.search(task, config).curve]
     assert abs(sum(bits[-50:]) / 50 - sites.bits(target)) < 0.1
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from sessions import open_session
 
 from masked_jobs import ACTS, gradients, recipe, session
 from trimbit.calibrate.inverse import damped
-from trimbit.pipeline.session import open_session
 from trimbit.schema.recipe import Step
 from trimbit.transform.quant import gptq
 from trimbit.trial.masked.expected import along, squares

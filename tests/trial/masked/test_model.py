@@ -3,11 +3,11 @@
 import pytest
 import torch
 from torch.nn import functional
+from sessions import open_session
 
 from masked_jobs import ACTS, gradients, recipe, replace_quant, session
 from tiny import MODEL_TYPES, save_tiny, tiny_model
 from trimbit.evaluate.perplexity import final_hidden
-from trimbit.pipeline.session import open_session
 from trimbit.runtime.load import load_model
 from trimbit.search.two_formats.tiles import TileProblem
 from trimbit.trial.masked.inputs import MaskedLinear
