@@ -9,8 +9,9 @@ from trimbit.pipeline.job import Job
 from trimbit.pipeline.preflight import preflight, require_own, require_training
 from trimbit.pipeline.prepare import Prepared, prepare
 from trimbit.pipeline.recovering import config_of, measured_with_pairs, pairs_stage
+from trimbit.pipeline.result import Result
 from trimbit.pipeline.search import search
-from trimbit.pipeline.writing import Result, write
+from trimbit.pipeline.writing import write
 from trimbit.schema.budget import Budget
 from trimbit.schema.found import Found
 from trimbit.schema.plan import Plan
