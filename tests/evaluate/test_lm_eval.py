@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from sessions import open_session
 
 from jobs import BUDGET
+from sessions import open_session
 from task_files import DOCUMENTS, run
 from trimbit.evaluate import lm_eval
 from trimbit.evaluate.tasks import SOURCES

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from sessions import compress, open_session
 
 from jobs import RECIPES
 from plans import make_plan
 from rotations import rotated, sample, write
+from sessions import compress, open_session
 from tiny import save_tiny, tiny_config, tiny_model
 from trimbit.artifact.files import weight_nbytes
 from trimbit.errors import LayoutError, PlanError, RecipeError

@@ -2,9 +2,8 @@
 
 import json
 
-from sessions import compress
-
 from qpruner_jobs import session
+from sessions import compress
 
 
 def test_instructions_mask_the_prompt(job, tmp_path):

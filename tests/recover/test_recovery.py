@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sessions import compress
 
 from qpruner_jobs import session
+from sessions import compress
 from trimbit.recover import recovery
 from trimbit.recover.tune import drawn
 

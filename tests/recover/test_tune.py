@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from sessions import compress
 
 from qpruner_jobs import session
+from sessions import compress
 from tiny import VOCAB
 from trimbit.errors import NumericsError
 from trimbit.recover.recovery import _taken_out

@@ -4,10 +4,9 @@ import shutil
 
 import pytest
 from transformers import AutoModelForCausalLM
-from sessions import compress
 
 from jobs import BUDGET
-from sessions import session
+from sessions import compress, session
 from trimbit.errors import ArtifactError
 from trimbit.runtime.kv_cache import precision_of
 from trimbit.schema.budget import Budget

@@ -86,7 +86,6 @@ class ModelOracle:
         """The weights of every choice."""
         return candidates_of(self.job, self.prepared)
 
-    @property
     def channels(self) -> ChannelFigures:
         """Figures of the input channels of weights."""
         stats = self.prepared.stats

@@ -70,7 +70,6 @@ class Measured(NamedTuple):
 class Oracle(Protocol):
     """What choices and plans cost, and the gradients of masks: everything that needs the model."""
 
-    @property
     def channels(self) -> Channels:
         """Figures of the input channels of weights."""
 

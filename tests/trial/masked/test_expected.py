@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from sessions import open_session
 
 from masked_jobs import ACTS, gradients, recipe, session
+from sessions import open_session
 from trimbit.calibrate.inverse import damped
 from trimbit.schema.recipe import Step
 from trimbit.transform.quant import gptq

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from torch.nn import functional
-from sessions import open_session
 
 from masked_jobs import ACTS, gradients, recipe, replace_quant, session
+from sessions import open_session
 from tiny import MODEL_TYPES, save_tiny, tiny_model
 from trimbit.evaluate.perplexity import final_hidden
 from trimbit.runtime.load import load_model
