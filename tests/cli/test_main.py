@@ -7,8 +7,8 @@ from typer.testing import CliRunner
 
 import trimbit
 from trimbit.cli import main as cli
-from trimbit.pipeline.prepare import module_of
 from trimbit.pipeline.recipes import load_recipe, names
+from trimbit.pipeline.steps import module_of
 
 SEARCHING = ["--budget", "--calibration", "--dry-run", "--recipe", "--seed", "--set"]
 
