@@ -25,7 +25,7 @@ class Result:
     @property
     def plan(self) -> Plan:
         """The plan with what was measured of it in the end."""
-        measured = self.applied.measured.choose if self.applied.measured else None
+        measured = self.applied.measured.report if self.applied.measured else None
         return self.found.plan.with_provenance(
             measured_damage=measured if self.recovered_kl is None else self.recovered_kl
         )

@@ -63,7 +63,7 @@ class Measured(NamedTuple):
     """KL of an applied plan, in nats a token."""
 
     choose: float  # on the rows that plans are chosen by
-    report: float | None  # on rows that nothing is fitted to or chosen by
+    report: float  # on rows that nothing is fitted to or chosen by
 
 
 @runtime_checkable
