@@ -10,10 +10,9 @@ import pytest
 import torch
 from transformers.utils import logging
 
-import shapes
+import shapes  # noqa: F401 # before what imports the package
 from jobs import BUDGET, Job
 
-shapes.install()
 logging.disable_progress_bar()
 torch.set_num_threads(1)  # threads that wait for each other take far longer than what they do for tiny models
 

@@ -1,7 +1,7 @@
 """Types and shapes, checked on every call: by beartype alone where no shape is annotated.
 
 jaxtyping binds the arguments of every call, and keeps the sizes of named axes; without shapes that checks nothing
-more, and it takes half the time of a tiny job.
+more, and it takes half the time of a tiny job. To be imported before the package is.
 """
 
 import dataclasses
@@ -13,11 +13,6 @@ import jaxtyping
 from beartype import beartype
 
 _jaxtyped = jaxtyping.jaxtyped
-
-
-def install() -> None:
-    """Check what is imported from now on. jaxtyping's import hook decorates all functions and classes."""
-    jaxtyping.jaxtyped = _checked
 
 
 def _checked(*, typechecker: Any) -> Any:
@@ -36,7 +31,8 @@ def _checked(*, typechecker: Any) -> Any:
 
 
 def _has_shapes(function: Any) -> bool:
-    """Whether an annotation names jaxtyping; a string with more than a class's name is taken as if it did."""
-    return any(
-        "[" in one if isinstance(one, str) else "jaxtyping" in repr(one) for one in function.__annotations__.values()
-    )
+    """Whether an annotation names jaxtyping; a string may, and may name what only mypy imports."""
+    return any(isinstance(one, str) or "jaxtyping" in repr(one) for one in function.__annotations__.values())
+
+
+jaxtyping.jaxtyped = _checked  # what is imported from now on is checked by it

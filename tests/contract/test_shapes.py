@@ -1,4 +1,4 @@
-"""What `shapes` installs finds wrong types and wrong shapes, of arguments and of results."""
+"""What `shapes` puts in the place of jaxtyping finds wrong types and wrong shapes, of arguments and of results."""
 
 from dataclasses import dataclass
 
@@ -10,8 +10,7 @@ from beartype.roar import BeartypeCallHintViolation
 from jaxtyping import Float, TypeCheckError
 from torch import Tensor
 
-from trimbit.kernels.hadamard import transform
-from trimbit.schema.budget import Budget
+from trimbit.kernels.hadamard import factors, transform
 
 check = jaxtyping.jaxtyped(typechecker=beartype)
 
@@ -58,6 +57,6 @@ def test_shapes_are_checked():
 
 def test_the_package_is_checked():
     with pytest.raises(BeartypeCallHintViolation):
-        Budget.parse(3)
+        factors("8")
     with pytest.raises(TypeCheckError):
         transform(torch.ones(2, 8, dtype=torch.int64))
