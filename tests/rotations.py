@@ -1,5 +1,7 @@
 """Rotated tiny models, and the rotation as a matrix."""
 
+from statistics import fmean
+
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -43,10 +45,10 @@ def write(folder, out, plan, method=RTN, **fields):
     stream = streams(folder, fields.get("rotation", plan.rotation))
     stats = collected(stream, sample(70, 0), out.parent / f"{out.name}-stats") if method is GPTQ else None
     with writing(out, stream.layout, plan) as writer:
-        kl = apply_plan(
+        kls = apply_plan(
             stream, plan, sample(70, 0), method, refit.Config(), stats, writer, lambda *_: None, sample(4, 2)
         )
-    return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), kl
+    return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), fmean(kls)
 
 
 def dense_h(n):

@@ -47,9 +47,9 @@ def test_killed_at_random_moments(job, compressed, tmp_path, monkeypatch, calibr
     longest = time.monotonic() - started
     rng, cache, out = random.Random(calibration), tmp_path / "cache", tmp_path / "parts" / "out"
     killed = 0
-    for _ in range(KILLS):
+    for number in range(KILLS):
         pid = forked(lambda: run(job, cache, out, text))
-        time.sleep(rng.uniform(0, 0.7 * longest))
+        time.sleep(rng.uniform(0, 0.4 * longest) if number else 0.05 * longest)
         os.kill(pid, how)
         _, status = os.waitpid(pid, 0)
         killed += status != 0

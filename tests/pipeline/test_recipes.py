@@ -6,8 +6,8 @@ import yaml
 from trimbit.errors import RecipeError
 from trimbit.measure.criteria import obs
 from trimbit.pipeline import recipes
-from trimbit.pipeline.prepare import module_of
 from trimbit.pipeline.recipes import load_recipe
+from trimbit.pipeline.steps import module_of
 from trimbit.schema.precision import parse_precision
 from trimbit.schema.recipe import step_config
 from trimbit.search.methods import knapsack

@@ -79,7 +79,7 @@ def test_the_same_seed_gives_the_same_bytes(job, compressed, tmp_path):
 
 def test_the_measured_damage_is_that_of_the_written_model(job, compressed):
     out, plan = compressed
-    held = session(job).text.choose.tokens
+    held = session(job).text.report.tokens
     with torch.no_grad():
         small, large = (
             AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(held).logits.double().log_softmax(-1)

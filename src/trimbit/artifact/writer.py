@@ -15,7 +15,7 @@ from torch import Tensor
 from trimbit.artifact.files import PLAN_FILE, config_fields, require_absent, weight_nbytes
 from trimbit.errors import ArtifactError
 from trimbit.model.layout import Layout
-from trimbit.model.shards import METADATA, TensorSpec, shards
+from trimbit.model.shards import METADATA, TensorSpec, shard_nbytes, shards
 from trimbit.schema.plan import Plan
 
 DTYPES = {
@@ -71,7 +71,7 @@ class Writer:
         missing = [name for file in self.files[self.written :] for name in file]
         if missing:
             raise ArtifactError(f"{len(missing)} tensors of the plan were never written, the first is {missing[0]}")
-        have, want = weight_nbytes(self.folder), self.layout.file_nbytes(self.plan)
+        have, want = weight_nbytes(self.folder), sum(map(shard_nbytes, self.files))
         if have != want:
             raise ArtifactError(f"{self.folder}: the weight files have {have:,} bytes, but the plan says {want:,}")
         if len(self.files) > 1:

@@ -28,6 +28,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _FLOAT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 
 
 def _parsed(text: str) -> Any:  # noqa: ANN401

@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM
 from plans import make_plan, runs
 from tiny import VOCAB, save_tiny, tiny_model
 from trimbit.artifact.files import weight_nbytes
-from trimbit.artifact.writer import Writer
 from trimbit.model.build import build_layout
 from trimbit.model.checkpoint import tied_head
 from trimbit.model.checkpoint.open import open_checkpoint
@@ -20,6 +19,7 @@ from trimbit.transform.apply import apply_plan
 from trimbit.transform.quant import rtn
 from trimbit.transform.repair import refit
 from trimbit.transform.weight import Method
+from written import writing
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOKENS = torch.randint(3, VOCAB, (2, 12), generator=torch.Generator().manual_seed(5))
@@ -89,7 +89,7 @@ def test_it_runs_is_packed_and_is_counted_as_transformers_has_it(tied, tmp_path)
     layout = build_layout(checkpoint.config)
     plan = make_plan(layout, lambda _, cols: runs((cols, "uint8g32")))
     method = Method(module=rtn, config=rtn.Config())
-    with Writer(tmp_path / "small", layout, plan) as writer:
+    with writing(tmp_path / "small", layout, plan) as writer:
         apply_plan(
             BlockStream(checkpoint, layout, torch.float32), plan, TOKENS, method, refit.Config(), None, writer,
             lambda *_: None,
