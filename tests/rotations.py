@@ -4,8 +4,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tiny import VOCAB
-from trimbit.artifact.writer import Writer
-from trimbit.calibrate.stats import collect
 from trimbit.kernels.hadamard import factors, matrix
 from trimbit.model.build import build_layout
 from trimbit.model.checkpoint.open import open_checkpoint
@@ -17,6 +15,7 @@ from trimbit.transform.quant import gptq, rtn
 from trimbit.transform.repair import refit
 from trimbit.transform.rotate import RotatedStream
 from trimbit.transform.weight import Method
+from written import collected, writing
 
 ROTATION = Rotation(seed=3)
 
@@ -42,10 +41,8 @@ def streams(folder, rotation):
 
 def write(folder, out, plan, method=RTN, **fields):
     stream = streams(folder, fields.get("rotation", plan.rotation))
-    stats = (
-        collect(stream, sample(70, 0), out.parent / f"{out.name}-stats", lambda *_: None) if method is GPTQ else None
-    )
-    with Writer(out, stream.layout, plan) as writer:
+    stats = collected(stream, sample(70, 0), out.parent / f"{out.name}-stats") if method is GPTQ else None
+    with writing(out, stream.layout, plan) as writer:
         kl = apply_plan(
             stream, plan, sample(70, 0), method, refit.Config(), stats, writer, lambda *_: None, sample(4, 2)
         )

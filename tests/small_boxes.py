@@ -58,25 +58,21 @@ def binary(seed, levels=20, share=0.3):
 
 
 def run(method, box, damage, config, *, start=(), known=None, seed=0, stop=None):
-    """All that a run did; `stop` kills it after so many new results."""
-    done = SimpleNamespace(evaluated=[], record={}, numbers={}, progress=[])
+    """All that a run did; `known` is what an interrupted run has found, `stop` kills it after so many new results."""
+    done = SimpleNamespace(evaluated=[], record=dict(known or {}), progress=[])
 
     def evaluate(points):
-        first = not done.evaluated and len(known or {}) < config.initial
-        assert 0 < len(points) <= (config.initial if first else config.batch)
-        done.evaluated += points
-        return [(point, damage(point)) for point in reversed(points)]  # as processes may be done with them
-
-    def record(number, point, value):
-        if len(done.record) == stop:
-            raise KeyboardInterrupt
-        done.record[point] = value
-        done.numbers[point] = number
+        assert 0 < len(points) <= max(config.initial, config.batch)
+        for point in reversed(points):  # as processes may be done with them
+            if point not in done.record:
+                if len(done.evaluated) == stop:
+                    raise KeyboardInterrupt
+                done.evaluated.append(point)
+                done.record[point] = damage(point)
+            yield point, done.record[point]
 
     try:
-        done.found = method(
-            box, start, evaluate, known or {}, config, seed, lambda *at: done.progress.append(at), record
-        )
+        done.found = method(box, start, evaluate, config, seed, lambda *at: done.progress.append(at))
     except KeyboardInterrupt:
         done.found = None
     return done

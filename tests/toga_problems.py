@@ -63,7 +63,7 @@ def worths(seed=1):
 def made(tmp_path, config=CONFIG, limit=None, **fields):
     masked = fields.pop("masked", None) or Invented(worths())
     found = problem(
-        limit or 10**9, space=SPACE, measurements=measurements(), channels=Figures(second_moments=second_moments),
+        limit or 10**9, space=SPACE, measurements=measurements(), figures=Figures(second_moments=second_moments),
         masks=masked, state=tmp_path, **fields,
     )  # fmt: skip
     module = toga if type(config) is toga.Config else importlib.import_module(type(config).__module__)

@@ -12,11 +12,12 @@ from tiny import tiny_config
 from trimbit.artifact import files
 from trimbit.artifact import writer as writers
 from trimbit.artifact.files import weight_nbytes
-from trimbit.artifact.writer import Writer
+from trimbit.artifact.writer import appearing, copy_weights, write_file
 from trimbit.errors import ArtifactError
 from trimbit.model.build import build_layout
 from trimbit.model.shards import shards
 from trimbit.schema.plan import load_plan
+from written import writing
 
 LAYOUT = build_layout(tiny_config("llama"))
 PLAN = random_plan(LAYOUT, 0)
@@ -29,10 +30,10 @@ def tensors(plan=PLAN):
 
 def test_a_directory_appears_whole(tmp_path):
     out = tmp_path / "deep" / "out"
-    with Writer(out, LAYOUT, PLAN) as writer:
+    with writing(out, LAYOUT, PLAN) as writer:
         for item in reversed(tensors().items()):  # in any order
             writer.add(dict([item]))
-        writer.write("recipe.yaml", "a: 1\n")
+        write_file(writer.folder, "recipe.yaml", "a: 1\n")
         assert not out.exists()
     assert {file.name for file in out.iterdir()} == {"config.json", "model.safetensors", "plan.json", "recipe.yaml"}
     assert load_plan(out / "plan.json") == PLAN
@@ -44,10 +45,10 @@ def test_a_directory_appears_whole(tmp_path):
 
 def test_shards_have_an_index(tmp_path, monkeypatch):
     monkeypatch.setattr(writers, "shards", lambda specs: shards(specs, 10_000))
-    with Writer(tmp_path / "out", LAYOUT, PLAN) as writer:
+    with writing(tmp_path / "out", LAYOUT, PLAN) as writer:
         names = [*tensors()]
         writer.add(dict([*tensors().items()][:-1]))
-        assert len([*writer.partial.glob("*.safetensors")]) == len(writer.files) - 1  # written as soon as complete
+        assert len([*writer.folder.glob("*.safetensors")]) == len(writer.files) - 1  # written as soon as complete
         writer.add({names[-1]: tensors()[names[-1]]})
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     files = sorted((tmp_path / "out").glob("*.safetensors"))
@@ -60,7 +61,7 @@ def test_shards_have_an_index(tmp_path, monkeypatch):
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_nothing_is_left_after_an_error(tmp_path, error):
     def run():
-        with Writer(tmp_path / "out", LAYOUT, PLAN) as writer:
+        with writing(tmp_path / "out", LAYOUT, PLAN) as writer:
             writer.add(tensors())
             raise error
 
@@ -74,7 +75,7 @@ def test_missing_tensors_leave_nothing(tmp_path):
     del some["model.norm.weight"]
 
     def run():
-        with Writer(tmp_path / "out", LAYOUT, PLAN) as writer:
+        with writing(tmp_path / "out", LAYOUT, PLAN) as writer:
             writer.add(some)
 
     with pytest.raises(ArtifactError, match="never written"):
@@ -92,7 +93,7 @@ def test_missing_tensors_leave_nothing(tmp_path):
     ],
 )
 def test_a_tensor_that_is_not_the_plan_s_is_refused(tmp_path, name, tensor):
-    with Writer(tmp_path / "out", LAYOUT, PLAN) as writer:
+    with writing(tmp_path / "out", LAYOUT, PLAN) as writer:
         with pytest.raises(ArtifactError, match=f"tensor {name} is .*but the plan says"):
             writer.add({name: tensor})
         writer.add(tensors())
@@ -105,35 +106,68 @@ def test_an_output_that_exists_is_refused(tmp_path):
     (full / "x").touch()
     file.touch()
     for out in (full, file):
-        with pytest.raises(ArtifactError, match="exists already"):
-            Writer(out, LAYOUT, PLAN)
-    with Writer(empty, LAYOUT, PLAN) as writer:
+        with pytest.raises(ArtifactError, match="exists already"), appearing(out):
+            pass
+    with writing(empty, LAYOUT, PLAN) as writer:
         writer.add(tensors())
     assert weight_nbytes(empty)
 
 
 def test_an_output_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ArtifactError, match="cannot write"), Writer(tmp_path / "file" / "out", LAYOUT, PLAN):
+    with pytest.raises(ArtifactError, match="cannot write"), appearing(tmp_path / "file" / "out"):
         pass
 
 
 @pytest.mark.parametrize(
-    "where", ["trimbit.artifact.writer.save_file", "pathlib.Path.write_bytes", "pathlib.Path.write_text"]
+    "where", ["trimbit.artifact.writer.save_file", "pathlib.Path.write_bytes", "pathlib.Path.rename"]
 )
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, where):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def run():
-        with Writer(tmp_path / "out", LAYOUT, PLAN) as writer:
+        with writing(tmp_path / "out", LAYOUT, PLAN) as writer:
             writer.add(tensors())
-            writer.write("recipe.yaml", "a: 1\n")
+            write_file(writer.folder, "recipe.yaml", "a: 1\n")
 
     monkeypatch.setattr(where, full)
     with pytest.raises(ArtifactError, match=r"cannot write .*out.*No space left on device"):
         run()
     assert not [*tmp_path.iterdir()]
+
+
+def test_weights_are_copied_but_for_those_that_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(writers, "shards", lambda specs: shards(specs, 10_000))
+    with writing(tmp_path / "source", LAYOUT, PLAN) as writer:
+        writer.add(tensors())
+    norm = torch.ones(48, dtype=torch.bfloat16)
+    with writing(tmp_path / "copy", LAYOUT, PLAN) as writer:
+        copy_weights(tmp_path / "source", writer, {"model.norm.weight": norm})
+    files = sorted((tmp_path / "source").glob("*.safetensors"))
+    assert len(files) > 2
+    changed = [file for file in files if file.read_bytes() != (tmp_path / "copy" / file.name).read_bytes()]
+    assert ["model.norm.weight" in load_file(file) for file in changed] == [True]
+    have = load_file(tmp_path / "copy" / changed[0].name)
+    assert {name for name, tensor in have.items() if bool(tensor.any())} == {"model.norm.weight"}
+    assert torch.equal(have["model.norm.weight"], norm)
+
+
+def test_a_full_disk_while_weights_are_copied_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with writing(tmp_path / "source", LAYOUT, PLAN) as writer:
+        writer.add(tensors())
+
+    def run():
+        with writing(tmp_path / "out", LAYOUT, PLAN) as writer:
+            copy_weights(tmp_path / "source", writer)
+
+    monkeypatch.setattr("shutil.copyfile", full)
+    with pytest.raises(ArtifactError, match=r"cannot write .*out.*No space left on device"):
+        run()
+    assert [*tmp_path.iterdir()] == [tmp_path / "source"]
 
 
 def test_the_structure_has_no_index_lists(tmp_path):

@@ -6,7 +6,8 @@ from safetensors.torch import load_file
 
 from site_inputs import TOKENS, inputs
 from tiny import save_tiny, tiny_model
-from trimbit.calibrate.stats import collect, stored
+from trimbit.calibrate.stats import Stats, collect
+from trimbit.jobs import carried
 from trimbit.model.build import build_layout
 from trimbit.model.checkpoint.open import open_checkpoint
 from trimbit.model.forward.stream import BlockStream
@@ -25,10 +26,10 @@ def stream(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def collected(stream, tmp_path_factory):
-    steps = []
-    found = collect(stream, TOKENS, tmp_path_factory.mktemp("stats"), lambda *step: steps.append(step))
+    steps, folder = [], tmp_path_factory.mktemp("stats")
+    collect(stream, TOKENS, folder, lambda *step: steps.append(step))
     assert steps == [(1, 3), (2, 3), (3, 3)]
-    return found
+    return Stats(folder, TOKENS.numel())
 
 
 def test_equal_a_direct_computation(stream, collected):
@@ -49,11 +50,10 @@ def test_equal_a_direct_computation(stream, collected):
         torch.testing.assert_close(found.h, found.h.T, atol=1e-6, rtol=1e-5)
 
 
-def test_what_is_stored_is_found_again_and_only_when_whole(stream, collected, tmp_path):
-    again = stored(collected.folder, 3, TOKENS.numel())
-    torch.testing.assert_close(again.moments("head_in").h, collected.moments("head_in").h, atol=0, rtol=0)
-    assert again.count == TOKENS.numel()
-    assert stored(tmp_path, 3, 1) is None
+@pytest.mark.parametrize(("seconds", "left"), [(0.0, [(3, 3)]), (60.0, [(1, 3), (2, 3), (3, 3)])])
+def test_an_interrupted_sweep_goes_on_to_the_same_bytes(stream, collected, tmp_path, monkeypatch, seconds, left):
+    """From the last block after which enough time had passed to keep what goes into the next."""
+    monkeypatch.setattr(carried, "SECONDS", seconds)
 
     def kill(done, _total):
         if done == 2:
@@ -61,9 +61,12 @@ def test_what_is_stored_is_found_again_and_only_when_whole(stream, collected, tm
 
     with pytest.raises(KeyboardInterrupt):
         collect(stream, TOKENS, tmp_path, kill)
-    assert stored(tmp_path, 3, TOKENS.numel()) is None
+    assert not (tmp_path / "head_in.safetensors").exists()
     assert not list(tmp_path.glob("*.tmp"))
-    collect(stream, TOKENS, tmp_path, lambda *_: None)
+    steps = []
+    collect(stream, TOKENS, tmp_path, lambda *step: steps.append(step))
+    assert steps == left
+    assert {file.name for file in collected.folder.iterdir()} == {file.name for file in tmp_path.iterdir()}
     for file in collected.folder.iterdir():
         assert load_file(file).keys() == load_file(tmp_path / file.name).keys()
         assert file.read_bytes() == (tmp_path / file.name).read_bytes()

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from qpruner_jobs import session
 from trimbit.calibrate import teacher
 from trimbit.calibrate.teacher import teacher_outputs
+from trimbit.pipeline.recovering import examples_of
 
 
 def test_the_originals_answers_are_kept_and_are_those_of_the_whole_model(job, tmp_path, monkeypatch):
@@ -16,8 +17,9 @@ def test_the_originals_answers_are_kept_and_are_those_of_the_whole_model(job, tm
     data = tmp_path / "rows.jsonl"
     data.write_text("\n".join(json.dumps({"instruction": "w5", "output": f"w{at + 8} " * (at + 1)}) for at in range(5)))
     opened = session(job, "qpruner-1", f"tune.data={data}", "tune.length=64", cache=tmp_path / "c")
-    assert all(bool(row.loss_mask[1:].all()) and not bool(row.loss_mask[0]) for row in opened.examples)
-    examples = [row.tokens for row in opened.examples]
+    rows = examples_of(opened.job, None)
+    assert all(bool(row.loss_mask[1:].all()) and not bool(row.loss_mask[0]) for row in rows)
+    examples = [row.tokens for row in rows]
     monkeypatch.setattr(teacher, "CARRIED", 4 * 48 * 100)
     swept = []
     first = teacher_outputs(opened.stream, examples[:2], tmp_path / "kept", lambda *done: swept.append(done))

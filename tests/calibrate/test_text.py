@@ -141,9 +141,23 @@ def test_digest_and_split() -> None:
     expected = b"4x3:" + b"".join(i.to_bytes(8, "little") for i in range(12))
     assert whole.digest == hashlib.sha256(expected).hexdigest()
     assert whole.digest != TokenSet(name="x", tokens=tokens.reshape(3, 4), seed=3).digest
-    first, last = whole.split(1)
+    first, none, last = whole.split(3, 0, 1)
     assert torch.equal(first.tokens, tokens[:3])
+    assert none.tokens.shape == (0, 3)
     assert torch.equal(last.tokens, tokens[3:])
-    for held_out in (-1, 0, 4):
-        with pytest.raises(DataError, match=f"{held_out} of 4 rows"):
-            whole.split(held_out)
+    assert {(part.name, part.seed) for part in (first, none, last)} == {("x", 3)}
+    for counts in ((3,), (3, 2), (5,)):
+        with pytest.raises(DataError, match=rf"x: parts of .{counts[0]},.* rows asked of 4"):
+            whole.split(*counts)
+
+
+def test_pieces_of_rows_begin_with_bos_and_are_never_short() -> None:
+    rows = TokenSet(name="x", tokens=torch.tensor([[9, 0, 1, 2, 3, 4], [9, 5, 6, 7, 8, 9]]), seed=0)
+    assert rows.pieces(2).tokens.tolist() == [[9, 0], [1, 2], [3, 4], [9, 5], [6, 7], [8, 9]]
+    assert rows.pieces(4, 1).tokens.tolist() == [[9, 0, 1, 2]]
+    assert rows.pieces(3, bos=9).tokens.tolist() == [[9, 0, 1], [9, 2, 3], [9, 5, 6], [9, 7, 8]]
+    assert rows.pieces(6, 2, bos=9).tokens.tolist() == rows.tokens.tolist()
+    with pytest.raises(DataError, match="1 pieces of 7 tokens asked, 2 rows have 0"):
+        rows.pieces(7)
+    with pytest.raises(DataError, match="5 pieces of 3 tokens asked, 2 rows have 4"):
+        rows.pieces(3, 5)

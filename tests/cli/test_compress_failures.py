@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 
 from commands import compress
 from trimbit.artifact import writer as writers
-from trimbit.trial import applied as trials
+from trimbit.pipeline import applying
 
 
 def test_h_that_is_not_positive_definite(refused, job, options, tmp_path):
@@ -25,12 +25,12 @@ def test_h_that_is_not_positive_definite(refused, job, options, tmp_path):
 
 @pytest.fixture
 def untried(tmp_path_factory, monkeypatch):
-    """A cache in which nothing was tried yet, and in which a trial that breaks off leaves nothing."""
+    """A cache in which nothing was tried yet, and in which a trial that breaks off is no finished entry."""
     cache = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("TRIMBIT_CACHE", str(cache))
     yield
-    assert not list(cache.glob("trials/*"))
-    assert not list(cache.glob("trials/.*"))
+    assert list(cache.glob("partial/applied/*"))
+    assert not list(cache.glob("applied/*"))
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def tried(run, job, options, tmp_path_factory):
 
 
 @pytest.mark.usefixtures("tried")
-@pytest.mark.parametrize("step", ["shutil.copyfile", "trimbit.pipeline.session.model_card"])
+@pytest.mark.parametrize("step", ["shutil.copyfile", "trimbit.pipeline.writing.model_card"])
 def test_no_space_left_or_interrupted_while_the_output_is_filled(refused, job, options, tmp_path, monkeypatch, step):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
@@ -59,7 +59,7 @@ def test_a_gpu_without_memory_left_is_said(refused, job, options, tmp_path, monk
     def full(*_args, **_kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee more")
 
-    monkeypatch.setattr(trials, "apply_plan", full)
+    monkeypatch.setattr(applying, "apply_plan", full)
     words = ["trimbit: CUDA out of memory. Tried to allocate 20.00 GiB. Finished stages are kept"]
     refused(*compress(job.model, tmp_path / "out", options), words=words)
 
@@ -79,13 +79,12 @@ def test_no_space_left_for_the_cache(refused, job, options, tmp_path, monkeypatc
         Path(path).write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setenv("TRIMBIT_CACHE", str(tmp_path))
-    (tmp_path / "tokens").mkdir()
-    for folder in ("stats", "rankings", "candidates", "measurements"):
-        (tmp_path / folder).mkdir()
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    monkeypatch.setenv("TRIMBIT_CACHE", str(cache))
     monkeypatch.setattr(f"trimbit.{module}.save_file", full)
     refused(*compress(job.model, tmp_path / "out", options), words=["No space left on device"])
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(cache.rglob("*.tmp"))
 
 
 def test_a_cache_that_safetensors_cannot_write_or_read(refused, job, options, tmp_path, monkeypatch):
@@ -99,7 +98,7 @@ def test_a_cache_that_safetensors_cannot_write_or_read(refused, job, options, tm
         patched.setattr("trimbit.calibrate.stats.save_file", full)
         refused(*compress(job.model, tmp_path / "out", options), words=[str(cache), "No space left", "free space"])
     with monkeypatch.context() as patched:
-        patched.setattr(trials, "apply_plan", full)
+        patched.setattr(applying, "apply_plan", full)
         refused(*compress(job.model, tmp_path / "out", options), words=[])
     for file in cache.rglob("candidates/*/*.safetensors"):
         file.write_bytes(file.read_bytes()[:50])  # a disk that lost what it had been given
@@ -111,14 +110,14 @@ def test_a_cache_that_safetensors_cannot_write_or_read(refused, job, options, tm
 @pytest.mark.usefixtures("untried")
 def test_interrupted(refused, job, options, tmp_path, monkeypatch):
     def stop(_stream, _plan, _tokens, _method, _repair, _stats, writer, *_):
-        assert writer.partial.is_dir()
+        assert writer.folder.is_dir()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trials, "apply_plan", stop)
+    monkeypatch.setattr(applying, "apply_plan", stop)
     refused(*compress(job.model, tmp_path / "out", options), words=["interrupted", "reused"], code=130)
 
 
 @pytest.mark.usefixtures("untried")
 def test_terminated(refused, job, options, tmp_path, monkeypatch):
-    monkeypatch.setattr(trials, "apply_plan", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(applying, "apply_plan", lambda *_: signal.raise_signal(signal.SIGTERM))
     refused(*compress(job.model, tmp_path / "out", options), words=["interrupted"], code=130)

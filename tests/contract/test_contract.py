@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import pkgutil
 
 import pytest
@@ -12,6 +13,7 @@ import trimbit.transform.quant
 from trimbit.measure.criteria import mutual_information
 from trimbit.schema.base import Schema
 from trimbit.schema.recipe import Recipe
+from trimbit.search.problem import SearchMethod
 
 
 def modules(package):
@@ -53,8 +55,9 @@ def test_the_walk_finds_what_there_is():
 
 @pytest.mark.parametrize("module", [*SEARCHES, *QUANTS, *CRITERIA], ids=name)
 def test_has_a_paper_and_a_configuration_with_defaults(module):
-    assert isinstance(module.PAPER, str)
-    assert module.PAPER
+    paper = module.METHOD.paper if module in SEARCHES else module.PAPER
+    assert isinstance(paper, str)
+    assert paper
     assert issubclass(module.Config, Schema)
     assert module.Config is not Schema
     assert module.Config.model_validate_json("{}") == module.Config()
@@ -65,9 +68,20 @@ def test_has_a_paper_and_a_configuration_with_defaults(module):
 
 @pytest.mark.parametrize("module", SEARCHES, ids=name)
 def test_a_search(module):
-    assert arguments(module.search) == ["problem", "config"]
-    assert arguments(module.require_feasible) == ["problem", "config"]
-    assert set(module.NEEDS) <= set(Recipe.model_fields)
+    method = module.METHOD
+    assert isinstance(method, SearchMethod)
+    assert method.config is module.Config
+    taken = [method.search, method.require_feasible, *filter(None, [method.default_nbytes])]
+    assert [arguments(function) for function in taken] == [["problem", "config"]] * len(taken)
+    assert set(method.needs) <= set(Recipe.model_fields)
+
+
+@pytest.mark.parametrize("module", SEARCHES, ids=name)
+def test_what_decides_the_result_of_a_search_is_some_of_its_configuration(module):
+    fields = module.METHOD.fields(module.Config())
+    assert fields
+    assert fields.keys() <= module.Config.model_fields.keys()
+    json.dumps(fields)  # it goes into a content key
 
 
 @pytest.mark.parametrize("module", QUANTS, ids=name)

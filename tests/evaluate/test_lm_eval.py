@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from sessions import open_session
 
 from jobs import BUDGET
+from sessions import open_session
 from task_files import DOCUMENTS, run
 from trimbit.evaluate import lm_eval
 from trimbit.evaluate.tasks import SOURCES
-from trimbit.pipeline import session as pipeline
 from trimbit.pipeline.recipes import load_recipe
 from trimbit.schema.budget import Budget
 
@@ -70,7 +69,7 @@ def compressed(job, tmp_path_factory):
     session = open_session(
         job.model, load_recipe(str(job.recipe), ("measure.apply_finalists=false",)), calibration=str(job.text)
     )
-    pipeline.compress(session, Budget.parse(BUDGET), out)
+    session.compress(Budget.parse(BUDGET), out)
     return out
 
 

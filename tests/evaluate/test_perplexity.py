@@ -7,10 +7,9 @@ import math
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from sessions import compress
 
 from jobs import BUDGET
-from sessions import session
+from sessions import compress, session
 from trimbit.evaluate.perplexity import evaluate, final_hidden, read_hidden, score
 from trimbit.schema.budget import Budget
 

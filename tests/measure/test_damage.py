@@ -1,10 +1,9 @@
 """The judge against a KL of full logits; a measurement that was broken off goes on and ends the same."""
 
-import json
-
 import pytest
 
 from measured import INT2, INT4, REF, SPACE, TOKENS
+from trimbit.jobs.journal import Journal
 from trimbit.measure.choices import allowed_formats, allowed_widths, sites_of
 from trimbit.measure.damage import measure
 from trimbit.measure.kl_probe import KLProbe
@@ -22,6 +21,10 @@ def run(stream, candidates, journal, progress=lambda *_: None, space=SPACE, arou
     around = around or background(stream.layout)
     probe = KLProbe(InMemoryModel(stream), TOKENS)
     return measure(probe, stream.layout, candidates, space, around, journal, REF, "digest", 0, progress)
+
+
+def entries(journal):
+    return Journal(journal).read()
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +95,12 @@ def test_resumes_after_a_kill(stream, candidates, measured, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run(stream, candidates, journal, kill)
-    assert len(journal.read_text().splitlines()) == 2 + 10  # whose it is and the background first
+    assert len(entries(journal)) == 1 + 10  # the background first
     again, steps = Counting(candidates), []
     assert run(stream, again, journal, lambda *step: steps.append(step)) == measured
     assert again.calls == units + work - 10  # the background, and what was left
     assert steps == [(at + 1, work) for at in range(work)]
-    assert len(journal.read_text().splitlines()) == work + 2
+    assert len(entries(journal)) == work + 1
     third = Counting(candidates)
     assert run(stream, third, journal) == measured
     assert third.calls == 0
@@ -127,10 +130,10 @@ def test_another_space_shares_the_journal(stream, candidates, measured, tmp_path
     journal = tmp_path / "journal.jsonl"
     small = SPACE.model_copy(update={"prune_kv_groups": False, "widths": (1.0, 0.5)})
     run(stream, candidates, journal, space=small)
-    lines = len(journal.read_text().splitlines())
+    known = len(entries(journal))
     again = Counting(candidates)
     assert run(stream, again, journal) == measured
-    assert again.calls < len(stream.layout.units) + lines
+    assert again.calls < len(stream.layout.units) + known
 
 
 def test_another_ranking_is_measured_anew(stream, candidates, measured, tmp_path):
@@ -139,8 +142,8 @@ def test_another_ranking_is_measured_anew(stream, candidates, measured, tmp_path
     other = Counting(candidates)
     other.rankings = {**candidates.rankings, "blocks.0.mlp.mid": tuple(range(80))}
     run(stream, other, journal)
-    cuts = [json.loads(line)["change"] for line in journal.read_text().splitlines()[1:]]
-    cuts = [change for change in cuts if change.startswith("blocks.0.mlp.mid=32")]
+    changes = [entry["change"] for entry in entries(journal)]
+    cuts = [change for change in changes if change.startswith("blocks.0.mlp.mid=32")]
     assert len(set(cuts)) == len(cuts) == 2
 
 

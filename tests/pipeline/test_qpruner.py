@@ -6,16 +6,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from sessions import compress, open_session
 
 from qpruner_jobs import RECIPES, session
+from sessions import compress, entries, open_session
 from tiny import VOCAB
 from trimbit.artifact.files import weight_nbytes
 from trimbit.errors import BudgetError, DataError, PlanError, RecipeError
+from trimbit.pipeline.oracle import ModelOracle
 from trimbit.pipeline.recipes import load_recipe
 from trimbit.runtime.layers import PackedLinear
 from trimbit.schema.budget import Budget
 from trimbit.schema.plan import load_plan
+from trimbit.schema.run import Run, TrainingRecord
 
 
 @pytest.fixture(scope="module", params=RECIPES)
@@ -34,7 +36,7 @@ def test_as_large_as_the_plan_says_pairs_included(compressed):
     stored = load_file(out / "model.safetensors")
     for name in weights:
         assert stored[f"{name}.adapter.a"].shape[0] == stored[f"{name}.adapter.b"].shape[1] == 2
-    assert plan.found_by.nbytes <= opened.limit(None)
+    assert plan.found_by.nbytes <= opened.budget_nbytes()
 
 
 def test_loads_and_its_loss_fell(compressed):
@@ -49,7 +51,13 @@ def test_loads_and_its_loss_fell(compressed):
     specs = opened.layout.tensors(plan)
     pairs = sum(spec.nbytes // 2 for name, spec in specs.items() if ".adapter." in name)
     assert record["trained_nbytes"] == 4 * pairs
-    assert f"4 steps, loss {record['losses'][0]:.4f} to {record['losses'][-1]:.4f}" in plan.found_by.notes[-1]
+    run = Run.model_validate_json((out / "run.json").read_text())
+    assert run.training == (
+        TrainingRecord(
+            what="pairs", steps=4, first_loss=record["losses"][0], last_loss=record["losses"][-1],
+            trained_nbytes=record["trained_nbytes"], optimizer_nbytes=record["optimizer_nbytes"],
+        ),
+    )  # fmt: skip
 
 
 def test_the_pruned_ratio_and_the_spared_block(compressed):
@@ -67,7 +75,7 @@ def test_bits_follow_importance(job, tmp_path):
     opened = session(job, "qpruner-2", "search.share=0.5", cache=tmp_path)
     plan = opened.find_plan(None)
     eight = {name.split(".")[2] for name, runs in plan.weights.items() if runs[0].precision.name == "int8row"}
-    ranked = sorted(("1", "2"), key=lambda block: opened.importance[f"blocks.{block}"])
+    ranked = sorted(("1", "2"), key=lambda block: opened.oracle.importance()[f"blocks.{block}"])
     assert eight == {"0", ranked[-1]}  # the first block is spared
 
 
@@ -81,7 +89,7 @@ def test_what_was_tried_lies_beside(compressed):
     split = [row.split(",") for row in rows]
     assert all(float(nll) > 1 and (accuracy, stderr) == ("", "") for _, _, _, nll, accuracy, stderr, _ in split)
     found = [(int(nbytes), float(kl), int(front)) for _, nbytes, kl, *_, front in split]
-    limit = opened.limit(None)
+    limit = opened.budget_nbytes()
     assert len(found) == 6 + 2
     assert all(nbytes <= limit for nbytes, _, _ in found)
     for nbytes, kl, front in found:
@@ -96,41 +104,27 @@ def test_what_was_tried_lies_beside(compressed):
 
 def test_a_search_that_was_broken_off_goes_on(job, tmp_path, monkeypatch):
     """Killed at every trial, it tries nothing twice and ends with the same plan."""
-    whole = session(job, "qpruner-3", cache=tmp_path / "one").find_plan(None)
-    calls = []
+    whole = session(job, "qpruner-3", cache=tmp_path / "one").found()
+    calls, real = [], ModelOracle.outcome
     for _ in range(9):
-        opened = session(job, "qpruner-3", cache=tmp_path / "two")
-        real = opened.judging.outcome
         killed = []
 
-        def once(plan, real=real, killed=killed):
+        def once(self, plan, objective, killed=killed):
             if killed:
                 raise KeyboardInterrupt
             killed.append(1)
             calls.append(plan.weights)
-            return real(plan)
+            return real(self, plan, objective)
 
-        monkeypatch.setattr(opened.judging, "outcome", once)
+        monkeypatch.setattr(ModelOracle, "outcome", once)
         try:
-            plan = opened.find_plan(None)
+            found = session(job, "qpruner-3", cache=tmp_path / "two").found()
             break
         except KeyboardInterrupt:
             continue
-    assert plan.weights == whole.weights
-    assert plan.found_by.notes == whole.found_by.notes
-    assert len(calls) == 6 + 2
-    assert f"{len(calls)} plans tried" in whole.found_by.notes[0]
+    assert found == whole
+    assert len(calls) == len(whole.tried) == 6 + 2
     assert all(a != b for at, a in enumerate(calls) for b in calls[:at])
-
-
-def test_another_searchs_journal_is_refused(job, tmp_path):
-    opened = session(job, "qpruner-3", cache=tmp_path)
-    opened.find_plan(None)
-    (journal,) = (tmp_path / "plans").glob("*.jsonl")
-    lines = journal.read_text().splitlines()
-    journal.write_text("\n".join([lines[0].replace('": "', '": "x'), *lines[1:]]) + "\n")
-    with pytest.raises(PlanError, match="results of another"):
-        session(job, "qpruner-3", cache=tmp_path).find_plan(None)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +151,7 @@ def test_bad_recipes(job, tmp_path, name, overrides, error, says):
     with pytest.raises(error, match=says):
         compress(session(job, name, *overrides, cache=tmp_path / "cache"), None, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "cache").exists()
+    assert entries(tmp_path / "cache", "*") == []
 
 
 @pytest.mark.parametrize("name", ["qpruner-2", "qpruner-3"])
@@ -169,13 +163,18 @@ def test_a_budget_below_all_lowest_names_the_smallest_and_that_one_fits(job, tmp
     assert found.found_by.nbytes == int(smallest.removesuffix("B"))
 
 
-def test_another_estimator_is_another_search(job, tmp_path):
-    session(job, "qpruner-3", cache=tmp_path).find_plan(None)
-    session(job, "qpruner-3", "importance.estimator=histogram", cache=tmp_path).find_plan(None)
-    assert len(list((tmp_path / "plans").glob("*.jsonl"))) == 2
-    more = "search.optimiser={trials: 6, initial: 3, pool: 16, near: 8, steps: 5}"
-    session(job, "qpruner-3", more, cache=tmp_path).find_plan(None)
-    assert len(list((tmp_path / "plans").glob("*.jsonl"))) == 2  # more trials go on from those there are
+def test_another_estimator_is_another_search(job, tmp_path, monkeypatch):
+    """Its importance is another, but what was measured of a plan is not measured again."""
+    session(job, "qpruner-3", cache=tmp_path).find_plan()
+    session(job, "qpruner-3", "importance.estimator=histogram", cache=tmp_path).find_plan()
+    assert len(entries(tmp_path, "plan")) == len(entries(tmp_path, "importance")) == 2
+    assert len(entries(tmp_path, "outcomes")) == 1
+    calls, real = [], ModelOracle.outcome
+    monkeypatch.setattr(ModelOracle, "outcome", lambda *given: calls.append(given) or real(*given))
+    more = "search.optimiser={trials: 8, initial: 3, pool: 16, near: 8, steps: 5, smaller: 0}"
+    found = session(job, "qpruner-3", more, cache=tmp_path).found()
+    assert len(found.tried) == 8
+    assert len(calls) <= 2  # more trials go on from those there are
 
 
 def test_a_plan_that_the_recipe_cannot_apply_is_refused(job, tmp_path):

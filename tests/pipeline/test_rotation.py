@@ -3,15 +3,17 @@
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from sessions import compress, open_session
 
 from jobs import RECIPES
 from plans import make_plan
 from rotations import rotated, sample, write
+from sessions import compress, open_session
 from tiny import save_tiny, tiny_config, tiny_model
 from trimbit.artifact.files import weight_nbytes
 from trimbit.errors import LayoutError, PlanError, RecipeError
 from trimbit.model.build import build_layout
+from trimbit.pipeline.applying import applied_stage
+from trimbit.pipeline.prepare import moments_key
 from trimbit.pipeline.recipes import load_recipe
 from trimbit.schema.plan import Rotation
 from trimbit.schema.precision import BF16
@@ -56,16 +58,16 @@ def test_the_recipe(job, tmp_path):
 def test_results_of_other_bases_are_not_taken_up(job):
     search = Step(name="outliers", params={"low": "int4g32", "high": "int8g32", "tile": 16})
     made = [session(job, search=search, rotation=r) for r in (None, Rotation(), Rotation(seed=1), Rotation(seed=1))]
-    for keys in ([one.stats_key for one in made], [one.candidates.folder for one in made]):
+    for keys in ([moments_key(one.job, one.text).digest for one in made], [one.candidates.folder for one in made]):
         assert len(set(keys)) == 3
         assert keys[2] == keys[3]
     unfitted = [session(job, search=Step(name="preset"), rotation=r) for r in (None, Rotation())]
-    assert [one.stats for one in unfitted] == [None, None]
+    assert [one.prepared.stats for one in unfitted] == [None, None]
     assert unfitted[0].candidates.folder != unfitted[1].candidates.folder
-    problems = [one.problem(one.limit(None)) for one in made]
-    plans = [one.search[0].search(problem, one.search[1]) for one, problem in zip(made, problems, strict=True)]
+    plans = [one.find_plan() for one in made]
     assert len({plan.content for plan in plans}) == 3
-    assert len({one.trials.place(plan) for one, plan in zip(made, plans, strict=True)}) == 3
+    keys = {applied_stage(one.job, one.prepared, plan, "").key.digest for one, plan in zip(made, plans, strict=True)}
+    assert len(keys) == 3
 
 
 @pytest.mark.parametrize("end", [0, 1])
@@ -74,10 +76,10 @@ def test_masks_choose_among_rotated_channels(job, tmp_path, end):
     acts = {"low_acts": {"bits": 4, "group": 32, "clip": 0.9}, "high_acts": {"bits": 8, "group": 32}}
     params = {"low": "int3g32", "high": "int8g32", "tile": 16, "steps": 6, "length": 16, "share": 0.25} | acts
     made = session(job, search=Step(name="toga", params=params), quant=Step(name="rtn", params={"scales": "mse"}))
-    sites = TileProblem(made.problem(10**9), made.search[1])
+    sites = TileProblem(made.problem(10**9), made.steps.search)
     written = made.write(sites.plan({s: range(end * n) for s, n in sites.channels.items()}, ""), tmp_path / "end")
     assert any(site.endswith("mid") for site in written.orders)
-    found = made.masked(made.search[1]).damage({s: torch.full((n,), float(end)) for s, n in sites.channels.items()})
+    found = made.masked(made.steps.search).damage({s: torch.full((n,), float(end)) for s, n in sites.channels.items()})
     assert found.kl == pytest.approx(written.found_by.measured_damage, rel=2e-2)
     assert weight_nbytes(tmp_path / "end") == made.layout.file_nbytes(written) == written.found_by.nbytes
     tiles = dict.fromkeys(sites.channels, 1)
@@ -85,7 +87,7 @@ def test_masks_choose_among_rotated_channels(job, tmp_path, end):
 
 
 def _site_nbytes(layout, sites, tiles):
-    plan = sites.plan({site: sites.largest(site, count) for site, count in tiles.items()}, "")
+    plan = sites.plan({site: sites.top_channels(site, count) for site, count in tiles.items()}, "")
     kept = [name for unit in layout.units.values() if unit.block is not None for name, _ in unit.kept]
     blocks = [layout.units_tensors(plan)[unit.name] for unit in layout.units.values() if unit.block is not None]
     return sum(spec.nbytes for unit in blocks for name, spec in unit.items() if name not in kept)
@@ -102,7 +104,7 @@ def test_a_rotation_that_the_model_cannot_have_is_refused_before_anything_long(t
     save_tiny(tiny_model("gemma2"), tmp_path / "original")
     made = open_session(tmp_path / "original", load_recipe("quarot-w4a4"))
     with pytest.raises(LayoutError, match="gemma2 cannot be rotated"):
-        made.limit(None)
+        made.budget_nbytes()
     with pytest.raises(LayoutError, match="gemma2 cannot be rotated"):
         _ = made.stream
 

@@ -4,14 +4,17 @@ from functools import partialmethod
 
 import pytest
 import torch
-from sessions import compress, open_session
 
 from masked_jobs import ACTS, recipe, session
+from sessions import compress, open_session
 from trimbit.artifact.files import weight_nbytes
 from trimbit.errors import NumericsError, RecipeError
 from trimbit.pipeline.recipes import load_recipe
+from trimbit.pipeline.search import _key
 from trimbit.schema.plan import load_plan
 from trimbit.schema.recipe import Step
+from trimbit.schema.run import Run
+from trimbit.search.two_formats.tiles import TileProblem, as_masks
 from trimbit.trial.masked.model import MaskedModel
 
 
@@ -24,14 +27,14 @@ def test_the_whole_job(job, tmp_path, acts, kind):
         rows = own.calibration.model_copy(update={"rows": 24})
         own = own.model_copy(update={"quant": Step(name="gptq"), "calibration": rows})
     made = open_session(job.model, own, calibration=str(job.text), seed=3)
-    plan = made.find_plan(None)
-    written = made.write(plan, tmp_path / "out")
-    limit = made.limit(None)
-    assert (tmp_path / "out/model.safetensors").stat().st_size == written.found_by.nbytes <= limit
+    written = made.compress(None, tmp_path / "out")
+    assert (tmp_path / "out/model.safetensors").stat().st_size == written.found_by.nbytes <= made.budget_nbytes()
     assert load_plan(tmp_path / "out/plan.json") == written
-    kl = float(written.found_by.notes[0].split("KL ")[1].split(",")[0])
+    sites = TileProblem(made.problem(), made.steps.search)
+    kl = made.masked().damage(as_masks(sites.high(written), sites)).kl
     # groups restart at the high channels, or GPTQ rounds for real
-    assert written.found_by.measured_damage == pytest.approx(kl, rel=0.3)
+    chosen = Run.model_validate_json((tmp_path / "out/run.json").read_text()).chosen_kl
+    assert chosen == pytest.approx(kl, rel=0.3)
     lines = (tmp_path / "out/training.csv").read_text().splitlines()
     assert lines[0] == "step,loss,bits,temperature"
     assert len(lines) == 7
@@ -46,9 +49,7 @@ def test_a_job_that_was_broken_off_goes_on(job, tmp_path, monkeypatch):
 
     def found():
         steps.clear()
-        made = open_session(job.model, learnt, calibration=str(job.text), seed=3)
-        plan = made.find_plan(None)
-        return plan, made.curves[plan.content]
+        return open_session(job.model, learnt, calibration=str(job.text), seed=3).found()
 
     def counted(self, masks, step, generator, stop=None):
         steps.append(step)
@@ -69,12 +70,6 @@ def test_a_job_that_was_broken_off_goes_on(job, tmp_path, monkeypatch):
     assert steps == [2, 3, 4, 5]
 
 
-def test_what_is_learnt_in_is_let_go_before_the_plan_is_applied(job):
-    made = session(job)
-    made.find_plan(None)
-    assert made._masked is None
-
-
 def test_more_text_than_there_is_is_refused_at_once(job):
     with pytest.raises(RecipeError, match=r"search\.length is 64 tokens, but a row has 32"):
         session(job, length=64)
@@ -88,10 +83,11 @@ def test_damage_that_is_not_finite_stops_the_search(job, tmp_path):
     made = open_session(
         job.model, recipe().model_copy(update={"search": search}), calibration=str(job.text), seed=3, cache=tmp_path
     )
-    made.masked(made.search[1]).layers["blocks.1.mlp.mid"][0].weight[0] = torch.nan
+    made.masked().layers["blocks.1.mlp.mid"][0].weight[0] = torch.nan
+    problem = made.problem()
     with pytest.raises(NumericsError, match="the model under masks is not finite: KL nan"):
-        made.find_plan(None)
-    made.find_plan(None)  # what was not finite was not kept
+        made.steps.method.search(problem, made.steps.search)
+    made.find_plan()  # what was not finite was not kept
 
 
 # As they come along, but for the size of the text and of groups, and the number of steps.
@@ -116,7 +112,7 @@ def test_the_recipes(job, tmp_path, name, low, high):
     own += ("search.low_acts.group=32", "search.high_acts.group=32") if acts else ()
     made = open_session(job.model, load_recipe(name, own), calibration=str(job.text), seed=3)
     plan = compress(made, None, tmp_path / "out")
-    assert weight_nbytes(tmp_path / "out") == plan.found_by.nbytes <= made.limit(None)
+    assert weight_nbytes(tmp_path / "out") == plan.found_by.nbytes <= made.budget_nbytes()
     formats = {run.precision.name for runs in plan.weights.values() for run in runs}
     assert formats >= {low, high}
     assert bool(plan.acts) == acts
@@ -125,17 +121,17 @@ def test_the_recipes(job, tmp_path, name, low, high):
 
 
 def test_what_decides_the_masks_is_in_their_key(job):
-    """Pairs take bytes, and so decide how many channels are learnt to be high; another quantiser serves them all."""
+    """Pairs take bytes, and so decide how many channels are learnt to be high."""
     base = recipe()
+    calibration = base.calibration.model_copy(update={"training": 2})
     others = {
+        "base": base,
         "rank": base.model_copy(update={"lowrank": Step(name="lowrank", params={"rank": 2})}),
-        "training": base.model_copy(update={"calibration": base.calibration.model_copy(update={"training": 2})}),
+        "training": base.model_copy(update={"calibration": calibration}),
         "steps": recipe(steps=7),
-        "quantiser": base.model_copy(update={"quant": Step(name="gptq")}),
+        "saved": recipe(save_every=3, checkpointing=False),
     }
-    keys = {
-        name: open_session(job.model, own, calibration=str(job.text), seed=3).problem(40_000).key
-        for name, own in {"base": base, **others}.items()
-    }
-    assert keys["quantiser"] == keys["base"]
+    made = {name: open_session(job.model, own, calibration=str(job.text), seed=3) for name, own in others.items()}
+    keys = {name: _key(one.job, one.prepared, 40_000).digest for name, one in made.items()}
+    assert keys["saved"] == keys["base"]
     assert len(set(keys.values())) == 4

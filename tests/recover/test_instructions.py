@@ -2,9 +2,9 @@
 
 import json
 
-from sessions import compress
-
 from qpruner_jobs import session
+from sessions import compress
+from trimbit.pipeline.recovering import examples_of
 
 
 def test_instructions_mask_the_prompt(job, tmp_path):
@@ -20,7 +20,7 @@ def test_instructions_mask_the_prompt(job, tmp_path):
         "tune.batch=5",
         cache=tmp_path / "c",
     )
-    for row in opened.examples:
+    for row in examples_of(opened.job, opened.text):
         assert int(row.loss_mask.sum()) == 3  # the output and its end
         assert bool(row.loss_mask[-3:].all())
     compress(opened, None, tmp_path / "out")

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sessions import compress
 
 from qpruner_jobs import session
-from trimbit.recover import recovery
+from sessions import compress
+from trimbit.pipeline import recovering
+from trimbit.pipeline.recovering import examples_of, pairs_stage
 from trimbit.recover.tune import drawn
 
 
@@ -38,23 +39,24 @@ def test_recovery_that_was_broken_off_goes_on(job, tmp_path, monkeypatch):
 
 def test_recovery_trains_on_rows_of_its_own(job, tmp_path):
     one, other = (session(job, "qpruner-1", f"calibration.training={n}", cache=tmp_path) for n in (0, 3))
-    rows = [torch.cat([row.tokens for row in opened.examples]) for opened in (one, other)]
-    assert torch.equal(rows[0], one.tokens.tokens.flatten())
-    assert torch.equal(rows[1], other.training.tokens.flatten())
+    rows = [torch.cat([row.tokens for row in examples_of(opened.job, opened.text)]) for opened in (one, other)]
+    assert torch.equal(rows[0], one.text.fit.tokens.flatten())
+    assert torch.equal(rows[1], other.text.train.tokens.flatten())
     assert len(rows[1]) == 3 * len(rows[0]) // 6
 
 
 def test_training_asks_the_original_for_what_was_drawn_and_no_more(job, tmp_path, monkeypatch):
     opened = session(job, "qpruner-1", "tune.batch=3", "tune.steps=2", cache=tmp_path)
-    asked, found = set(), recovery.teacher_outputs
+    asked, found = set(), recovering.teacher_outputs
 
     def listening(*arguments):
         original = found(*arguments)
         listen = lambda tokens: asked.add(tuple(tokens.tolist())) or original.hidden(tokens)  # noqa: E731
         return replace(original, hidden=listen)
 
-    monkeypatch.setattr(recovery, "teacher_outputs", listening)
-    opened.recovery.train(opened.trials.applied(opened.find_plan(None)))
-    rows = drawn(opened.tuning, len(opened.examples), 0)
-    assert asked == {tuple(opened.examples[at].tokens.tolist()) for at in rows}
-    assert len(asked) == 6 < len(opened.examples)
+    monkeypatch.setattr(recovering, "teacher_outputs", listening)
+    plan, config, examples = opened.find_plan(None), opened.steps.tune, examples_of(opened.job, opened.text)
+    opened.runner.run(pairs_stage(opened.job, opened.prepared, plan, opened.applied(plan), config))
+    rows = drawn(config, len(examples), 0)
+    assert asked == {tuple(examples[at].tokens.tolist()) for at in rows}
+    assert len(asked) == 6 < len(examples)

@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from sessions import compress
 
 from qpruner_jobs import session
+from sessions import compress
 from tiny import VOCAB
 from trimbit.errors import NumericsError
+from trimbit.pipeline.recovering import examples_of
 from trimbit.recover.recovery import _taken_out
 from trimbit.recover.tune import Config, _drawn, drawn, tune
 from trimbit.runtime.layers import AdaptedLinear, PackedLinear
@@ -57,7 +58,7 @@ def test_what_is_not_finite_stops_with_the_last_good_state(job, tmp_path, monkey
     with pytest.raises(NumericsError, match=f"a {what} of step {step + 1} of recovery is not finite; {kept}"):
         compress(session(job, "qpruner-1", cache=tmp_path), None, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    states = list((tmp_path / "tuned").glob("*.safetensors"))
+    states = list((tmp_path / "partial" / "pairs").glob("*/state.safetensors"))
     assert len(states) == (step >= 2)
     assert all(bool(tensor.isfinite().all()) for state in states for tensor in load_file(state).values())
 
@@ -79,14 +80,11 @@ def test_the_written_pairs_are_those_that_were_trained(job, tmp_path):
     """PEFT's model, with its scale of alpha / rank = 8, and the directory give the same logits."""
     opened = session(job, "qpruner-1", cache=tmp_path)
     plan = opened.find_plan(None)
-    opened.judging.trial(plan)
-    folder = opened.trials.place(plan)
+    folder, examples = opened.applied(plan).folder, examples_of(opened.job, opened.text)
     model = load_model(folder, torch.bfloat16)
     kinds, before = (PackedLinear, AdaptedLinear), model(TOKENS).logits
     pairs = _taken_out(model)
-    tuned = tune(
-        model, pairs, kinds, opened.examples, None, opened.tuning, tmp_path / "s.safetensors", 0, lambda *_: None
-    )
+    tuned = tune(model, pairs, kinds, examples, None, opened.steps.tune, tmp_path / "s.safetensors", 0, lambda *_: None)
     again = load_model(folder, torch.bfloat16)
     with torch.no_grad():
         for name, module in again.named_modules():

@@ -10,8 +10,6 @@ from transformers import AutoModelForCausalLM
 from plans import make_plan, runs
 from tiny import MODEL_TYPES, VOCAB, save_tiny, tiny_model
 from trimbit.artifact.files import weight_nbytes
-from trimbit.artifact.writer import Writer
-from trimbit.calibrate.stats import collect
 from trimbit.errors import PlanError
 from trimbit.kernels.acts import round_activations
 from trimbit.model.build import build_layout
@@ -26,6 +24,7 @@ from trimbit.transform.apply import apply_plan
 from trimbit.transform.quant import gptq, rtn
 from trimbit.transform.repair import lowrank, refit
 from trimbit.transform.weight import Method
+from written import collected, writing
 
 CUTS = {"blocks.1.attn.kv": (2, 0), "blocks.2.mlp.mid": tuple(range(0, 80, 2))}
 ACTS = (
@@ -66,10 +65,8 @@ def write(folder, out, plan, method=RTN):
     checkpoint = open_checkpoint(folder)
     layout = build_layout(checkpoint.config)
     stream = BlockStream(checkpoint, layout, torch.float32)
-    stats = (
-        collect(stream, sample(70, 0), out.parent / f"{out.name}-stats", lambda *_: None) if method is GPTQ else None
-    )
-    with Writer(out, layout, plan) as writer:
+    stats = collected(stream, sample(70, 0), out.parent / f"{out.name}-stats") if method is GPTQ else None
+    with writing(out, layout, plan) as writer:
         apply_plan(stream, plan, sample(70, 0), method, refit.Config(), stats, writer, lambda *_: None)
     return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
 

@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 from kv_caches import KV4, generate, naive_cache, tokens
 from plans import make_plan, runs
 from tiny import save_tiny, tiny_model
-from trimbit.artifact.writer import Writer
 from trimbit.evaluate.perplexity import READ_TOKENS, final_hidden, read_hidden
 from trimbit.model.build import build_layout
 from trimbit.model.checkpoint.open import open_checkpoint
@@ -22,6 +21,7 @@ from trimbit.transform.apply import apply_plan
 from trimbit.transform.quant import rtn
 from trimbit.transform.repair import refit
 from trimbit.transform.weight import Method
+from written import writing
 
 CUTS = {"blocks.0.attn.kv": (), "blocks.1.attn.kv": (2, 0), "blocks.2.mlp.mid": ()}
 
@@ -34,7 +34,7 @@ def compress(folder, model_type="llama", kv_cache=KV4):
     plan = make_plan(layout, lambda _, cols: runs((cols, "int8row")), CUTS).model_copy(update={"kv_cache": kv_cache})
     layout.check(plan)
     stream, method = BlockStream(checkpoint, layout, torch.float32), Method(module=rtn, config=rtn.Config())
-    with Writer(folder / "small", layout, plan) as writer:
+    with writing(folder / "small", layout, plan) as writer:
         apply_plan(stream, plan, tokens(2, 32), method, refit.Config(), None, writer, lambda *_: None)
     return folder / "small", layout, plan
 

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from plans import make_plan, runs
 from tiny import VOCAB, save_tiny, tiny_model
 from trimbit.artifact.files import is_compressed, weight_nbytes
-from trimbit.artifact.writer import Writer
 from trimbit.errors import ArtifactError, CheckpointError
 from trimbit.kernels.weights import dequantize
 from trimbit.model.build import build_layout
@@ -27,6 +26,7 @@ from trimbit.transform.cut import cut_weight
 from trimbit.transform.quant import rtn
 from trimbit.transform.repair import refit
 from trimbit.transform.weight import Method
+from written import writing
 
 CUTS = {
     "blocks.0.attn.kv": (),
@@ -64,7 +64,7 @@ def compress(model_type, folder, plan_formats=formats, biases=BIASES):
     plan = make_plan(layout, plan_formats, CUTS, biases)
     stream = BlockStream(checkpoint, layout, torch.float32)
     tokens = torch.randint(VOCAB, (70, 32), generator=torch.Generator().manual_seed(3))  # more than one chunk
-    with Writer(folder / "small", layout, plan) as writer:
+    with writing(folder / "small", layout, plan) as writer:
         apply_plan(
             stream, plan, tokens, Method(module=rtn, config=rtn.Config()), refit.Config(), None, writer, lambda *_: None
         )
@@ -132,7 +132,7 @@ def test_it_still_resembles_the_original_where_nothing_is_cut(tmp_path):
     checkpoint = open_checkpoint(tmp_path / "original")
     layout = build_layout(checkpoint.config)
     plan = make_plan(layout, lambda _, cols: runs((cols, "int8g32")))
-    with Writer(tmp_path / "small", layout, plan) as writer:
+    with writing(tmp_path / "small", layout, plan) as writer:
         stream, method = BlockStream(checkpoint, layout, torch.float32), Method(module=rtn, config=rtn.Config())
         apply_plan(stream, plan, tokens(), method, refit.Config(), None, writer, lambda *_: None)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.float32)

@@ -8,8 +8,6 @@ from transformers import AutoModelForCausalLM
 
 from plans import make_plan, runs
 from tiny import MODEL_TYPES, VOCAB, save_tiny, tiny_model
-from trimbit.artifact.writer import Writer
-from trimbit.calibrate.stats import collect
 from trimbit.errors import NumericsError, PlanError
 from trimbit.model.build import build_layout
 from trimbit.model.checkpoint.open import open_checkpoint
@@ -19,6 +17,7 @@ from trimbit.transform.block import _Job
 from trimbit.transform.quant import gptq, rtn
 from trimbit.transform.repair import refit
 from trimbit.transform.weight import Method
+from written import collected, writing
 
 RTN, GPTQ = Method(module=rtn, config=rtn.Config(scales="mse")), Method(module=gptq, config=gptq.Config())
 CUTS = {f"blocks.{i}.mlp.mid": tuple(range(0, 80, 2)) for i in range(3)} | {"blocks.1.attn.kv": (0, 2)}
@@ -42,8 +41,8 @@ def written(original, out, cuts, *, held_out=None):
     biases = tuple(u.out_weight for u in layout.units.values() if cuts.get(u.dim))
     plan = make_plan(layout, lambda _, n: runs((n, "int4g32")), cuts, biases)
     stream = BlockStream(checkpoint, layout, torch.float32)
-    stats = collect(stream, sample(40, 0), out.parent / f"{out.name}-stats", lambda *_: None)
-    with Writer(out, layout, plan) as writer:
+    stats = collected(stream, sample(40, 0), out.parent / f"{out.name}-stats")
+    with writing(out, layout, plan) as writer:
         return apply_plan(stream, plan, sample(40, 0), GPTQ, refit.Config(), stats, writer, lambda *_: None, held_out)
 
 
@@ -77,8 +76,8 @@ def run(original, out, method, *, plan=None, bits="int3g32", cuts=None, refits=F
     biases = tuple(u.out_weight for u in layout.units.values() if u.dim in (cuts or {})) if refits else ()
     plan = plan or make_plan(layout, lambda w, n: runs((n, "bf16" if w.row_axis == "vocab" else bits)), cuts, biases)
     stream, done = BlockStream(checkpoint, layout, torch.float32), []
-    stats = collect(stream, sample(rows, 0), out.parent / f"{out.name}-stats", lambda *_: None)
-    with Writer(out, layout, plan) as writer:
+    stats = collected(stream, sample(rows, 0), out.parent / f"{out.name}-stats")
+    with writing(out, layout, plan) as writer:
         repair = refit.Config()
         apply_plan(stream, plan, sample(rows, 0), method, repair, stats, writer, lambda *step: done.append(step))
     assert done == [(1, 3), (2, 3), (3, 3)]

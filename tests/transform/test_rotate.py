@@ -12,7 +12,6 @@ from plans import make_plan, runs
 from rotations import GPTQ, ROTATION, RTN, dense_h, dense_q, rotated, sample, streams, write
 from tiny import MODEL_TYPES, randomize, save_tiny, tiny_config, tiny_model
 from trimbit.artifact.files import structure_of, weight_nbytes
-from trimbit.calibrate.stats import collect
 from trimbit.errors import LayoutError, PlanError
 from trimbit.kernels.acts import round_activations
 from trimbit.model.build import build_layout
@@ -25,6 +24,7 @@ from trimbit.schema.activations import ActInt, ActRun
 from trimbit.schema.plan import load_plan
 from trimbit.schema.structure import Structure
 from trimbit.transform.rotate import fold, require_rotatable
+from written import collected
 
 ROTATABLE = [name for name in MODEL_TYPES if not name.startswith("gemma")]
 
@@ -198,7 +198,7 @@ def test_outliers_of_the_stream_no_longer_matter(method, bits, tmp_path):
 def test_statistics_are_those_of_the_plain_model_turned(tmp_path):
     save_tiny(tiny_model("llama"), tmp_path / "original")
     plain, turned = (
-        collect(streams(tmp_path / "original", rotation), sample(70, 0), tmp_path / str(rotation), lambda *_: None)
+        collected(streams(tmp_path / "original", rotation), sample(70, 0), tmp_path / str(rotation))
         for rotation in (None, ROTATION)
     )
     checkpoint = open_checkpoint(tmp_path / "original")

@@ -5,13 +5,13 @@ import torch
 
 from site_inputs import TOKENS, inputs
 from tiny import save_tiny, tiny_model
-from trimbit.calibrate.stats import collect
 from trimbit.model.build import build_layout
 from trimbit.model.checkpoint.open import open_checkpoint
 from trimbit.model.forward.stream import BlockStream
 from trimbit.schema.precision import Run, parse_precision
 from trimbit.transform.quant import rtn
-from trimbit.trial.channels import DAMPING, Channels
+from trimbit.trial.channels import DAMPING, ChannelFigures
+from written import collected
 
 NAMES = ("model.layers.0.self_attn.o_proj", "model.layers.2.mlp.down_proj")
 
@@ -26,11 +26,8 @@ def opened(tmp_path_factory):
     model = model.float()  # the same numbers
     layout = build_layout(checkpoint.config)
     stream = BlockStream(checkpoint, layout, torch.float32)
-    channels = Channels(
-        checkpoint=checkpoint,
-        layout=layout,
-        stats=collect(stream, TOKENS, tmp_path_factory.mktemp("stats"), lambda *_: None),
-    )
+    stats = collected(stream, TOKENS, tmp_path_factory.mktemp("stats"))
+    channels = ChannelFigures(checkpoint=checkpoint, layout=layout, stats=stats)
     seen = inputs(model, layout, model.get_input_embeddings()(TOKENS))
     return channels, {site: x.double() for site, x in seen.items()}
 

@@ -15,6 +15,7 @@ from trimbit.model.checkpoint.open import open_checkpoint
 from trimbit.model.sizes import check_kv_cache
 from trimbit.pipeline.job import Job
 from trimbit.pipeline.oracle import problem_of
+from trimbit.pipeline.recovering import examples_of
 from trimbit.pipeline.text import damage_rows, rows_of
 from trimbit.recover.tune import require_peft
 from trimbit.report.plot import require_plot
@@ -121,8 +122,6 @@ def require_training(job: Job) -> None:
     if job.steps.tune is not None:
         require_peft()
         if job.steps.tune.data is not None:
-            from trimbit.pipeline.recovering import examples_of
-
             examples_of(job, None)
 
 

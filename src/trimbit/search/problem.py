@@ -63,14 +63,13 @@ class Measured(NamedTuple):
     """KL of an applied plan, in nats a token."""
 
     choose: float  # on the rows that plans are chosen by
-    report: float | None  # on rows that nothing is fitted to or chosen by
+    report: float  # on rows that nothing is fitted to or chosen by
 
 
 @runtime_checkable
 class Oracle(Protocol):
     """What choices and plans cost, and the gradients of masks: everything that needs the model."""
 
-    @property
     def channels(self) -> Channels:
         """Figures of the input channels of weights."""
 

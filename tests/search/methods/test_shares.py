@@ -1,6 +1,5 @@
 """Shares by site."""
 
-import pytest
 import torch
 
 from problems import LAYOUT
@@ -34,22 +33,3 @@ def test_shares_follow_what_is_measured(tmp_path):
     assert kls[0] < 0.9 * kls[1]
     assert plan.found_by.nbytes <= task.budget_nbytes
     assert len(masked.steps) < 12 * 5 + 3
-
-
-@pytest.mark.parametrize("stop", [0, 1, 20])
-def test_a_measurement_that_was_broken_off_goes_on(tmp_path, stop):
-    class Broken(Invented):
-        def damage(self, masks, rows=None):
-            if len(self.steps) == stop:
-                self.steps.append(0)
-                raise KeyboardInterrupt
-            return super().damage(masks, rows)
-
-    masked = Broken(by_site())
-    task = made(tmp_path, SHARES, masked=masked)
-    with pytest.raises(KeyboardInterrupt):
-        shares.search(task, SHARES)
-    again = shares.search(task, SHARES).plan
-    whole = Invented(by_site())
-    assert again.content == shares.search(made(tmp_path / "whole", SHARES, masked=whole), SHARES).plan.content
-    assert len(masked.steps) == len(whole.steps) + 1

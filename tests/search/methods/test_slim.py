@@ -47,7 +47,7 @@ def problem(limit=None, layout=LAYOUT, **fields):
     channels = Figures(**{"salience": salience, "rounding_error": error} | fields)
     made = replace(
         any_problem(
-            limit or 0, measurements=measurements(), channels=channels, space=Space(formats=(), embedding_formats=())
+            limit or 0, measurements=measurements(), figures=channels, space=Space(formats=(), embedding_formats=())
         ),
         layout=layout,
     )

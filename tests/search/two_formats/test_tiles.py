@@ -64,7 +64,7 @@ def test_filling_is_the_best_there_is(tmp_path):
     """Against all ways to give three sites tiles, the others none."""
     config = CONFIG.model_copy(update={"share": 0.05})
     task = made(tmp_path, config)
-    sites = TileProblem(replace(task, limit=10**8), config)
+    sites = TileProblem(replace(task, budget_nbytes=10**8), config)
     names = list(sites.channels)[:3]
     generator = torch.Generator().manual_seed(0)
     gains = {site: torch.full((count // 16,), -50.0) for site, count in sites.channels.items()}
@@ -72,7 +72,7 @@ def test_filling_is_the_best_there_is(tmp_path):
     losses = {site: dict(enumerate([0.0, *(-own.cumsum(0)).tolist()])) for site, own in gains.items()}
     ranked = {site: range(count) for site, count in sites.channels.items()}
     base = sum(sites.site_nbytes(site, 0) for site in sites.channels)
-    sites.__dict__["limit"] = base + 3000
+    sites.__dict__["room_nbytes"] = base + 3000
 
     def sums(tiles):
         return -sum(losses[site][n] for site, n in tiles.items())
@@ -93,7 +93,7 @@ def test_a_solver_that_finds_nothing_is_an_error_but_where_there_is_no_choice(tm
     sites = TileProblem(task, config)
     monkeypatch.setattr("trimbit.search.solvers.knapsack.knapsack", lambda *_: None)
     if least:
-        sites.__dict__["limit"] = 100  # as if the header left no room
+        sites.__dict__["room_nbytes"] = 100  # as if the header left no room
     logits = {site: torch.zeros(count) for site, count in sites.channels.items()}
     losses = {site: {n: -float(n) for n in range(count // 16 + 1)} for site, count in sites.channels.items()}
     ranked = {site: range(count) for site, count in sites.channels.items()}

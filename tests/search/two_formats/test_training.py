@@ -28,7 +28,7 @@ def test_a_step_along_the_gradient_is_as_long_as_the_rate_whatever_the_loss(tmp_
         task = made(tmp_path / str(scale), config, masked=Invented(worth))
         sites = TileProblem(task, config)
         start = training._start(config, sites, sites.codes(sites.uniform_within_budget))
-        learnt = toga.learn(task, config, sites)
+        learnt, _ = toga.learn(task, config, sites)
         moved[scale] = torch.cat([own - start[site] for site, own in learnt.items()])
     assert moved[1.0].norm() == pytest.approx(3.0, rel=1e-4)
     torch.testing.assert_close(moved[1e-4], moved[1.0], rtol=1e-3, atol=1e-5)

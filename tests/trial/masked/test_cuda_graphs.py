@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from masked_jobs import ACTS, gradients, recipe, session
+from trimbit.pipeline import search
+from trimbit.pipeline.masks import masked_model
 from trimbit.search.methods import toga
-from trimbit.trial.masked import model as masked_model
+from trimbit.trial.masked import model as masked
 
 
 class Recorded(torch.autograd.Function):
@@ -29,17 +31,15 @@ class Recorded(torch.autograd.Function):
 
 def test_rows_of_a_step_add_up_where_blocks_are_replayed(job, monkeypatch):
     made = session(job, dense=True, checkpointing=False, batch=3)
-    model = made._make_masked(made.search[1])
+    model = masked_model(made.job, made.prepared, made.steps.search)
     generator = torch.Generator().manual_seed(0)
     masks = {
         site: (torch.rand(len(layers[0].inputs.order), generator=generator) < 0.5).float()
         for site, layers in model.layers.items()
     }
     plain = gradients(model, masks, 0)
-    monkeypatch.setattr(
-        masked_model, "recorded", lambda blocks, *_: [partial(Recorded.apply, own, {}) for own in blocks]
-    )
-    monkeypatch.setattr(masked_model, "replay", run_all)
+    monkeypatch.setattr(masked, "recorded", lambda blocks, *_: [partial(Recorded.apply, own, {}) for own in blocks])
+    monkeypatch.setattr(masked, "replay", run_all)
     model.cuda_graphs = True
     for step in (1, 0):
         found = gradients(model, masks, step)
@@ -70,9 +70,11 @@ def test_what_a_gpu_replays_is_in_the_key(job, monkeypatch, params, replayed):
     assert config.cuda_graphs("cuda") == replayed
     assert not config.cuda_graphs("cpu")
     assert not config.model_copy(update={"checkpointing": True}).cuda_graphs("cuda")
+    both = [session(job, **whole | {"checkpointing": twice}) for twice in (True, False)]
+    prepared = [made.prepared for made in both]
     for gpu in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda own=gpu: own)
-        keys = {session(job, **whole | {"checkpointing": twice}).problem(40_000).key for twice in (True, False)}
+        keys = {search._key(made.job, own, 40_000).digest for made, own in zip(both, prepared, strict=True)}
         assert len(keys) == 1 + (gpu and replayed)
 
 
@@ -94,7 +96,7 @@ def test_a_gpu_gives_the_same_gradients(job, monkeypatch, kind):
     found = []
     for gpu in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda own=gpu: own)
-        model = made._make_masked(made.search[1])
+        model = masked_model(made.job, made.prepared, made.steps.search)
         generator, share = torch.Generator().manual_seed(0), 1.0 if "high" in kind else 0.5
         masks = {
             site: (torch.rand(len(layers[0].inputs.order), generator=generator) < share).float()
@@ -110,7 +112,7 @@ def test_a_gpu_gives_the_same_gradients(job, monkeypatch, kind):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_replayed_noise_is_that_of_its_seed(job):
     made = session(job, **EXACT | REPLAYED | {"high": "int8g32"})
-    model = made._make_masked(made.search[1])
+    model = masked_model(made.job, made.prepared, made.steps.search)
     masks = {site: torch.zeros(len(layers[0].inputs.order)) for site, layers in model.layers.items()}
     before = torch.cuda.get_rng_state()
     first, again = (gradients(model, masks, 0) for _ in range(2))

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from sessions import open_session
 
 from masked_jobs import ACTS, gradients, recipe, session
+from sessions import open_session
 from trimbit.calibrate.inverse import damped
+from trimbit.pipeline import search
+from trimbit.pipeline.masks import expected_gptq
 from trimbit.schema.recipe import Step
 from trimbit.transform.quant import gptq
 from trimbit.trial.masked.expected import along, squares
@@ -40,7 +42,7 @@ def test_what_is_along_the_weight_is_the_least_squares_factor_of_each_column(gen
 
 def expected_layer(job, **params):
     made = session(job, error_model="expected", **params)
-    model = made.masked(made.search[1])
+    model = made.masked(made.steps.search)
     layer = model.layers["blocks.1.mlp.mid"][0]
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(5, layer.weight.shape[1], generator=generator)
@@ -57,30 +59,30 @@ def test_expected_errors_have_the_mean_and_the_variance_of_the_formula(job, acts
     made, layer, x, mask = expected_layer(job, **acts, **more)
     site, name = "blocks.1.mlp.mid", made.layout.readers("blocks.1.mlp.mid")[0].name
     weight = made.checkpoint.tensor(f"{name}.weight").float()
-    order, h = layer.inputs.order, made.stats.moments(site).h
+    order, h = layer.inputs.order, made.prepared.stats.moments(site).h
     ranked = h.diagonal().argsort()  # GPTQ's: all that is low, then a fourth that is high
     high = round(0.25 * len(order))
     unranked = ranked.argsort()
     exact = gptq.residuals(h[ranked][:, ranked], (len(order) - high, high), gptq.Config())[unranked][:, unranked]
     reckoned = damped(h.double(), gptq.Config().damping)
-    residuals = Residuals(exact, reckoned, made.search[1].rank, torch.float32)
+    residuals = Residuals(exact, reckoned, made.steps.search.rank, torch.float32)
     layer.inputs.mask = mask
     low, high, *_ = layer.inputs(x)
     mixed, variance = torch.where(mask > 0.5, high, low), 0
     r, mean = residuals(mixed), mixed @ weight.T
     for kind, chosen in (("low", mask < 0.5), ("high", mask > 0.5)):
         near = session(job, error_model="rtn", **acts, **more)
-        version = getattr(near.masked(near.search[1]).layers[site][0], kind).dense(torch.float32)
+        version = getattr(near.masked(near.steps.search).layers[site][0], kind).dense(torch.float32)
         a = along(weight - version, weight)
         found = squares((weight - version - a * weight)[:, order], None if "low" in more else 32)
         mean = mean - (a * chosen * r) @ weight.T
         variance = variance + (r * chosen).square() @ (found.rows @ found.cols[order.argsort()].T).T
     draws = []
     generator = torch.Generator().manual_seed(0)
-    for _ in range(3000):
+    for _ in range(30):
         layer.draw(generator)
         layer.inputs.last = None
-        draws.append(layer(x))
+        draws += layer(x.repeat(100, 1)).unflatten(0, (100, 5))
     draws = torch.stack(draws)
     torch.testing.assert_close(draws.mean(0), mean, rtol=0, atol=5 * float(variance.max().sqrt()) / 3000**0.5)
     torch.testing.assert_close(draws.var(0), variance, rtol=0.2, atol=0)
@@ -128,7 +130,7 @@ def test_no_error_has_no_noise_and_no_gradient_from_noise(job):
 
 def test_noise_is_a_row_s_own_and_comes_again(job):
     made = session(job, error_model="expected", loss="kl", batch=2)
-    model = made.masked(made.search[1])
+    model = made.masked(made.steps.search)
     masks = {site: torch.zeros(len(layers[0].inputs.order)) for site, layers in model.layers.items()}
     judged = model.damage(masks)
     first = gradients(model, masks, 0)
@@ -151,10 +153,21 @@ def test_noise_is_a_row_s_own_and_comes_again(job):
     assert generators == [0, 1, 0, 0]  # the first is for the background
 
 
-def test_what_errors_are_expected_of_is_in_the_key(job):
+def test_the_quantiser_whose_errors_are_expected_is_in_the_key(job):
     def key(**quant):
         own = recipe(error_model="expected").model_copy(update={"quant": Step(**quant)})
-        return open_session(job.model, own, calibration=str(job.text), seed=3).problem(40_000).key
+        made = open_session(job.model, own, calibration=str(job.text), seed=3)
+        return search._key(made.job, made.prepared, 40_000).digest
 
-    assert key(name="rtn") == key(name="gptq") == key(name="gptq", params={"damping": 0.01})
-    assert key(name="gptq") != key(name="gptq", params={"damping": 0.1})
+    damped_more = {"name": "gptq", "params": {"damping": 0.1}}
+    assert key(**damped_more) == key(**damped_more)
+    assert len({key(name="rtn"), key(name="gptq"), key(**damped_more)}) == 3
+
+
+def test_errors_are_expected_of_the_recipe_s_gptq_or_of_the_default_one(job):
+    def expected(**quant):
+        own = recipe(error_model="expected").model_copy(update={"quant": Step(**quant)})
+        return expected_gptq(open_session(job.model, own, calibration=str(job.text), seed=3).job)
+
+    assert expected(name="rtn") == expected(name="gptq") == gptq.Config()
+    assert expected(name="gptq", params={"damping": 0.1}) == gptq.Config(damping=0.1)

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from torch.nn import functional
-from sessions import open_session
 
-from masked_jobs import ACTS, gradients, recipe, replace_quant, session
+from masked_jobs import ACTS, gradients, recipe, session
+from sessions import open_session
 from tiny import MODEL_TYPES, save_tiny, tiny_model
 from trimbit.evaluate.perplexity import final_hidden
 from trimbit.runtime.load import load_model
+from trimbit.schema.recipe import Step
 from trimbit.search.two_formats.tiles import TileProblem
 from trimbit.trial.masked.inputs import MaskedLinear
 
@@ -16,19 +17,18 @@ from trimbit.trial.masked.inputs import MaskedLinear
 @pytest.mark.parametrize("acts", [{}, ACTS], ids=["weights", "activations, too"])
 @pytest.mark.parametrize("sort", [True, False])
 @pytest.mark.parametrize("end", [0, 1])
-def test_at_both_ends_it_is_the_plain_quantised_model(job, tmp_path, acts, sort, end):
+def test_at_both_ends_it_is_the_plain_quantised_model(job, acts, sort, end):
     made = session(job, sort=sort, **acts)
-    config = made.search[1]
-    problem = made.problem(10**9)
-    sites = TileProblem(problem, config)
+    config = made.steps.search
+    sites = TileProblem(made.problem(10**9), config)
     high = {site: range(end * count) for site, count in sites.channels.items()}
-    written = made.write(sites.plan(high, "an end"), tmp_path / "end")
+    applied = made.applied(sites.plan(high, "an end"))
     masks = {site: torch.full((count,), float(end)) for site, count in sites.channels.items()}
     masked = made.masked(config)
     found = masked.damage(masks)
-    assert found.kl == pytest.approx(written.found_by.measured_damage, rel=2e-2)
+    assert found.kl == pytest.approx(applied.measured.choose, rel=2e-2)
     assert found.kl > (0.01 if end == 0 else 1e-6)
-    packed, row = load_model(tmp_path / "end", torch.float32), made.held_out.tokens[0]
+    packed, row = load_model(applied.folder, torch.float32), made.text.choose.tokens[0]
     with torch.no_grad():
         torch.testing.assert_close(masked._final(row), final_hidden(packed, row), rtol=0, atol=1e-3)
 
@@ -37,11 +37,11 @@ def test_at_both_ends_it_is_the_plain_quantised_model(job, tmp_path, acts, sort,
 def test_every_family_under_masks(job, tmp_path, model_type):
     save_tiny(tiny_model(model_type).bfloat16(), tmp_path / "model")
     made = open_session(tmp_path / "model", recipe(**ACTS), calibration=str(job.text), seed=3)
-    sites = TileProblem(made.problem(10**9), made.search[1])
-    made.write(sites.plan(dict.fromkeys(sites.channels, ()), "all low"), tmp_path / "low")
-    masked, row = made.masked(made.search[1]), made.held_out.tokens[0]
+    sites = TileProblem(made.problem(10**9), made.steps.search)
+    applied = made.applied(sites.plan(dict.fromkeys(sites.channels, ()), "all low"))
+    masked, row = made.masked(made.steps.search), made.text.choose.tokens[0]
     masked._set({site: torch.zeros(count) for site, count in sites.channels.items()})
-    packed = load_model(tmp_path / "low", torch.float32)
+    packed = load_model(applied.folder, torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(masked._final(row), final_hidden(packed, row), rtol=0, atol=1e-3)
 
@@ -50,7 +50,7 @@ def test_every_family_under_masks(job, tmp_path, model_type):
 @pytest.mark.parametrize("loss", ["lm", "kl"])
 def test_gradients_are_those_of_the_formula(job, monkeypatch, acts, loss):
     made = session(job, loss=loss, **acts)
-    model = made.masked(made.search[1])
+    model = made.masked(made.steps.search)
     generator = torch.Generator().manual_seed(0)
     masks = {
         site: (torch.rand(len(layers[0].inputs.order), generator=generator) < 0.5).float()
@@ -106,7 +106,7 @@ def test_kept_dense_they_give_the_same(job, acts):
     found = []
     for dense in (True, False):
         made = session(job, dense=dense, **acts)
-        model = made.masked(made.search[1])
+        model = made.masked(made.steps.search)
         assert all((layer.low.packed is None) == dense for layers in model.layers.values() for layer in layers)
         masks = {site: torch.arange(len(own[0].inputs.order)) % 3 // 2 for site, own in model.layers.items()}
         found.append(gradients(model, {site: mask.float() for site, mask in masks.items()}, 0))
@@ -117,7 +117,7 @@ def test_kept_dense_they_give_the_same(job, acts):
 @pytest.mark.parametrize("kind", ["rtn", "expected"])
 def test_what_is_tried_around_a_background_is_judged_as_if_alone(job, kind):
     made = session(job, loss="kl", error_model=kind)  # so that the original's answers on these rows are there
-    model = made.masked(made.search[1])
+    model = made.masked(made.steps.search)
     zeros = {site: torch.zeros(len(own[0].inputs.order)) for site, own in model.layers.items()}
     tried = [zeros] + [zeros | {site: torch.ones(len(zeros[site]))} for site in zeros] + [zeros]
     around = [model.damage(masks, 3) for masks in tried]
@@ -139,7 +139,7 @@ def test_bf16_on_a_cpu_with_instructions_for_it_or_without(job, monkeypatch, kin
     for compute in ("bfloat16", "float32"):
         own = recipe(error_model=kind, loss="kl", **ACTS).model_copy(update={"compute": compute})
         made = open_session(job.model, own, calibration=str(job.text), seed=3)
-        model = made.masked(made.search[1])
+        model = made.masked(made.steps.search)
         native = torch.bfloat16 if (compute, capability) == ("bfloat16", "AVX512") else torch.float32
         assert model.layers["blocks.1.mlp.mid"][0].inputs.compute is native
         masks = {site: (torch.arange(len(own[0].inputs.order)) % 2).float() for site, own in model.layers.items()}
@@ -149,9 +149,9 @@ def test_bf16_on_a_cpu_with_instructions_for_it_or_without(job, monkeypatch, kin
 
 def test_every_step_takes_the_next_rows(job):
     made = session(job, batch=2)
-    model = made.masked(made.search[1])
+    model = made.masked(made.steps.search)
     assert model.rows.shape == (6, 16)  # 3 rows of 32
-    assert set(map(tuple, model.rows.tolist())).isdisjoint(map(tuple, made.tokens.tokens.view(-1, 16).tolist()))
+    assert set(map(tuple, model.rows.tolist())).isdisjoint(map(tuple, made.text.fit.tokens.view(-1, 16).tolist()))
     masks = {site: torch.ones(len(layers[0].inputs.order)) for site, layers in model.layers.items()}
     values = [gradients(model, masks, step)[0] for step in range(4)]
     assert values[0] == values[3] != values[1]
@@ -160,7 +160,8 @@ def test_every_step_takes_the_next_rows(job):
 
 
 def test_the_versions_are_the_quantiser_s_if_asked(job):
-    near, own = (session(job, error_model=kind) for kind in ("rtn", "quantizer"))
-    own.quant = replace_quant(own)
-    layers = [made.masked(made.search[1]).layers["blocks.1.mlp.mid"][0] for made in (near, own)]
+    near = session(job, error_model="rtn")
+    by_gptq = recipe(error_model="quantizer").model_copy(update={"quant": Step(name="gptq")})
+    own = open_session(job.model, by_gptq, calibration=str(job.text), seed=3)
+    layers = [made.masked(made.steps.search).layers["blocks.1.mlp.mid"][0] for made in (near, own)]
     assert not torch.equal(layers[0].low.packed.codes, layers[1].low.packed.codes)

@@ -58,7 +58,8 @@ class Checkpoint:
 
     Attributes:
         path: what the user gave, a directory or a `.gguf` file.
-        config: the transformers config of the original model.
+        config: the transformers config of the original model; it says untied where a stored head differs from the
+            embedding, whatever the file says.
         model_id: hub id recorded in config.json, else the directory's name; a GGUF's general.name.
         license: id from the GGUF metadata or the model card's front matter; None if neither has it.
     """

@@ -11,7 +11,9 @@ from trimbit.model.checkpoint.safetensors_dir import open_directory
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens an uncompressed causal language model; reads headers only and never the network.
+    """Opens an uncompressed causal language model; never reads the network.
+
+    Only headers are read, and where the config ties a head that is stored nevertheless, head and embedding.
 
     Args:
         path: a directory with config.json and safetensors, a `.gguf` file, or a directory whose

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from trimbit.model.checkpoint.checkpoint import PICKLES, Checkpoint, Entry, bad, damaged, first_line
+from trimbit.model.checkpoint.tied_head import settle_tied_head
 from trimbit.model.families import unknown_family
 
 _FLOATS = ("BF16", "F16", "F32")
@@ -35,8 +36,7 @@ def open_directory(path: Path) -> Checkpoint:
             raise bad(file, f"tensor {odd[0]!r} {state}", "fetch shards and index again")
         entries |= held
     entries = {k: v for k, v in entries.items() if not k.endswith(_RECOMPUTED)}
-    if config.tie_word_embeddings:
-        entries.pop("lm_head.weight", None)
+    entries = settle_tied_head(config, entries)
     recorded = str(raw.get("_name_or_path") or "")
     model_id = recorded if re.fullmatch(r"[\w.-]+/[\w.-]+", recorded) else path.resolve().name
     return Checkpoint(path, config, model_id, _card_license(path / "README.md"), entries)
