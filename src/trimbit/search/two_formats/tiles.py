@@ -251,31 +251,28 @@ class TileProblem:
         least, most = self.plan_nbytes(self.uniform_tiles(0.0)), self.plan_nbytes(self.uniform_tiles(1.0))
         below, above = self.problem.budget_nbytes < least, self.problem.budget_nbytes > most and self.mixed.share > 0
         if below or above:
-            advice = f"smallest feasible budget is {least:,} bytes (--budget {least}B)"
-            if above:
-                advice = f"largest that they fill is {most:,} bytes (--budget {most}B)"
+            kind, nbytes = ("largest that they fill", most) if above else ("smallest feasible budget", least)
             raise BudgetError(
                 f"the budget of {self.problem.budget_nbytes:,} bytes is {'below' if below else 'above'} what "
-                f"{self.mixed.low.name} and {self.mixed.high.name} reach: {least:,} to {most:,} bytes; the {advice}"
+                f"{self.mixed.low.name} and {self.mixed.high.name} reach: {least:,} to {most:,} bytes; the {kind} is "
+                f"{nbytes:,} bytes (--budget {nbytes}B)"
             )
 
     @cached_property
     def uniform_within_budget(self) -> dict[str, int]:
         """Tiles for the largest same share everywhere whose plan is within the budget."""
-        low, high = 0.0, 1.0
         if not self.mixed.share:
-            return self.uniform_tiles(low)
-        if self.plan_nbytes(self.uniform_tiles(high)) <= self.problem.budget_nbytes:
-            return self.uniform_tiles(high)
-        if self.plan_nbytes(self.uniform_tiles(self.mixed.share)) <= self.problem.budget_nbytes:
-            low = self.mixed.share
+            return self.uniform_tiles(0.0)
+
+        def fits(share: float) -> bool:
+            return self.plan_nbytes(self.uniform_tiles(share)) <= self.problem.budget_nbytes
+
+        if fits(1.0):
+            return self.uniform_tiles(1.0)
+        low, high = self.mixed.share if fits(self.mixed.share) else 0.0, 1.0
         for _ in range(20):  # far below a tile
             middle = (low + high) / 2
-            low, high = (
-                (middle, high)
-                if self.plan_nbytes(self.uniform_tiles(middle)) <= self.problem.budget_nbytes
-                else (low, middle)
-            )
+            low, high = (middle, high) if fits(middle) else (low, middle)
         return self.uniform_tiles(low)
 
 
