@@ -1,10 +1,38 @@
 """Trimbit fits a language model to a budget.
 
-After `import trimbit`, `transformers.AutoModelForCausalLM.from_pretrained` loads compressed directories.
+After `import trimbit`, `transformers.AutoModelForCausalLM.from_pretrained` loads compressed directories. The functions
+below are loaded when they are first used: the import alone loads neither torch nor transformers.
 """
 
-from trimbit.runtime.transformers import register as _register
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from trimbit.runtime.registration import register_with_transformers as _register_with_transformers
 
-_register()
+if TYPE_CHECKING:
+    from trimbit.evaluate.perplexity import evaluate as eval
+
+    __version__: str
+
+_PUBLIC = {"eval": "trimbit.evaluate.perplexity:evaluate"}  # name: where it is; a room of the same name would hide it
+
+__all__ = ["__version__", "eval"]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("trimbit")
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'trimbit' has no attribute {name!r}")
+    module, _, attribute = _PUBLIC[name].partition(":")
+    found = globals()[name] = getattr(import_module(module), attribute)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_register_with_transformers()

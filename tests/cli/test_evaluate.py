@@ -92,7 +92,7 @@ def test_a_damaged_directory(refused, job, compressed, tmp_path):
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     refused("eval", tmp_path / "cut", "--text", job.text, "--context", 32, words=["cut", "a weight file is damaged"])
-    refused("show", tmp_path / "cut", words=["cut", "the weight files have", "the plan says"])
+    refused("show", tmp_path / "cut", words=["cut", "the weight files have", "run.json says"])
 
 
 def test_what_was_found_on_a_text_is_told_if_the_tasks_fail(run, job, task_data, monkeypatch):

@@ -23,11 +23,16 @@ OPTIONS = {
     ),
     "show": (["path"], ["--context", "--json"]),
     "recipes": (["name"], ["--set"]),
+    "cache": ([], []),
+    "cache show": ([], ["--json"]),
+    "cache prune": ([], ["--max-size", "--older-than"]),
+    "cache clear": ([], []),
 }
 
 
 def test_commands_and_options_are_frozen():
-    commands = typer.main.get_command(cli.app).commands
+    commands = dict(typer.main.get_command(cli.app).commands)
+    commands |= {f"cache {name}": command for name, command in commands["cache"].commands.items()}
     found = {}
     for name, command in commands.items():
         arguments = [p.name for p in command.params if p.param_type_name == "argument"]
@@ -36,7 +41,7 @@ def test_commands_and_options_are_frozen():
     assert found == OPTIONS
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in OPTIONS)])
+@pytest.mark.parametrize("command", [[], *(name.split() for name in OPTIONS)])
 def test_help(command):
     result = CliRunner().invoke(cli.app, [*command, "--help"])
     assert result.exit_code == 0

@@ -3,12 +3,14 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trimbit.errors import ArtifactError
-from trimbit.model.layout import Layout
 from trimbit.schema.plan import Plan
 from trimbit.schema.structure import Structure
+
+if TYPE_CHECKING:
+    from trimbit.model.layout import Layout  # with torch, which `trimbit show` does not need
 
 MODEL_TYPE = "trimbit"  # the `model_type` of a compressed directory
 FORMAT_VERSION = 1
@@ -29,7 +31,7 @@ def require_absent(out: Path, *, file: bool = False) -> None:
         raise ArtifactError(f"cannot write {out}: {above} is no directory that can be written to")
 
 
-def structure_of(plan: Plan, layout: Layout) -> Structure:
+def structure_of(plan: Plan, layout: "Layout") -> Structure:
     """What the runtime needs of a plan."""
     return Structure(
         widths=plan.widths, weights=plan.weights, biases=plan.biases, adapters=plan.adapters,
@@ -37,7 +39,7 @@ def structure_of(plan: Plan, layout: Layout) -> Structure:
     )  # fmt: skip
 
 
-def config_fields(layout: Layout, plan: Plan) -> dict[str, Any]:
+def config_fields(layout: "Layout", plan: Plan) -> dict[str, Any]:
     """config.json of a compressed directory."""
     base = layout.config.to_dict()
     for key in ("_name_or_path", "transformers_version"):

@@ -4,21 +4,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from trimbit.cli.bars import Bars
-from trimbit.cli.options import (
-    CONTEXT,
-    BudgetText,
-    Calibration,
-    DryRun,
-    Model,
-    Out,
-    Overrides,
-    RecipeName,
-    Seed,
-    stdout,
-)
+from trimbit.cli.console import print_line, print_pairs
+from trimbit.cli.options import CONTEXT, BudgetText, Calibration, DryRun, Model, Out, Overrides, RecipeName, Seed
+from trimbit.cli.progress import reporter
 
 if TYPE_CHECKING:
     from trimbit.model.layout import Layout
@@ -97,36 +86,27 @@ def apply_command(
 def _job(model: Path, recipe: "Recipe", calibration: str, seed: int) -> "Job":
     from trimbit.pipeline.preflight import open_job
 
-    return open_job(model, recipe, calibration=calibration, seed=seed, reporter=Bars())
+    return open_job(model, recipe, calibration=calibration, seed=seed, reporter=reporter())
 
 
 def print_summary(layout: "Layout", plan: "Plan", budget_nbytes: int | None, out: Path) -> None:
     """What was decided, in a few lines."""
-    from trimbit.report.plan_table import cache_line
+    from trimbit.report.plan_table import cache_record
+    from trimbit.report.run_tables import budget_line, cache_line, headline
 
-    found = plan.found_by
-    nbytes = layout.file_nbytes(plan)
-    cut = [dim for dim in plan.cuts if len(plan.cuts[dim]) < layout.unit_of_dim(dim).size]
-    pruned = f"{len(cut)} of {2 * layout.blocks} sub-blocks cut" if cut else "no pruning was chosen"
-    of = f" of {budget_nbytes:,} ({100 * nbytes / budget_nbytes:.2f} %)" if budget_nbytes else ""
-    stdout.print(f"{out}: {nbytes:,} bytes{of}, {8 * nbytes / layout.parameters:.2f} bits a parameter", highlight=False)
-    stdout.print(f"{found.method}; {pruned}", highlight=False)
-    if found.measured_damage is not None:
-        stdout.print(
-            f"KL to the original on held-out calibration tokens: {found.measured_damage:.4f} nats a token",
-            highlight=False,
-        )
+    found, nbytes = plan.found_by, layout.file_nbytes(plan)
+    cut = sum(len(kept) < layout.unit_of_dim(dim).size for dim, kept in plan.cuts.items())
+    print_line(f"{out}: {budget_line(nbytes, budget_nbytes)}")
+    print_line(headline(layout.parameters, nbytes, found.measured_damage))
+    print_line(found.method + (f"; {cut} of {2 * layout.blocks} sub-blocks cut" if cut else ""))
     if plan.kv_cache is not None:
-        stdout.print(cache_line(layout, plan, CONTEXT), highlight=False)
+        print_line(cache_line(cache_record(layout, plan), CONTEXT))
     for note in found.notes:
-        stdout.print(note, highlight=False)
+        print_line(note)
 
 
 def _estimate(job: "Job", budget: "Budget | None") -> None:
     """What a run would take: bytes exactly bounded, memory and time from sizes."""
     from trimbit.pipeline.dry_run import estimate
 
-    table = Table(show_header=False, title="dry run: nothing was written")
-    for what, value in estimate(job, budget):
-        table.add_row(what, value)
-    stdout.print(table)
+    print_pairs(estimate(job, budget), title="dry run: nothing was written")

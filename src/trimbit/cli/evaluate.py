@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from trimbit.cli.bars import Bars
-from trimbit.cli.options import CONTEXT, AsJson, stdout
+from trimbit.cli.console import print_pairs
+from trimbit.cli.options import CONTEXT, AsJson
+from trimbit.cli.progress import reporter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,7 +52,7 @@ def eval_command(
         check_tasks(names, task_data, limit)
     found, scores = None, None
     if text is not None:
-        with Bars().stage("evaluation") as progress:
+        with reporter().stage("evaluation") as progress:
             found = evaluate(
                 model, text, context=context, limit=windows, against=against, dtype=getattr(torch, dtype),
                 progress=progress,
@@ -60,7 +60,7 @@ def eval_command(
     try:
         if names:
             scores = evaluate_tasks(
-                model, names, folder=task_data, limit=limit, dtype=getattr(torch, dtype), reporter=Bars()
+                model, names, folder=task_data, limit=limit, dtype=getattr(torch, dtype), reporter=reporter()
             )
     finally:  # if the tasks fail, what was found on the text is told
         if found or scores:
@@ -74,14 +74,11 @@ def _print_evaluation(
         fields = found.model_dump(mode="json") if found else {}
         typer.echo(json.dumps(fields | (scores.model_dump(mode="json") if scores else {}), indent=1))
         return
-    table = Table(show_header=False, title=str(model))
-    for what, value in [*(_text_rows(found) if found else ()), *(_task_rows(scores) if scores else ())]:
-        table.add_row(what, value)
-    stdout.print(table)
+    print_pairs([*(_text_rows(found) if found else ()), *(_task_rows(scores) if scores else ())], title=str(model))
 
 
 def _text_rows(found: "Evaluation") -> "Iterator[tuple[str, str]]":
-    from trimbit.report.plan_table import cache_text
+    from trimbit.report.run_tables import cache_text
 
     yield f"ppl@{found.context} on {found.text}", f"{found.ppl:.3f}"
     if found.kl is not None and found.top1_agreement is not None and found.bits_per_weight is not None:

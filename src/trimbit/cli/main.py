@@ -1,4 +1,8 @@
-"""The command line: compress, plan, apply, eval, show, recipes. Results on stdout, progress and errors on stderr."""
+"""The command line. Results on stdout, progress and errors on stderr.
+
+A command imports what it needs when it runs: help, version, show, cache and the list of recipes load neither torch nor
+transformers.
+"""
 
 import logging
 import signal
@@ -8,10 +12,12 @@ from typing import Annotated
 import typer
 from safetensors import SafetensorError
 
+from trimbit.cli.cache import cache_app
 from trimbit.cli.compress import apply_command, compress, plan
+from trimbit.cli.console import stderr
 from trimbit.cli.evaluate import eval_command
-from trimbit.cli.options import stderr
-from trimbit.cli.show import recipes, show
+from trimbit.cli.recipes import recipes
+from trimbit.cli.show import show
 from trimbit.errors import TrimbitError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -22,6 +28,7 @@ app.command(name="apply")(apply_command)
 app.command(name="eval")(eval_command)
 app.command()(show)
 app.command()(recipes)
+app.add_typer(cache_app, name="cache")
 
 
 def _version(asked: bool) -> bool:

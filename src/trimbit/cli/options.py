@@ -4,10 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 CONTEXT = 2048  # tokens; of windows, and what a cache is counted at
-stdout, stderr = Console(), Console(stderr=True)
 
 Model = Annotated[Path, typer.Argument(help="a directory with config.json and safetensors, or a .gguf file")]
 Out = Annotated[Path, typer.Argument(help="the directory or file to write")]

@@ -1,13 +1,17 @@
-"""The commands that print: show, recipes."""
+"""The command that prints a compressed directory: show."""
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from trimbit.cli.options import CONTEXT, AsJson, Overrides, stdout
+from trimbit.cli.console import print_line, print_table
+from trimbit.cli.options import CONTEXT, AsJson
+
+if TYPE_CHECKING:
+    from trimbit.schema.plan import Plan
+    from trimbit.schema.run import Run
 
 
 def show(
@@ -15,58 +19,61 @@ def show(
     context: Annotated[int, typer.Option("--context", help="tokens that the cache is counted at", min=1)] = CONTEXT,
     as_json: AsJson = False,
 ) -> None:
-    """Print the plan: kept groups of heads and channels, the bits of each weight, bytes, also of the cache."""
-    from transformers import AutoConfig
+    """Print a result: size, KL, kept heads and channels, formats, plans that were tried, stages, the KV cache."""
+    run, plan = read_result(path)
+    if as_json:
+        typer.echo(json.dumps(fields(run, context), indent=1))
+        return
+    _print_result(path, run, plan, context)
 
-    import trimbit  # noqa: F401 - makes the config known
+
+def read_result(path: Path) -> "tuple[Run, Plan]":
+    """`run.json` and `plan.json` of a compressed directory, checked against each other and the weight files.
+
+    Raises:
+        ArtifactError: if it is no compressed directory, a file is missing or damaged, or the plan was edited.
+    """
     from trimbit.artifact.files import PLAN_FILE, is_compressed, weight_nbytes
     from trimbit.errors import ArtifactError
-    from trimbit.model.build import build_layout
-    from trimbit.report.plan_table import cache_fields, cache_line, plan_rows
+    from trimbit.schema.base import parse_json
     from trimbit.schema.plan import load_plan
+    from trimbit.schema.run import RUN_FILE, Run
 
     if not is_compressed(path):
         raise ArtifactError(f"{path} is not a compressed directory")
-    found = load_plan(path / PLAN_FILE)
-    layout = build_layout(AutoConfig.from_pretrained(path, local_files_only=True).original())
-    if weight_nbytes(path) != layout.file_nbytes(found):
+    run, plan = parse_json(Run, path / RUN_FILE, ArtifactError), load_plan(path / PLAN_FILE)
+    if plan.content != run.plan:
         raise ArtifactError(
-            f"{path}: the weight files have {weight_nbytes(path):,} bytes, the plan says "
-            f"{layout.file_nbytes(found):,}: they are damaged or not the plan's; write the directory again"
+            f"{path / PLAN_FILE} was edited: its content key is {plan.content}, the weights were made by {run.plan}; "
+            "write another directory with `trimbit apply`, or restore the file"
         )
-    rows = plan_rows(layout, found)
-    if as_json:
-        cache = cache_fields(layout, found, context)
-        told = {"found_by": found.found_by.model_dump(mode="json"), "kv_cache": cache, "units": rows}
-        typer.echo(json.dumps(told, indent=1))
-        return
-    table = Table(title=f"{path}: {found.found_by.method}, {layout.file_nbytes(found):,} bytes")
-    for column in ("unit", "kept", "formats", "bytes", "share"):
-        table.add_column(column, justify="left" if column in {"unit", "formats"} else "right")
-    for row in rows:
-        table.add_row(row["unit"], row["kept"], row["formats"], f"{row['nbytes']:,}", f"{100 * row['share']:.1f} %")
-    stdout.print(table)
-    stdout.print(cache_line(layout, found, context), highlight=False)
-    for note in found.found_by.notes:
-        stdout.print(note, highlight=False)
+    if weight_nbytes(path) != run.nbytes:
+        raise ArtifactError(
+            f"{path}: the weight files have {weight_nbytes(path):,} bytes, {RUN_FILE} says {run.nbytes:,}: "
+            "they are damaged or of another run; write the directory again"
+        )
+    return run, plan
 
 
-def recipes(
-    name: Annotated[str | None, typer.Argument(help="one of them, or a .yaml file, to see every parameter")] = None,
-    overrides: Overrides = None,
-) -> None:
-    """List the recipes; or print one with all that `--set` can change, and its defaults."""
-    import yaml
+def fields(run: "Run", context: int) -> dict[str, Any]:
+    """What `--json` prints: run.json, with the sizes that follow from it."""
+    cache = run.kv_cache
+    return run.model_dump(mode="json") | {
+        "bf16_nbytes": 2 * run.parameters,
+        "bits_per_parameter": 8 * run.nbytes / run.parameters,
+        "kv_cache": cache.model_dump(mode="json")
+        | {"context": context, "nbytes": cache.nbytes(context), "bf16_nbytes": cache.bf16_nbytes(context)},
+    }
 
-    from trimbit.pipeline.recipes import load_recipe, names
 
-    if name is not None:
-        from trimbit.pipeline.steps import resolved_fields
+def _print_result(path: Path, run: "Run", plan: "Plan", context: int) -> None:
+    from trimbit.report import run_tables as tables
 
-        fields = resolved_fields(load_recipe(name, tuple(overrides or ())))
-        typer.echo(yaml.safe_dump(fields, sort_keys=False, width=120), nl=False)
-        return
-    table = Table(show_header=False)
-    for each in names():
-        table.add_row(each, load_recipe(each).description)
-    stdout.print(table)
+    print_line(f"{path}: {tables.headline(run.parameters, run.nbytes, run.report_kl)}")
+    print_line(f"{tables.budget_line(run.nbytes, run.budget_nbytes if run.budget else None)}; {run.method}")
+    for table in (tables.units_table(run), tables.tried_table(run), tables.stages_table(run)):
+        if table is not None:
+            print_table(table)
+    print_line(tables.cache_line(run.kv_cache, context))
+    for note in plan.found_by.notes:
+        print_line(note)

@@ -19,7 +19,7 @@ from trimbit.artifact.files import PLAN_FILE, is_compressed, weight_nbytes
 from trimbit.calibrate.text import evaluation_windows
 from trimbit.errors import ArtifactError, DataError, NumericsError
 from trimbit.evaluate.speed import decode_speed, hardware
-from trimbit.jobs.progress import Progress
+from trimbit.jobs.progress import Progress, silent
 from trimbit.model.checkpoint.open import open_checkpoint
 from trimbit.model.forward.compute import fast_bf16
 from trimbit.model.forward.hf_names import CACHE
@@ -36,16 +36,26 @@ READ_WINDOWS = 8  # ours: of so few tokens, read together: every read dequantise
 
 
 def evaluate(
-    path: Path, text: Path, *, context: int, limit: int | None, against: Path | None, dtype: torch.dtype,
-    progress: Progress,
+    path: str | Path, text: str | Path, *, context: int = 2048, limit: int | None = None,
+    against: str | Path | None = None, dtype: torch.dtype = torch.bfloat16, progress: Progress = silent,
 ) -> Evaluation:  # fmt: skip
-    """Run a model over non-overlapping windows of a text; with `against`, beside the original model.
+    """Measure perplexity, bytes, memory and speed on a text; with `against`, KL and agreement with the original.
+
+    Args:
+        path: an original model or a compressed directory.
+        text: a .txt, .raw, .jsonl or .jsonl.gz file.
+        context: tokens in a window; windows do not overlap.
+        limit: windows, from the start; None: all.
+        against: the original model.
+        dtype: that the model is loaded in, bfloat16 or float32.
+        progress: takes (windows done, all windows).
 
     Raises:
         ArtifactError: if `against` is no original, or has another vocabulary.
         DataError: if the text is too short, or a window is none that the model can read.
         NumericsError: if a logit is not finite.
     """
+    path, text, against = Path(path), Path(text), Path(against) if against is not None else None
     tokenizer = load_tokenizer(path)
     windows = evaluation_windows(text, tokenizer, context=context, limit=limit)
     config = _config(path)

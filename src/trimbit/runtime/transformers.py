@@ -2,6 +2,10 @@
 
 A compressed directory has a `model_type` of its own with the original config nested, so that without this import
 transformers refuses it instead of filling the missing weights with random numbers.
+
+`import transformers` loads this module (`registration.py`) and waits for it. Modules of this package that import
+transformers, too, are therefore imported where a model is loaded, not here: a thread that imports one of them could
+otherwise wait for a thread that imports transformers, and that one for it.
 """
 
 import json
@@ -16,9 +20,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from trimbit.artifact.files import FORMAT_VERSION, MODEL_TYPE
 from trimbit.errors import ArtifactError
-from trimbit.model.build import build_layout
-from trimbit.runtime.kv_cache import pack_cache
-from trimbit.runtime.restructure import restructure
 from trimbit.schema.base import first_problem
 from trimbit.schema.structure import Structure
 
@@ -67,6 +68,9 @@ class TrimbitQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:  # noqa: ANN401
+        from trimbit.model.build import build_layout
+        from trimbit.runtime.restructure import restructure
+
         config: Any = self.quantization_config
         restructure(model, build_layout(original_config(model.config)), parse_structure(config.structure))
 
@@ -114,6 +118,8 @@ class TrimbitForCausalLM(PreTrainedModel, GenerationMixin):
         **kwargs: Any,  # noqa: ANN401
     ) -> PreTrainedModel:
         """Load a compressed directory; takes what `from_pretrained` takes."""
+        from trimbit.runtime.kv_cache import pack_cache
+
         config = config or TrimbitConfig.from_pretrained(path)
         base = config.original()
         base.trimbit_tied = base.tie_word_embeddings
@@ -132,9 +138,9 @@ class TrimbitForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def register() -> None:
-    """Make the Auto classes know compressed directories."""
-    AutoConfig.register(MODEL_TYPE, TrimbitConfig)
-    AutoModelForCausalLM.register(TrimbitConfig, TrimbitForCausalLM)
+    """Make the Auto classes know compressed directories; again is no error."""
+    AutoConfig.register(MODEL_TYPE, TrimbitConfig, exist_ok=True)
+    AutoModelForCausalLM.register(TrimbitConfig, TrimbitForCausalLM, exist_ok=True)
 
 
 __all__ = ["TrimbitConfig", "TrimbitForCausalLM", "register"]

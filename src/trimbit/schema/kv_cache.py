@@ -1,9 +1,13 @@
 """How keys and values are stored while text is generated."""
 
+from collections.abc import Sequence
+
 from pydantic import Field
 
 from trimbit.schema.base import Schema
 from trimbit.schema.precision import SCALE_NBYTES
+
+VALUE_NBYTES = 2  # of an exact key or value, in bf16
 
 
 class KVPrecision(Schema):
@@ -43,3 +47,29 @@ class KVPrecision(Schema):
         sink = min(self.sink_tokens, tokens)
         recent = min(self.recent_tokens, tokens - sink)
         return sink, tokens - sink - recent, recent
+
+
+def kv_cache_nbytes(
+    heads: Sequence[int], windows: Sequence[int | None], head_dim: int, precision: KVPrecision | None, context: int
+) -> int:
+    """Bytes of the keys and values of `context` tokens, batch 1, exact ones in bf16.
+
+    Args:
+        heads: KV heads of each layer; 0: it has no attention, and stores nothing.
+        windows: sliding window of each layer; None: it reads all tokens. A window of w keeps its last w - 1 tokens,
+            exactly.
+        head_dim: channels of a head.
+        precision: how the layers without a window are stored; None: exactly.
+        context: tokens.
+    """
+    exact, total = VALUE_NBYTES * head_dim, 0
+    for count, window in zip(heads, windows, strict=True):
+        if window is not None:
+            head = exact * min(context, window - 1)
+        elif precision is None:
+            head = exact * context
+        else:
+            sink, packed, recent = precision.split(context)
+            head = exact * (sink + recent) + precision.token_nbytes(head_dim) * packed
+        total += 2 * count * head
+    return total

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from trimbit.schema.base import Schema
-from trimbit.schema.kv_cache import KVPrecision
+from trimbit.schema.kv_cache import KVPrecision, kv_cache_nbytes
 from trimbit.schema.plan import ModelRef
 
 RUN_FILE = "run.json"
@@ -83,6 +83,14 @@ class CacheRecord(Schema):
     head_dim: int
     heads: tuple[int, ...]  # KV heads that are left
     windows: tuple[int | None, ...]  # sliding windows; None: a layer reads all tokens
+
+    def nbytes(self, context: int) -> int:
+        """Bytes at `context` tokens, batch 1."""
+        return kv_cache_nbytes(self.heads, self.windows, self.head_dim, self.precision, context)
+
+    def bf16_nbytes(self, context: int) -> int:
+        """The same if nothing were quantised."""
+        return kv_cache_nbytes(self.heads, self.windows, self.head_dim, None, context)
 
 
 class Run(Schema):
