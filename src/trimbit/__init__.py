@@ -11,12 +11,24 @@ from trimbit.runtime.registration import register_with_transformers as _register
 
 if TYPE_CHECKING:
     from trimbit.evaluate.perplexity import evaluate as eval
+    from trimbit.pipeline.flow import apply, compress, find_plan
+    from trimbit.pipeline.preflight import open_job
+    from trimbit.pipeline.recipes import load_recipe
+    from trimbit.schema.budget import Budget
 
     __version__: str
 
-_PUBLIC = {"eval": "trimbit.evaluate.perplexity:evaluate"}  # name: where it is; a room of the same name would hide it
+_PUBLIC = {  # name: where it is; a room of the same name would hide it
+    "Budget": "trimbit.schema.budget:Budget",
+    "apply": "trimbit.pipeline.flow:apply",
+    "compress": "trimbit.pipeline.flow:compress",
+    "eval": "trimbit.evaluate.perplexity:evaluate",
+    "find_plan": "trimbit.pipeline.flow:find_plan",
+    "load_recipe": "trimbit.pipeline.recipes:load_recipe",
+    "open_job": "trimbit.pipeline.preflight:open_job",
+}
 
-__all__ = ["__version__", "eval"]
+__all__ = ["Budget", "__version__", "apply", "compress", "eval", "find_plan", "load_recipe", "open_job"]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401

@@ -70,7 +70,8 @@ def test_a_packed_cache_from_the_recipe_to_generation(run, job, options, compres
     assert code == 0, err
     assert json.loads(out)["kv_cache"] == {
         "precision": plan.kv_cache.model_dump(), "context": 100, "nbytes": nbytes(100),
-        "bf16_nbytes": heads * 2 * 100 * 16,
+        "bf16_nbytes": heads * 2 * 100 * 16, "head_dim": 8, "windows": [None] * 3,
+        "heads": [plan.widths.get(f"blocks.{i}.attn.kv", 3) for i in range(3)],
     }  # fmt: skip
     arguments = ["--text", job.text, "--context", 64, "--windows", 3, "--against", job.model, "--dtype", "float32"]
     measured = {}
