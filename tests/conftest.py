@@ -1,4 +1,4 @@
-"""Every test runs offline, on one thread a worker, with a cache of its own."""
+"""Every test runs offline, on one thread, with a cache of its own."""
 
 import os
 import tempfile
@@ -10,11 +10,12 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from jobs import Job
+import shapes
+from jobs import BUDGET, Job
 
+shapes.install()
 logging.disable_progress_bar()
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+torch.set_num_threads(1)  # threads that wait for each other take far longer than what they do for tiny models
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -39,3 +40,13 @@ def job(tmp_path_factory):
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def compressed(job, tmp_path_factory):
+    """The job's model within its budget: the directory and its plan; nothing may change them."""
+    from sessions import session
+    from trimbit.schema.budget import Budget
+
+    out = tmp_path_factory.mktemp("compressed") / "small"
+    return out, session(job).compress(Budget.parse(BUDGET), out)

@@ -1,18 +1,22 @@
 """Search problems on a tiny llama with invented, additive damage: no model is run."""
 
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
+
+from torch import Tensor
 
 from tiny import tiny_config
 from trimbit.measure.choices import allowed_formats, allowed_widths, reference_width, sites_of
 from trimbit.model.build import build_layout
 from trimbit.schema.measurements import Background, FormatDamage, Measurements, WidthDamage
+from trimbit.schema.objective import Objective, Outcome
 from trimbit.schema.plan import ModelRef, Plan
 from trimbit.schema.precision import Precision, parse_precision
+from trimbit.schema.recipe import Measure
 from trimbit.schema.space import Space
-from trimbit.search.problem import Problem
+from trimbit.search.problem import Measured, Problem
 
 REF = ModelRef(id="tiny", config_hash="0", weights_hash="0")
 LAYOUT = build_layout(tiny_config("llama"))
@@ -95,18 +99,68 @@ class Figures:
     rounding_error: Callable[..., Any] = float
 
 
-def problem(limit: int, **fields: Any) -> Problem:
+@dataclass(frozen=True)
+class Invented:
+    """An oracle of invented figures; what a test does not give must not be asked for."""
+
+    measurements: Measurements
+    evaluate: Callable[[Plan], float] | None = None
+    trial: Callable[[Plan], float] | None = None
+    outcome: Callable[[Plan], Outcome] | None = None
+    figures: Any = None
+    masks: Any = None
+    layers: Mapping[str, float] | None = None
+
+    def damage(self, background: Background, number: int) -> Measurements:
+        return self.measurements
+
+    def channels(self) -> Any:
+        return self.figures
+
+    def estimate_kl(self, plan: Plan) -> float:
+        return self.evaluate(plan)
+
+    def apply_and_measure(self, plan: Plan) -> Measured:
+        kl = self.trial(plan)
+        return Measured(choose=kl, report=kl + REPORTED)
+
+    def outcomes(self, plans: Sequence[Plan], objective: Objective) -> Iterable[tuple[int, Outcome]]:
+        return enumerate(map(self.outcome, plans))
+
+    def importance(self) -> Mapping[str, float]:
+        return self.layers
+
+    def masked(self, config: Any) -> Any:
+        return self.masks
+
+    def share_damage(self, config: Any, masks: Mapping[str, Tensor], rows: int) -> float:
+        return self.masks.damage(masks, rows).kl
+
+
+REPORTED = 0.01  # that KL on the report rows is larger by
+ORACLE = {"evaluate", "trial", "outcome", "figures", "masks", "layers"}
+
+
+def problem(budget_nbytes: int, **fields: Any) -> Problem:
+    """A problem whose oracle has the given figures; it measures plans only where a test says how."""
     space = fields.setdefault("space", SPACE)
     found = fields.pop("measurements", None) or measurements(space)
+    given = {name: fields.pop(name) for name in ORACLE & fields.keys()}
+    oracle = Invented(measurements=found, **given)
+    if oracle.evaluate is None:
+        oracle = replace(oracle, evaluate=lambda plan: plan.found_by.predicted_damage or 1e9)
+    measure = Measure(rows=1, length=16, apply_finalists=oracle.trial is not None)
     return Problem(
         layout=LAYOUT,
         model=REF,
-        limit=limit,
+        budget_nbytes=budget_nbytes,
         rankings=found.rankings,
         recipe={},
         calibration="self",
+        calibration_digest=None,
         seed=0,
-        measurements=found,
-        measurement_hash="0",
+        measure=fields.pop("measure", measure),
+        oracle=oracle,
+        importance=oracle.layers is not None,
         **fields,
     )

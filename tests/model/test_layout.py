@@ -12,7 +12,7 @@ from trimbit.artifact.writer import DTYPES as ARTIFACT_DTYPES
 from trimbit.errors import PlanError
 from trimbit.model.build import build_layout
 from trimbit.model.layout import header_bound
-from trimbit.model.shards import METADATA, shard_nbytes, shards
+from trimbit.model.shards import METADATA
 
 DTYPES = {name: getattr(torch, kind.removeprefix("torch.")) for kind, name in ARTIFACT_DTYPES.items()}
 
@@ -28,8 +28,14 @@ LAYOUTS = {
     "tied": layout_of("llama", tied=True),
     "qwen2": layout_of("qwen2", tied=True),
 }
+
+
 LLAMA = LAYOUTS["llama"]
+
+
 O_PROJ = "model.layers.0.self_attn.o_proj"
+
+
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 
@@ -55,24 +61,6 @@ def test_bytes_are_those_of_the_file(layout, tmp_path_factory, seed):
     assert plan.nbytes(layout) == nbytes
     plain = plan.model_copy(update={"orders": {}})
     assert layout.file_nbytes(plain) - plain.nbytes(layout) <= header_bound(layout)
-
-
-@settings(max_examples=10, deadline=None)
-@given(seed=st.integers(0, 10**6), limit=st.integers(1, 60_000))
-def test_shards(tmp_path_factory, seed, limit):
-    specs = LLAMA.tensors(random_plan(LLAMA, seed))
-    files = shards(specs, limit)
-    assert [name for file in files for name in file] == list(specs)
-    assert all(len(file) == 1 or sum(spec.nbytes for spec in file.values()) <= limit for file in files)
-    path = tmp_path_factory.getbasetemp() / "shard.safetensors"
-    assert [shard_nbytes(file) for file in files] == [write(file, path) for file in files]
-
-
-def test_a_shard_is_filled_to_the_last_byte():
-    specs = LLAMA.tensors(make_plan(LLAMA))
-    first, second, *_ = (spec.nbytes for spec in specs.values())
-    assert len(shards(specs, first + second)[0]) == 2
-    assert len(shards(specs, first + second - 1)[0]) == 1
 
 
 def test_a_tied_table_and_biases_count_once():

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -33,7 +34,7 @@ def applied_stage(job: Job, prepared: Prepared, plan: Plan, title: str) -> Stage
         plan=plan.model_dump(mode="json", exclude={"found_by", "kv_cache"}),
         fit=text.fit.digest if text and prepared.stats is not None else None,
         choose=text.choose.digest if text else None,
-        report=None,
+        report=text.report.digest if text else None,
         compute=recipe.compute,
         quant=plain(recipe.quant),
         repair=plain(recipe.repair),
@@ -45,12 +46,13 @@ def applied_stage(job: Job, prepared: Prepared, plan: Plan, title: str) -> Stage
         writer = Writer(work.folder, job.layout, plan)
         fits = text is not None and prepared.stats is not None
         tokens = text.fit.tokens if text is not None and fits else torch.zeros(1, 2, dtype=torch.long)
-        measured = apply_plan(
-            job.stream, plan, tokens, job.compressor, job.steps.repair, prepared.stats, writer, work.progress,
-            text.choose.tokens if text else None,
-        )  # fmt: skip
+        held_out = torch.cat([text.choose.tokens, text.report.tokens]) if text is not None else None
+        kls = apply_plan(
+            job.stream, plan, tokens, job.compressor, job.steps.repair, prepared.stats, writer, work.progress, held_out
+        )
         writer.finish()
-        save_json(work.folder / MEASURED_FILE, None if measured is None else [measured, None])
+        measured = [fmean(kls[: len(text.choose.tokens)]), fmean(kls[len(text.choose.tokens) :])] if text else None
+        save_json(work.folder / MEASURED_FILE, measured)
 
     def load(folder: Path) -> Applied:
         found = load_json(folder / MEASURED_FILE)

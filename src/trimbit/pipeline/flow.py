@@ -8,9 +8,10 @@ from trimbit.pipeline.applying import applied
 from trimbit.pipeline.job import Job
 from trimbit.pipeline.preflight import preflight, require_own, require_training
 from trimbit.pipeline.prepare import Prepared, prepare
-from trimbit.pipeline.recovering import config_of, measured_with_pairs, pairs_stage
+from trimbit.pipeline.recovering import config_of, pairs_stage, with_recovered
+from trimbit.pipeline.result import Result
 from trimbit.pipeline.search import search
-from trimbit.pipeline.writing import Result, write
+from trimbit.pipeline.writing import write
 from trimbit.schema.budget import Budget
 from trimbit.schema.found import Found
 from trimbit.schema.plan import Plan
@@ -57,7 +58,8 @@ def finish(
         recovered, kl = None, None
         if job.steps.tune is not None:
             recovered = job.runner.run(pairs_stage(job, prepared, found.plan, own, config_of(job)))
-            kl = measured_with_pairs(job, prepared, own, recovered)[1].kl
+            assert prepared.text is not None, "recovery reads text"
+            kl = with_recovered(job, prepared.text.report.tokens, own, recovered)[1].kl
         result = Result(
             found=found, applied=own, text=prepared.text, recovered=recovered, recovered_kl=kl, budget=budget,
             budget_nbytes=budget_nbytes,

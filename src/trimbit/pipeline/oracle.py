@@ -31,10 +31,10 @@ from trimbit.pipeline.prepare import Prepared, kept_members, layer_importance, m
 from trimbit.pipeline.recovering import (
     config_of,
     examples_of,
-    measured_with_pairs,
     pairs_stage,
     rows_digest,
     teacher_of,
+    with_recovered,
 )
 from trimbit.pipeline.text import Text
 from trimbit.recover.tune import result_fields
@@ -86,7 +86,6 @@ class ModelOracle:
         """The weights of every choice."""
         return candidates_of(self.job, self.prepared)
 
-    @property
     def channels(self) -> ChannelFigures:
         """Figures of the input channels of weights."""
         stats = self.prepared.stats
@@ -253,7 +252,7 @@ class ModelOracle:
         known = job.runner.has(stage)
         own = job.runner.run(stage)
         pairs = pairs_stage(job, prepared, plan, own, config_of(job, steps))
-        model, found = measured_with_pairs(job, prepared, own, job.runner.run(pairs))
+        model, found = with_recovered(job, self.text.choose.tokens, own, job.runner.run(pairs))
         job.runner.forget(pairs)
         if not known:
             job.runner.forget(stage)

@@ -2,10 +2,10 @@
 
 import platform
 from importlib.metadata import version
-from typing import TYPE_CHECKING
 
 from trimbit.jobs.hardware import hardware
 from trimbit.pipeline.job import Job
+from trimbit.pipeline.result import Result
 from trimbit.pipeline.text import Text
 from trimbit.report.plan_table import cache_record, unit_rows
 from trimbit.schema.base import digest
@@ -13,13 +13,10 @@ from trimbit.schema.found import Tried
 from trimbit.schema.plan import Plan
 from trimbit.schema.run import Run, TextRecord, TrainingRecord, TriedPlan
 
-if TYPE_CHECKING:
-    from trimbit.pipeline.writing import Result
-
 PACKAGES = ("trimbit", "torch", "transformers")
 
 
-def run_record(job: Job, result: "Result", plan: Plan) -> Run:
+def run_record(job: Job, result: Result, plan: Plan) -> Run:
     """The record of a finished job."""
     measured = result.applied.measured
     return Run(
@@ -55,7 +52,7 @@ def _tried(one: Tried) -> TriedPlan:
     )  # fmt: skip
 
 
-def _training(result: "Result") -> list[TrainingRecord]:
+def _training(result: Result) -> list[TrainingRecord]:
     found, curve, recovered = [], result.found.curve, result.recovered
     if curve:
         losses = [step["loss"] for step in curve]

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -110,13 +111,11 @@ def pairs_stage(job: Job, prepared: Prepared, plan: Plan, own: Applied, config: 
     return Stage(key=key, title="recovery", make=make, load=load)
 
 
-def measured_with_pairs(
-    job: Job, prepared: Prepared, own: Applied, recovered: Recovered
+def with_recovered(
+    job: Job, rows: Int[Tensor, "rows length"], own: Applied, recovered: Recovered
 ) -> tuple[PreTrainedModel, Divergence]:
-    """The recovered model, and its divergence from the original on the rows that plans are chosen by."""
-    text = prepared.text
-    assert text is not None
-    taught = teacher(job, text.choose.tokens)
+    """The recovered model, and its divergence from the original on some rows."""
+    taught = teacher(job, rows)
     model = with_pairs(own.folder, recovered.pairs)
     with job.reporter.stage("KL of the recovered model") as progress:
-        return model, divergence(model, taught, text.choose.tokens, progress)
+        return model, divergence(model, taught, rows, progress)

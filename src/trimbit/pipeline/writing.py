@@ -1,48 +1,22 @@
 """The compressed directory of a job, and all that lies in it."""
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 from trimbit.artifact.card import model_card
 from trimbit.artifact.files import RECIPE_FILE
 from trimbit.artifact.writer import Writer, copy_weights, write_file
-from trimbit.pipeline.applying import Applied
 from trimbit.pipeline.job import Job
 from trimbit.pipeline.record import run_record
-from trimbit.pipeline.recovering import Recovered
-from trimbit.pipeline.text import Text
+from trimbit.pipeline.result import Result
 from trimbit.recover.recovery import adapter_tensors
 from trimbit.report import training
 from trimbit.report.pareto import best, picture, table, trials_of
 from trimbit.schema.base import digest
-from trimbit.schema.budget import Budget
-from trimbit.schema.found import Found
 from trimbit.schema.plan import Plan
 from trimbit.schema.run import RUN_FILE
 
 TUNING_FILE = "tuning.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What a job made, on its way into a directory."""
-
-    found: Found
-    applied: Applied
-    text: Text | None = None
-    recovered: Recovered | None = None
-    recovered_kl: float | None = None
-    budget: Budget | None = None
-    budget_nbytes: int
-
-    @property
-    def plan(self) -> Plan:
-        """The plan with what was measured of it in the end."""
-        measured = self.applied.measured.choose if self.applied.measured else None
-        return self.found.plan.with_provenance(
-            measured_damage=measured if self.recovered_kl is None else self.recovered_kl
-        )
 
 
 def write(job: Job, result: Result, folder: Path) -> Plan:

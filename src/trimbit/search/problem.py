@@ -63,14 +63,13 @@ class Measured(NamedTuple):
     """KL of an applied plan, in nats a token."""
 
     choose: float  # on the rows that plans are chosen by
-    report: float | None  # on rows that nothing is fitted to or chosen by
+    report: float  # on rows that nothing is fitted to or chosen by
 
 
 @runtime_checkable
 class Oracle(Protocol):
     """What choices and plans cost, and the gradients of masks: everything that needs the model."""
 
-    @property
     def channels(self) -> Channels:
         """Figures of the input channels of weights."""
 
@@ -223,6 +222,7 @@ class Problem:
             )
 
 
+@runtime_checkable
 class Search(Protocol[In]):
     """Finds a plan within the problem's budget."""
 
@@ -230,6 +230,7 @@ class Search(Protocol[In]):
         """Search."""
 
 
+@runtime_checkable
 class RequireFeasible(Protocol[In]):
     """Refuses, before anything long, a budget or a recipe that the method cannot serve."""
 
@@ -237,6 +238,7 @@ class RequireFeasible(Protocol[In]):
         """Check."""
 
 
+@runtime_checkable
 class DefaultNbytes(Protocol[In]):
     """Bytes of the weight files where no budget is given."""
 

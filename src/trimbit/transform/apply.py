@@ -25,14 +25,14 @@ from trimbit.transform.weight import Method, identity_moments, tied_moments
 def apply_plan(
     stream: BlockStream, plan: Plan, tokens: Int[Tensor, "rows length"], method: Method, repair: refit.Config | None,
     stats: Stats | None, writer: Writer, progress: Progress, held_out: Int[Tensor, "held held_length"] | None = None,
-) -> float | None:  # fmt: skip
+) -> list[float]:  # fmt: skip
     """Write all tensors of a plan through `writer`; memory holds one block, twice, and the hidden states.
 
     `stats` give H of a tied head, whose table is quantised first because the blocks read it too; a quantiser that
     needs no moments needs no `stats`.
 
     Returns:
-        KL(original || compressed) on the `held_out` tokens, in nats a token; None without any.
+        KL(original || compressed) on each of the `held_out` rows, in nats a token.
 
     Raises:
         PlanError: if the plan does not fit the model, or is in another basis than `stream`.
@@ -66,7 +66,7 @@ def apply_plan(
         writer.add(packed.tensors(family.head))
     writer.add({name: stream.checkpoint.tensor(name).to(torch.bfloat16) for name in layout.fixed})
     if held_out is None:
-        return None
+        return []
     head_name = family.embed if layout.tied else family.head
     original = stream.checkpoint.tensor(f"{head_name}.weight").to(stream.compute)
     return job.damage(original, packed.dense(torch.bfloat16).to(stream.compute), held_out)

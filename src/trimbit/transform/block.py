@@ -1,7 +1,7 @@
 """Apply a plan to one block after the other, each on the inputs that the compressed blocks before it give."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -79,18 +79,19 @@ class _Job:
                 self.compressed[at] = self.stream.run(index, block, chunk)
         self.inputs = []
 
-    def damage(self, original: Tensor, compressed: Tensor, held_out: Tensor) -> float:
-        """KL(original || compressed) on the held-out rows, which are past the last block, with both heads' weights."""
-        dense, own = (
-            logit_slices(
-                partial(functional.linear, weight=weight),
-                self.layout.config,
-                torch.cat([self.stream.final_norm(chunk).flatten(0, -2) for chunk in chunks]),
+    def damage(self, original: Tensor, compressed: Tensor, held_out: Tensor) -> list[float]:
+        """KL(original || compressed) on each held-out row, which are past the last block, with both heads' weights."""
+        found: list[float] = []
+        rows = zip(_rows(self.held_dense), _rows(self.held_compressed), held_out, strict=True)
+        for dense, own, tokens in rows:
+            teacher, student = (
+                logit_slices(partial(functional.linear, weight=weight), self.layout.config, self.stream.final_norm(x))
+                for weight, x in ((original, dense), (compressed, own))
             )
-            for weight, chunks in ((original, self.held_dense), (compressed, self.held_compressed))
-        )
-        with computing(self.stream.compute):
-            return compare_logits((torch.log_softmax(logits, -1) for _, logits in dense), own, following(held_out)).kl
+            with computing(self.stream.compute):
+                log_ps = (torch.log_softmax(logits, -1) for _, logits in teacher)
+                found.append(compare_logits(log_ps, student, following(tokens[None])).kl)
+        return found
 
     def _compress_unit(
         self, index: int, unit: Unit, dense: nn.Module, block: nn.Module, prefix: str
@@ -169,3 +170,7 @@ class _Job:
         compressed = self._compress([name], [fitted.weight], both)
         linear.bias = nn.Parameter(refit.bias_for(w, compressed[0].dense(), bias, both), requires_grad=False)
         return compressed
+
+
+def _rows(chunks: Chunks) -> Iterator[Tensor]:
+    return (row for chunk in chunks for row in chunk)

@@ -102,9 +102,8 @@ def search(problem: Problem, config: Config) -> Found:
 
 
 def result_fields(config: Config) -> dict[str, Any]:
-    """What of the configuration decides the order of trials and their results; how many there are does not."""
-    left: dict[str, Any] = {"optimiser": {"trials", "smaller"}, "share": True, "objective": {"workers"}}
-    return config.model_dump(mode="json", exclude=left)
+    """What of the configuration decides the plan; the number of processes does not."""
+    return config.model_dump(mode="json", exclude={"objective": {"workers"}})
 
 
 def _value(outcome: Outcome, objective: Objective) -> float:

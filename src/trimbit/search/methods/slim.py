@@ -84,7 +84,7 @@ def _uniform(problem: Problem, config: Config) -> Plan:
 
 def _best(problem: Problem, name: str, bits: int) -> tuple[tuple[Run, ...], int]:
     """The runs of a weight, and how many of its groups have a bit more."""
-    channels = problem.costs.channels
+    channels = problem.costs.channels()
     salience = channels.salience(name)
     whole = len(salience) // GROUP
     sums = [sum(salience[at * GROUP : (at + 1) * GROUP]) for at in range(whole)]

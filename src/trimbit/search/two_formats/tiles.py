@@ -66,7 +66,7 @@ class TileProblem:
         """Diag H of each site's inputs; for sizes alone, falling numbers, so that orders are stored."""
         if self.problem.oracle is None:
             return {site: [-float(at) for at in range(count)] for site, count in self.channels.items()}
-        return self.problem.oracle.channels.second_moments()
+        return self.problem.oracle.channels().second_moments()
 
     def bits(self, codes: int) -> float:
         """Mean nominal bits of a code, so many of them in high channels."""

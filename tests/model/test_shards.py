@@ -1,0 +1,57 @@
+"""Shards."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from plans import make_plan, random_plan
+from tiny import tiny_config
+from trimbit.artifact.writer import DTYPES as ARTIFACT_DTYPES
+from trimbit.model.build import build_layout
+from trimbit.model.shards import METADATA, shard_nbytes, shards
+
+DTYPES = {name: getattr(torch, kind.removeprefix("torch.")) for kind, name in ARTIFACT_DTYPES.items()}
+
+
+def layout_of(model_type, *, tied):
+    config = tiny_config(model_type)
+    config.tie_word_embeddings = tied
+    return build_layout(config)
+
+
+LAYOUTS = {
+    "llama": layout_of("llama", tied=False),
+    "tied": layout_of("llama", tied=True),
+    "qwen2": layout_of("qwen2", tied=True),
+}
+
+
+LLAMA = LAYOUTS["llama"]
+
+
+def write(specs, path):
+    save_file(
+        {name: torch.zeros(spec.shape, dtype=DTYPES[spec.dtype]) for name, spec in specs.items()},
+        path,
+        metadata=METADATA,
+    )
+    return path.stat().st_size
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10**6), limit=st.integers(1, 60_000))
+def test_shards(tmp_path_factory, seed, limit):
+    specs = LLAMA.tensors(random_plan(LLAMA, seed))
+    files = shards(specs, limit)
+    assert [name for file in files for name in file] == list(specs)
+    assert all(len(file) == 1 or sum(spec.nbytes for spec in file.values()) <= limit for file in files)
+    path = tmp_path_factory.getbasetemp() / "shard.safetensors"
+    assert [shard_nbytes(file) for file in files] == [write(file, path) for file in files]
+
+
+def test_a_shard_is_filled_to_the_last_byte():
+    specs = LLAMA.tensors(make_plan(LLAMA))
+    first, second, *_ = (spec.nbytes for spec in specs.values())
+    assert len(shards(specs, first + second)[0]) == 2
+    assert len(shards(specs, first + second - 1)[0]) == 1

@@ -1,0 +1,60 @@
+"""Recovery: what it trains on, and how it goes on after a kill."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qpruner_jobs import session
+from sessions import compress
+from trimbit.recover import recovery
+from trimbit.recover.tune import drawn
+
+
+def test_recovery_that_was_broken_off_goes_on(job, tmp_path, monkeypatch):
+    """With dropout, in the middle of an epoch."""
+    noisy = ("tune.dropout=0.3", "tune.batch=5")
+    compress(session(job, "qpruner-1", *noisy, cache=tmp_path / "one"), None, tmp_path / "whole")
+    from trimbit.recover import tune
+
+    real, steps = tune._step, []
+
+    def breaking(*arguments):
+        if len(steps) == 3:
+            steps.append("killed")
+            raise KeyboardInterrupt
+        steps.append(arguments[-1])
+        return real(*arguments)
+
+    monkeypatch.setattr(tune, "_step", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        compress(session(job, "qpruner-1", *noisy, cache=tmp_path / "two"), None, tmp_path / "broken")
+    assert not (tmp_path / "broken").exists()
+    compress(session(job, "qpruner-1", *noisy, cache=tmp_path / "two"), None, tmp_path / "resumed")
+    assert steps == [0, 1, 2, "killed", 2, 3]
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "resumed")]
+    assert files[0] == files[1]
+
+
+def test_recovery_trains_on_rows_of_its_own(job, tmp_path):
+    one, other = (session(job, "qpruner-1", f"calibration.training={n}", cache=tmp_path) for n in (0, 3))
+    rows = [torch.cat([row.tokens for row in opened.examples]) for opened in (one, other)]
+    assert torch.equal(rows[0], one.tokens.tokens.flatten())
+    assert torch.equal(rows[1], other.training.tokens.flatten())
+    assert len(rows[1]) == 3 * len(rows[0]) // 6
+
+
+def test_training_asks_the_original_for_what_was_drawn_and_no_more(job, tmp_path, monkeypatch):
+    opened = session(job, "qpruner-1", "tune.batch=3", "tune.steps=2", cache=tmp_path)
+    asked, found = set(), recovery.teacher_outputs
+
+    def listening(*arguments):
+        original = found(*arguments)
+        listen = lambda tokens: asked.add(tuple(tokens.tolist())) or original.hidden(tokens)  # noqa: E731
+        return replace(original, hidden=listen)
+
+    monkeypatch.setattr(recovery, "teacher_outputs", listening)
+    opened.recovery.train(opened.trials.applied(opened.find_plan(None)))
+    rows = drawn(opened.tuning, len(opened.examples), 0)
+    assert asked == {tuple(opened.examples[at].tokens.tolist()) for at in rows}
+    assert len(asked) == 6 < len(opened.examples)

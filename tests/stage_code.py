@@ -1,0 +1,64 @@
+"""Digests of the code behind each stage, by which a forgotten version is noticed.
+
+`python tests/stage_code.py` writes the snapshot anew.
+"""
+
+import ast
+import hashlib
+import json
+from pathlib import Path
+
+import trimbit
+from trimbit.jobs.stages import StageKey
+from trimbit.pipeline import keys
+
+ROOT = Path(trimbit.__file__).parent
+SNAPSHOT = Path(__file__).parent / "snapshots" / "stages.json"
+CODE = {  # what makes each result, below src/trimbit
+    "text": ("calibrate/sample.py", "calibrate/text.py", "model/forward"),
+    "moments": ("calibrate/stats.py", "calibrate/moments.py", "calibrate/taps.py", "model/forward"),
+    "ranking": ("measure/ranking.py", "measure/criteria", "calibrate/gradients.py", "calibrate/inverse.py"),
+    "importance": ("measure/layer_importance.py", "measure/criteria", "model/forward"),
+    "candidates": ("trial/candidates.py", "transform", "kernels"),
+    "damage": ("measure/damage.py", "measure/kl_probe.py", "measure/choices.py", "model/forward"),
+    "teacher": ("calibrate/teacher.py", "model/forward"),
+    "applied": ("transform", "kernels", "model/forward"),
+    "pairs": ("recover/tune.py", "recover/recovery.py", "runtime/layers.py"),
+    "outcomes": ("measure/kl_probe.py", "evaluate/lm_eval.py", "recover"),
+    "shares": ("trial/masked",),
+    "plan": ("search", "measure/choices.py", "trial/masked"),
+}
+
+
+def stages():
+    """All stage keys, by their stage."""
+    found = vars(keys).values()
+    kinds = [one for one in found if isinstance(one, type) and issubclass(one, StageKey) and one is not StageKey]
+    return {kind.stage: kind for kind in kinds}
+
+
+def code_digest(*parts):
+    """Of the code without comments, docstrings and layout."""
+    files = sorted(
+        {file for part in parts for file in ((ROOT / part).rglob("*.py") if "." not in part else [ROOT / part])}
+    )
+    total = hashlib.sha256()
+    for file in files:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+                value = body[0].value
+                if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                    body[0] = ast.Pass()
+        total.update(f"{file.relative_to(ROOT)}\n{ast.unparse(tree)}".encode())
+    return total.hexdigest()[:16]
+
+
+def current():
+    """Version and code of every stage as they are now."""
+    return {name: {"version": kind.version, "code": code_digest(*CODE[name])} for name, kind in stages().items()}
+
+
+if __name__ == "__main__":
+    SNAPSHOT.write_text(json.dumps(current(), indent=1, sort_keys=True) + "\n", encoding="utf-8")
