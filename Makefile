@@ -60,10 +60,9 @@ test: venv ## Run the tests
 	@$(BIN)/pytest
 
 DATA ?= ../shared/data
+CELLS ?= *
 bench: venv model ## Run the benchmarks, cell by cell; DATA is a folder with wikitext-2, text, tasks and instruct
-	$(BIN)/python benchmarks/bench_main.py $(MODEL) --data $(DATA)
-	$(BIN)/python benchmarks/bench_qpruner.py $(MODEL) --data $(DATA)
-	$(BIN)/python benchmarks/bench_toga.py $(MODEL) --data $(DATA)
+	$(BIN)/python benchmarks/run.py main qpruner toga --data $(DATA) --only '$(CELLS)'
 
 clean: ## Remove everything that is built, the environment and the model included
 	@rm -rf .venv .models out dist benchmarks/.work .mypy_cache .pytest_cache .ruff_cache \

@@ -4,11 +4,8 @@ The embedded SmolLM2 was stored at 4 bits, so a 4-bit method that happens on tha
 lossless. Here each input channel of every projection is scaled by exp(U(-0.35, 0.35)) (ours), and
 the scale is undone in the layer before: the RMSNorm weight (q, k, v; gate, up), the rows of up_proj
 (down_proj) and the rows of v_proj (o_proj). The embedding stays as it is.
-
-Run: python benchmarks/offgrid.py SRC OUT [--seed 0], SRC a model directory or a .gguf file.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +25,7 @@ def _scale(tensor: Tensor, factor: Tensor, dim: int) -> None:
     tensor.copy_(tensor.double() * factor.view(shape))
 
 
-def _scale_out(layer: nn.Module, factor: Tensor) -> None:
+def _scale_out(layer: nn.Linear, factor: Tensor) -> None:
     """Multiply the output channels of a linear layer, its bias included, by `factor`."""
     _scale(layer.weight, factor, 0)
     if layer.bias is not None:
@@ -56,7 +53,8 @@ def take_off_grid(model: nn.Module, seed: int) -> None:
         return torch.exp((2 * uniform - 1) * SPREAD)
 
     groups = config.num_attention_heads // config.num_key_value_heads
-    for block in model.model.layers:
+    blocks: Any = model.get_submodule("model.layers")
+    for block in blocks:
         attn, mlp = block.self_attn, block.mlp
         for norm, readers in (
             (block.input_layernorm, (attn.q_proj, attn.k_proj, attn.v_proj)),
@@ -90,7 +88,7 @@ def load(source: Path) -> tuple[Any, Any]:
 
 
 def write_off_grid(source: Path, out: Path, seed: int) -> None:
-    """Write the off-grid model as a directory in bf16 and print how far its logits moved."""
+    """Write the off-grid model as a directory in bf16, and print how far its logits moved."""
     model, tokenizer = load(source)
     probe = torch.tensor([tokenizer(PROBE, add_special_tokens=False).input_ids])
     with torch.no_grad():
@@ -105,17 +103,3 @@ def write_off_grid(source: Path, out: Path, seed: int) -> None:
     print("max |logit difference|, computed in float32:")
     print(f"  before the cast {(scaled - before).abs().max():.2e}")
     print(f"  after the cast to bf16 {(cast - before).abs().max():.2e}")
-
-
-def main() -> None:
-    """Write one off-grid model."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path, help="model directory or .gguf file")
-    parser.add_argument("out", type=Path, help="directory to write")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    write_off_grid(args.source, args.out, args.seed)
-
-
-if __name__ == "__main__":
-    main()

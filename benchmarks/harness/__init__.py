@@ -1,0 +1,1 @@
+"""What every experiment shares: cells that resume, models, quality, measured processes, tables, the command line."""

@@ -1,0 +1,65 @@
+"""What cells are run on: the model, the data, and where work in progress lies."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from harness.models import write_off_grid
+from trimbit.jobs.progress import Reporter
+from trimbit.pipeline.job import Job
+from trimbit.pipeline.preflight import open_job
+from trimbit.pipeline.recipes import load_recipe
+
+BENCHMARKS = Path(__file__).parent.parent
+DOCS = BENCHMARKS.parent / "docs"
+WORK = BENCHMARKS / ".work"
+TEST, TRAIN = "wikitext-2/wiki.test.raw", "wikitext-2/wiki.train.prefix.raw"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """The model, the data, and the windows that quality is measured on."""
+
+    source: Path  # a model directory or a .gguf file
+    data: Path  # a folder with `wikitext-2`, `text`, `tasks` and `instruct`
+    work: Path = WORK
+    context: int = 2048
+    windows: int = 16
+    overrides: tuple[str, ...] = ()  # of every recipe: tests have small models and texts
+
+    @property
+    def cache(self) -> Path:
+        """Where stages are kept that cells share."""
+        return Path(os.environ.get("TRIMBIT_CACHE") or self.work / "cache")
+
+    def original(self, seed: int) -> Path:
+        """The model off its grid, made once."""
+        path = self.work / f"offgrid-{seed}"
+        if not path.exists():
+            partial = path.with_suffix(f".partial-{os.getpid()}")
+            shutil.rmtree(partial, ignore_errors=True)
+            write_off_grid(self.source, partial, seed)
+            partial.rename(path)
+        return path
+
+    def job(
+        self, recipe: str, seed: int = 0, overrides: tuple[str, ...] = (), *, text: str = TRAIN,
+        model_seed: int | None = None, reporter: Reporter | None = None,
+    ) -> Job:  # fmt: skip
+        """A job on the model off its grid; `model_seed` is that of the grid, else it is `seed`, too."""
+        loaded = load_recipe(recipe, (*overrides, *self.overrides))
+        return open_job(
+            self.original(seed if model_seed is None else model_seed), loaded, calibration=str(self.data / text),
+            seed=seed, cache=self.cache, reporter=reporter,
+        )  # fmt: skip
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A place for a compressed directory that is not kept."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=self.work) as folder:
+            yield Path(folder) / "out"

@@ -1,0 +1,78 @@
+"""Where a figure is from: the package's code, the machine, the libraries, the text."""
+
+import hashlib
+import platform
+from collections import Counter
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimbit.jobs.hardware import hardware
+from trimbit.schema.run import Hardware
+
+PACKAGES = ("trimbit", "torch", "transformers", "lm_eval")
+NOT_RECORDED = "not recorded"
+
+
+def package() -> Path:
+    """The folder of the package."""
+    spec = find_spec("trimbit")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def code_digest(folder: Path) -> str:
+    """Of the code and the recipes in a folder, 16 hex digits: names and contents."""
+    total = hashlib.sha256()
+    for path in sorted(own for suffix in ("py", "yaml") for own in folder.rglob(f"*.{suffix}")):
+        total.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
+        total.update(path.read_bytes())
+    return total.hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """Sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def machine() -> dict[str, Any]:
+    """The hardware as plain data; a GPU only where this process has used it."""
+    found = hardware()
+    used = torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0
+    return (found if used else found.model_copy(update={"gpu": None})).model_dump(mode="json")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the libraries that decide results."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware_of(cell: dict[str, Any]) -> Hardware:
+    """The hardware of a stored cell; earlier code recorded the processor's name and the threads alone."""
+    found = cell["hardware"]
+    if isinstance(found, dict):
+        return Hardware.model_validate(found | {"instruction_sets": tuple(found["instruction_sets"])})
+    return Hardware(cpu=found, instruction_sets=(), threads=cell["threads"], gpu=cell.get("gpu"))
+
+
+def origins(results: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Rows of (processor, instruction sets, threads, code, number of cells), the most cells first."""
+    counted: Counter[tuple[str, ...]] = Counter()
+    for cell in results.values():
+        own = hardware_of(cell)
+        recorded = isinstance(cell["hardware"], dict)
+        sets = ", ".join(own.instruction_sets) or "none of those looked for" if recorded else NOT_RECORDED
+        name = own.cpu if own.gpu is None else f"{own.cpu}, {own.gpu}"
+        counted[name, sets, str(own.threads), cell.get("code", NOT_RECORDED)] += 1
+    return [(*key, str(count)) for key, count in sorted(counted.items(), key=lambda one: (-one[1], one[0]))]

@@ -1,0 +1,20 @@
+"""docs/benchmarks.md and its picture."""
+
+from harness.bench import DOCS
+from harness.tables import Results, between, origin_table, write_parts
+from main import background, budgets, job, rounding
+
+PAGE = DOCS / "benchmarks.md"
+
+
+def tables(results: Results) -> str:
+    """All tables."""
+    parts = (rounding.rows(results), budgets.rows(results), background.rows(results), job.rows(results))
+    return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
+
+
+def write(results: Results) -> None:
+    """Write the page and the picture."""
+    PAGE.write_text(between(PAGE.read_text(encoding="utf-8"), "tables", tables(results)), encoding="utf-8")
+    write_parts(PAGE, {"origins": origin_table(results)})
+    budgets.draw(results, PAGE.with_name("budgets.png"))

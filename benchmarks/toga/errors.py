@@ -1,0 +1,78 @@
+"""Are GPTQ's errors as large as they are expected to be, at every kind of site?
+
+Cells: three settings; E |(W - Q) x|^2 of one weight a site, GPTQ's and that of rounding to nearest, each over the
+expected one. The high channels are diag H's, x is the input in the dense model. About 3 minutes a cell.
+Alone: `python benchmarks/run.py toga.errors --data DATA`
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from statistics import median
+
+import torch
+
+from harness.bench import Bench
+from harness.cells import Cell, Found, seeded
+from harness.tables import Results, table
+from toga.compressed import files, opened
+from toga.masks import Masks, Opened, diag_h, expected_errors, layer_of, ready, residuals
+from toga.methods import SETTINGS, WITH_ALL
+from trimbit.schema.plan import Plan
+from trimbit.transform.quant import gptq, rtn
+
+SEEDS = (0,)
+SHARED_MINUTES = 10.0
+
+
+def cells(bench: Bench, seed: int) -> Iterator[Cell]:
+    """Each setting."""
+    for setting in WITH_ALL:
+        yield Cell(
+            key=seeded(f"errors/{setting}", seed), run=partial(ratios, bench, setting, seed), minutes=3, seed=seed,
+            texts=files(bench, ()),
+        )  # fmt: skip
+
+
+def ratios(bench: Bench, setting: str, seed: int) -> Found:
+    """By kind of site, and by quantiser, a ratio for each block."""
+    found: dict[str, dict[str, list[float]]] = {}
+    with ready(opened(bench, SETTINGS[setting][1], seed=seed)) as own:
+        plan, masks = diag_h(own)
+        for site in masks:
+            kinds = found.setdefault(site.split(".", 2)[2], {})
+            for kind, ratio in _site(own, plan, masks, site).items():
+                kinds.setdefault(kind, []).append(round(ratio, 4))
+    return {"ratios": found}
+
+
+def _site(own: Opened, plan: Plan, masks: Masks, site: str) -> dict[str, float]:
+    """Of the first weight of a site."""
+    assert own.prepared.stats is not None
+    name, layer = own.job.layout.readers(site)[0].name, layer_of(own.masked, site)
+    moments = own.prepared.stats.moments(site)
+    w = own.job.stream.checkpoint.tensor(f"{name}.weight").float()
+    along, rest = expected_errors(layer, masks[site] > 0)
+    r = residuals(layer).double()
+    expected = ((along.square() + rest).double() @ ((r @ moments.h.double()) * r).sum(1)).sum()
+    order, runs = torch.tensor(plan.orders[site]), plan.weights[name]
+    moments, w = moments.at(order), w[:, order]
+    made = {
+        "GPTQ": gptq.quantize(w, moments, runs, gptq.Config()),
+        "rounded to nearest": rtn.quantize(w, None, runs, rtn.Config(scales="mse")),
+    }
+    found = {}
+    for kind, q in made.items():
+        errors = (w - q.dequantize()).double()
+        found[kind] = float(((errors @ moments.h.double()) * errors).sum() / expected)
+    return found
+
+
+def rows(results: Results) -> list[str]:
+    """Medians over blocks, and the range."""
+    found = []
+    for setting in WITH_ALL:
+        cell = results.get(f"errors/{setting}", {"ratios": {"not run": {}}})
+        for site, kinds in cell["ratios"].items():
+            each = (f"{median(own):.2f} ({min(own):.2f} to {max(own):.2f})" for own in kinds.values())
+            found.append([setting, site, *(each if kinds else ("", ""))])
+    return table(["setting", "site", "GPTQ / expected", "rounded to nearest / expected"], found)

@@ -1,0 +1,57 @@
+"""How near is the noise that a search sees to errors that all tokens share?
+
+Cells: three settings by three kinds of masks; KL of errors drawn anew for each token, and of draws in the weights. 5 to
+10 minutes a cell once `toga.settings` has learnt the masks. Alone: `python benchmarks/run.py toga.noise --data DATA`
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
+from statistics import mean
+
+from harness.bench import Bench
+from harness.cells import Cell, Found, seeded
+from harness.records import held_out_kl
+from harness.tables import Results, table
+from toga.compressed import files, opened
+from toga.masks import KINDS, drawn_errors, masks_of, ready, shared_kl
+from toga.methods import SETTINGS, WITH_ALL
+
+SEEDS = (0,)
+SHARED_MINUTES = 10.0
+
+
+def cells(bench: Bench, seed: int) -> Iterator[Cell]:
+    """Each kind of masks at each setting."""
+    for setting, kind in product(WITH_ALL, KINDS):
+        yield Cell(
+            key=seeded(f"noise/{setting}/{kind}", seed),
+            run=partial(drawn, bench, setting, kind, seed),
+            minutes=8, seed=seed, texts=files(bench, ()),
+        )  # fmt: skip
+
+
+def drawn(bench: Bench, setting: str, kind: str, seed: int) -> Found:
+    """KL on the rows that plans are chosen by."""
+    with ready(opened(bench, SETTINGS[setting][1], seed=seed)) as own:
+        _, masks, found = masks_of(own, kind)
+        masked = own.masked
+        shared = shared_kl(masked, masks, lambda draw: drawn_errors(masked, masks, draw))
+        return found | {"own": masked.damage(masks).kl, "shared": shared}
+
+
+def rows(results: Results) -> list[str]:
+    """KL by which errors the weights have: as expected, GPTQ's, and packed."""
+    found = []
+    for setting, kind in product(WITH_ALL, KINDS):
+        drawn, made, packed = (results.get(f"{part}/{setting}/{kind}") for part in ("noise", "gptq", "settings"))
+        figures = [f"{drawn['own']:.3f}", draws(drawn["shared"])] if drawn else ["not run", ""]
+        figures += [draws(made["signs"]), f"{made['kl']:.3f}"] if made else ["", ""]
+        found.append([setting, kind, *figures, f"{held_out_kl(packed):.3f}" if packed else ""])
+    heads = ("of each token's own", "shared by all tokens", "GPTQ's, signs at random", "GPTQ's, dense inputs", "packed")
+    return table(["setting", "masks", *heads], found)
+
+
+def draws(found: list[float]) -> str:
+    """Mean and range."""
+    return f"{mean(found):.3f} ({min(found):.3f} to {max(found):.3f})"

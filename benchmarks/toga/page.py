@@ -1,0 +1,27 @@
+"""docs/toga.md and its pictures."""
+
+from harness.bench import DOCS
+from harness.tables import Results, origin_table, write_parts
+from toga import agreement, cost, errors, full, kv, noise, options, ranks, settings, tiles
+from toga.plots import draw_bits, draw_masks
+
+PAGE = DOCS / "toga.md"
+
+
+def parts(results: Results) -> dict[str, list[str]]:
+    """All tables."""
+    return {
+        "ablation": settings.ablation_rows(results), "settings": settings.rows(results), "full": full.rows(results),
+        "ratios": settings.ratio_rows(results), "search": settings.search_rows(results), "tiles": tiles.rows(results),
+        "ranks": ranks.rows(results), "noise": noise.rows(results), "caches": kv.rows(results),
+        "options": options.rows(results), "errors": errors.rows(results), "agreement": agreement.rows(results),
+        "cost": cost.rows(results),
+    }  # fmt: skip
+
+
+def write(results: Results) -> None:
+    """Write the page and the pictures."""
+    write_parts(PAGE, parts(results) | {"origins": origin_table(results)})
+    if any(key.startswith("settings/") for key in results):
+        draw_bits(results, PAGE.with_name("toga-bits.png"))
+    draw_masks(results, PAGE.with_name("toga-masks.png"))
