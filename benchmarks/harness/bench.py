@@ -1,5 +1,6 @@
 """What cells are run on: the model, the data, and where work in progress lies."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -30,6 +31,18 @@ class Bench:
     context: int = 2048
     windows: int = 16
     overrides: tuple[str, ...] = ()  # of every recipe: tests have small models and texts
+
+    def dump(self) -> str:
+        """For a process of its own; see `load`."""
+        paths = {name: str(getattr(self, name)) for name in ("source", "data", "work")}
+        return json.dumps(paths | {"context": self.context, "windows": self.windows, "overrides": self.overrides})
+
+    @classmethod
+    def load(cls, text: str) -> "Bench":
+        """The bench of the process that dumped it."""
+        fields = json.loads(text)
+        paths = {name: Path(fields[name]) for name in ("source", "data", "work")}
+        return cls(**fields | paths | {"overrides": tuple(fields["overrides"])})
 
     @property
     def cache(self) -> Path:

@@ -39,19 +39,16 @@ def peaks(bench: Bench, own: Whole, seed: int) -> Found:
     teacher_of(job, examples_of(job, None), config_of(job, STEPS))  # the original's outputs are no part of a step
     child = ["-m", "qpruner.memory"]
     _, imports = measured([*child, "imports", str(out)])
-    given = [own.recipe, str(own.ratio or 0), str(seed), str(bench.source), str(bench.data)]
+    given = [own.recipe, str(own.ratio or 0), str(seed), bench.dump()]
     return {kind: measured([*child, kind, str(out), *given])[1] - imports for kind in KINDS} | {"imports": imports}
 
 
-def measure(
-    kind: str, out: Path, recipe: str = "", ratio: str = "0", seed: str = "0", source: str = "", data: str = ""
-) -> None:
+def measure(kind: str, out: Path, recipe: str = "", ratio: str = "0", seed: str = "0", bench: str = "") -> None:
     """What a process of its own runs, for its memory to be measured."""
     import peft  # noqa: F401
 
     if kind in {"training", "checkpointed"}:
-        bench = Bench(source=Path(source), data=Path(data))
-        job = recovering(bench, Whole(recipe, int(ratio) or None), int(seed))
+        job = recovering(Bench.load(bench), Whole(recipe, int(ratio) or None), int(seed))
         config = config_of(job, STEPS).model_copy(update={"checkpointing": kind == "checkpointed"})
         examples = examples_of(job, None)
         taught = teacher_of(job, examples, config)

@@ -66,7 +66,7 @@ def cost(bench: Bench, seed: int) -> Found:
     seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
     for mode in [*MODES] * ROUNDS:
         seconds[mode] += step_seconds(in_mode(bench, mode, seed))
-    child, given = ["-m", "toga.cost"], [str(bench.source), str(bench.data), str(seed)]
+    child, given = ["-m", "toga.cost"], [str(seed), bench.dump()]
     _, imports = measured(child)
     peaks = {mode: measured([*child, mode, *given])[1] - imports for mode in MODES}
     return {"step_seconds": seconds, "peaks": peaks, "operators": operators(in_mode(bench, FASTEST, seed))}
@@ -145,5 +145,5 @@ def rows(results: Results) -> list[str]:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        mode, source, data, seed = sys.argv[1:]
-        step_seconds(in_mode(Bench(source=Path(source), data=Path(data)), mode, int(seed), 2))
+        mode, seed, bench = sys.argv[1:]
+        step_seconds(in_mode(Bench.load(bench), mode, int(seed), 2))
