@@ -25,6 +25,7 @@ def forked(work):
     pid = os.fork()
     if pid:
         return pid
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # processes of a test run may ignore it
     code = 1
     try:
         work()
