@@ -61,12 +61,13 @@ def test_a_directory_without_a_budget(run, tmp_path):
     assert "535,000 bytes; knapsack" in out
 
 
-def test_an_edited_plan(refused, tmp_path):
+def test_an_edited_plan(run, refused, tmp_path):
     folder = write_result(tmp_path / "out")
     made, edited = make_plan(), make_plan(biases=("q",))
     edited.save(folder / "plan.json")
     refused("show", folder, words=["plan.json was edited", edited.content, made.content, "trimbit apply"])
-    made.with_provenance(notes=()).save(folder / "plan.json")  # what it says of itself makes no other model
+    made.with_provenance(method="renamed").save(folder / "plan.json")  # that is no other model
+    assert run("show", folder)[0] == 0
 
 
 @pytest.mark.parametrize("nbytes", [NBYTES - 100, NBYTES + 1])
