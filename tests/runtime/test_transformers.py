@@ -192,6 +192,22 @@ def test_weights_stay_packed_and_are_as_large_as_the_plan_says(small):
 
 
 @torch.no_grad()
+def test_in_bf16_a_weight_is_its_fp32_value_rounded_once(tmp_path):
+    """With scales rounded before they are multiplied, 8 bits would err as much as their own step."""
+    folder, _, _ = compress("llama", tmp_path, lambda _, cols: runs((cols, "int8g32")), ())
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype is torch.bfloat16
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, Packed)}
+    assert len(packed) > 10
+    for module in packed.values():
+        exact = module.dense(torch.float32)
+        assert torch.equal(module.dense(torch.bfloat16), exact.bfloat16())
+        if hasattr(module, "in_features"):
+            x = torch.randn(5, module.in_features).bfloat16()
+            assert torch.equal(module(x), torch.nn.functional.linear(x, exact.bfloat16(), module.bias))
+
+
+@torch.no_grad()
 def test_unquantised_plans_work_too(tmp_path):
     folder, layout, plan = compress("phi3", tmp_path, lambda _, cols: runs((cols, "bf16")), ())
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

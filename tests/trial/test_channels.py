@@ -29,7 +29,7 @@ def opened(tmp_path_factory):
     stats = collected(stream, TOKENS, tmp_path_factory.mktemp("stats"))
     channels = ChannelFigures(checkpoint=checkpoint, layout=layout, stats=stats)
     seen = inputs(model, layout, model.get_input_embeddings()(TOKENS))
-    return channels, {site: x.double() for site, x in seen.items()}
+    return channels, {site: x.bfloat16().double() for site, x in seen.items()}  # as a bf16 layer reads them
 
 
 def weight(channels, name):
@@ -41,7 +41,7 @@ def test_energies_are_mean_squares(opened):
     found = channels.second_moments()
     assert found.keys() == {w.site for w in channels.layout.weights.values() if channels.layout.readers(w.site)}
     for site, own in found.items():
-        torch.testing.assert_close(torch.tensor(own), seen[site].square().mean(0).float(), rtol=2e-3, atol=1e-6)
+        torch.testing.assert_close(torch.tensor(own), seen[site].square().mean(0).float(), rtol=1e-2, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -51,7 +51,7 @@ def test_salience(opened, name):
     h = seen[site].T @ seen[site] / len(seen[site])
     inverse = torch.linalg.inv(h + DAMPING * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64))
     want = [sum(float(w[i, j] ** 2 / inverse[j, j] ** 2) for i in range(len(w))) for j in range(w.shape[1])]
-    assert channels.salience(name) == pytest.approx(want, rel=5e-3)
+    assert channels.salience(name) == pytest.approx(want, rel=2e-2)
 
 
 @pytest.mark.parametrize("name", NAMES)

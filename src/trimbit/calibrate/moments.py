@@ -1,8 +1,7 @@
-"""Second moments of the inputs of a site: H = E[x x^T] and the mean of x, in fp32."""
+"""Second moments of the inputs of a site: H = E[x x^T] and the mean of x, summed in fp32."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -42,12 +41,12 @@ class Accumulator:
     def add(self, x: Float[Tensor, "tokens n"], dense: Float[Tensor, "tokens m"] | None = None) -> None:
         """Add the inputs of some tokens, rounded to bf16 as a bf16 layer reads them, whatever the model computes in."""
         self.count += x.shape[0]
-        x = x.float()
-        self._sum("h", lambda: torch.zeros(x.shape[1], x.shape[1])).add_(bf16_gram(x, x))
+        x = _as_read(x)
+        self._sum("h", lambda: torch.zeros(x.shape[1], x.shape[1])).add_(x.T @ x)
         self._sum("mean", lambda: torch.zeros(x.shape[1])).add_(x.sum(0))
         if dense is not None:
-            dense = dense.float()
-            self._sum("cross", lambda: torch.zeros(dense.shape[1], x.shape[1])).add_(bf16_gram(dense, x))
+            dense = _as_read(dense)
+            self._sum("cross", lambda: torch.zeros(dense.shape[1], x.shape[1])).add_(dense.T @ x)
             self._sum("dense_mean", lambda: torch.zeros(dense.shape[1])).add_(dense.sum(0))
 
     def _sum(self, name: str, zero: Callable[[], Tensor]) -> Tensor:
@@ -67,12 +66,6 @@ class Accumulator:
         return total
 
 
-def bf16_gram(x: Float[Tensor, "tokens n"], y: Float[Tensor, "tokens m"]) -> Float[Tensor, "n m"]:
-    """x^T y with bf16 factors summed in fp32: exact for what a bf16 layer reads, at several times the speed of fp32."""
-    backend: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined] # made at run time
-    before = backend.fp32_precision
-    backend.fp32_precision = "bf16"
-    try:
-        return x.T @ y
-    finally:
-        backend.fp32_precision = before
+def _as_read(x: Float[Tensor, "tokens n"]) -> Float[Tensor, "tokens n"]:
+    """Inputs as a bf16 layer reads them, in fp32: their products are then exact, and summed in fp32 on any machine."""
+    return x.bfloat16().float()

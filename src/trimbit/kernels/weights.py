@@ -1,5 +1,7 @@
 """Every operation on packed weights in plain PyTorch: the definition of correct for faster kernels."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
@@ -17,7 +19,8 @@ def dequantize(
 ) -> Float[Tensor, "rows cols"]:
     """The weight behind packed codes; groups restart at each run.
 
-    s * c; s * (c - z) where there is a zero point; s * level[c] for a codebook; m + s * level[c] where it has a mean.
+    s * c; s * (c - z) where there is a zero point; s * level[c] for a codebook; m + s * level[c] where it has a mean:
+    computed in fp32 and rounded once to `dtype`.
     """
     pieces: list[Tensor] = []
     at_code = at_scale = at_zero = 0
@@ -34,26 +37,39 @@ def dequantize(
         if nbytes := precision.zero_nbytes(count):
             shift = zeros[:, at_zero : at_zero + nbytes]  # type: ignore[index]
             at_zero += nbytes
-        pieces.append(_values(raw, scale, shift, precision, count, dtype))
+        pieces.append(_values(raw, scale, shift, precision, count).to(dtype))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
 def _values(
-    raw: Tensor, scale: Tensor, shift: Tensor | None, precision: Int | Codebook, count: int, dtype: torch.dtype
-) -> Tensor:
-    """The values of one run, [rows, count], from its bytes of codes and of zero points or means, and its scales."""
-    group = precision.group
-    scale = per_column(scale.to(dtype), group, count)
+    raw: Tensor, scale: Tensor, shift: Tensor | None, precision: Int | Codebook, count: int
+) -> Float[Tensor, "rows count"]:
+    """The values of one run in fp32, from its bytes of codes and of zero points or means, and its scales."""
+    group = precision.group or count
     if isinstance(precision, Codebook):
-        level = spread(raw, _levels(precision, dtype, raw.device))[:, :count]
-        if shift is None:
-            return level.mul(scale)
-        return torch.addcmul(per_column(_floats(shift, torch.float16).to(dtype), group, count), level, scale)
-    code = unpack(raw, precision.bits, count).to(torch.int16)
+        levels = spread(raw, _levels(precision, raw.device))[:, :count]
+        _by_group(levels, group, Tensor.mul_, scale.float())
+        if shift is not None:
+            _by_group(levels, group, Tensor.add_, _floats(shift, torch.float16).float())
+        return levels
+    codes = unpack(raw, precision.bits, count).float()
     if shift is None:
-        return scale.mul(code - 2 ** (precision.bits - 1))
-    zero = per_column(unpack(shift, precision.bits, precision.n_groups(count)), group, count)
-    return scale.mul(code - zero.to(torch.int16))
+        codes.sub_(2 ** (precision.bits - 1))
+    else:
+        zeros = unpack(shift, precision.bits, precision.n_groups(count)).float()
+        _by_group(codes, group, Tensor.sub_, zeros)
+    _by_group(codes, group, Tensor.mul_, scale.float())
+    return codes
+
+
+def _by_group(
+    values: Float[Tensor, "rows count"], group: int, operation: Callable[[Tensor, Tensor], Tensor],
+    per_group: Float[Tensor, "rows groups"],
+) -> None:  # fmt: skip
+    """Change the values in place by the one value of their group; the last group may be short."""
+    whole = values.shape[1] // group
+    operation(values[:, : whole * group].unflatten(1, (whole, group)), per_group[:, :whole, None])
+    operation(values[:, whole * group :], per_group[:, whole:])
 
 
 def per_column(per_group: Tensor, group: int | None, count: int) -> Tensor:
@@ -63,9 +79,9 @@ def per_column(per_group: Tensor, group: int | None, count: int) -> Tensor:
     return per_group.repeat_interleave(group, dim=1)[:, :count]
 
 
-def _levels(codebook: Codebook, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "256 per_byte"]:
+def _levels(codebook: Codebook, device: torch.device) -> Float[Tensor, "256 per_byte"]:
     """The levels of the codes of each byte."""
-    levels = torch.tensor(codebook.levels, dtype=dtype, device=device)
+    levels = torch.tensor(codebook.levels, device=device)
     return levels[digits(len(codebook.levels), codebook.per_byte, device)]
 
 

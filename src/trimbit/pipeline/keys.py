@@ -29,7 +29,7 @@ class MomentsKey(StageKey):
     """Second moments of the inputs of every site of the dense model."""
 
     stage: ClassVar[str] = "moments"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     weights: str
     config: str
     tokens: str
@@ -60,7 +60,7 @@ class CandidatesKey(StageKey):
     """Compressed weights of every choice, made from the dense model alone; a store."""
 
     stage: ClassVar[str] = "candidates"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     source: str  # the key of the moments, or the weights' hash where none are needed
     quant: Plain
     repair: Plain
@@ -74,7 +74,7 @@ class DamageKey(StageKey):
     """Damage of every choice; a store with a journal, since other spaces share changes that do the same."""
 
     stage: ClassVar[str] = "damage"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     moments: str
     candidates: str
     background: dict[str, Any]
@@ -97,7 +97,7 @@ class AppliedKey(StageKey):
     """A plan applied for real."""
 
     stage: ClassVar[str] = "applied"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     plan: dict[str, Any]  # without its provenance and its cache of keys and values, which change no weight
     fit: str | None  # tokens that the method is fitted to
     choose: str | None

@@ -11,7 +11,6 @@ from jaxtyping import Int
 from torch import Tensor
 
 from trimbit.artifact.writer import Writer
-from trimbit.calibrate.moments import Accumulator
 from trimbit.calibrate.stats import Stats
 from trimbit.errors import PlanError
 from trimbit.jobs.progress import Progress
@@ -57,11 +56,8 @@ def apply_plan(
         writer.add(job.block(index))
         progress(index + 1, layout.blocks)
     if not layout.tied:
-        final = Accumulator()
-        for chunk in job.compressed if needs else ():
-            final.add(stream.final_norm(chunk).flatten(0, -2))
         head = stream.checkpoint.tensor(f"{family.head}.weight").float()
-        moments = final.moments() if needs else None
+        moments = job.final_moments() if needs else None
         (packed,) = method.compress([head], moments, [family.head], [plan.weights[family.head]], [0])
         writer.add(packed.tensors(family.head))
     writer.add({name: stream.checkpoint.tensor(name).to(torch.bfloat16) for name in layout.fixed})

@@ -35,6 +35,7 @@ class _Job:
         self.plan = plan
         self.method = method
         self.repair = repair
+        self.norm = as_stored(stream.norm)
         self.inputs: list[Tensor] = []  # of the unit's last projection, for each chunk
         self.held_dense: Chunks = embed_chunks(stream, held_out) if held_out is not None else []
         with stream.embedding_replaced(table.dense(torch.bfloat16)):
@@ -49,7 +50,7 @@ class _Job:
     def block(self, index: int) -> dict[str, Tensor]:
         """Compress one block, half by half, and move the hidden states past it; returns its stored tensors."""
         dense = self.stream.load(index)
-        block = copy.deepcopy(dense)
+        block = as_stored(dense)
         prefix = f"{self.layout.family.blocks}.{index}."
         stored: dict[str, Tensor] = {}
         for kind in ("attn", "mlp"):
@@ -79,19 +80,28 @@ class _Job:
                 self.compressed[at] = self.stream.run(index, block, chunk)
         self.inputs = []
 
+    @torch.no_grad()
     def damage(self, original: Tensor, compressed: Tensor, held_out: Tensor) -> list[float]:
         """KL(original || compressed) on each held-out row, which are past the last block, with both heads' weights."""
         found: list[float] = []
         rows = zip(_rows(self.held_dense), _rows(self.held_compressed), held_out, strict=True)
         for dense, own, tokens in rows:
             teacher, student = (
-                logit_slices(partial(functional.linear, weight=weight), self.layout.config, self.stream.final_norm(x))
-                for weight, x in ((original, dense), (compressed, own))
+                logit_slices(partial(functional.linear, weight=weight), self.layout.config, norm(x))
+                for weight, norm, x in ((original, self.stream.norm, dense), (compressed, self.norm, own))
             )
             with computing(self.stream.compute):
                 log_ps = (torch.log_softmax(logits, -1) for _, logits in teacher)
                 found.append(compare_logits(log_ps, student, following(tokens[None])).kl)
         return found
+
+    @torch.no_grad()
+    def final_moments(self) -> Moments:
+        """Moments of the head's inputs, past the last block."""
+        final = Accumulator()
+        for chunk in self.compressed:
+            final.add(self.norm(chunk).flatten(0, -2))
+        return final.moments()
 
     def _compress_unit(
         self, index: int, unit: Unit, dense: nn.Module, block: nn.Module, prefix: str
@@ -137,10 +147,10 @@ class _Job:
         if dense is None and not self.method.needs_moments:
             return None, held
         relative = weight.name.removeprefix(prefix)
-        chunks = len(self.compressed)
-        share = round(chunks * (1 - self.repair.held_out))
-        boundary = chunks if dense is None else max(1, min(share, chunks - 1))  # one is held out, if there are two
-        for at, chunk in enumerate(self.compressed):
+        left = (
+            self._fitted_tokens() if dense is not None else sum(len(chunk.flatten(0, 1)) for chunk in self.compressed)
+        )
+        for chunk in self.compressed:
             x_dense = None
             if dense is not None:
                 with Tap({"x": dense.get_submodule(relative)}, stop_at="x") as seen:
@@ -148,10 +158,21 @@ class _Job:
                 x_dense = seen["x"]
             with Tap({"x": block.get_submodule(relative)}, stop_at="x") as seen:
                 self.stream.run(index, block, chunk)
-            (train if at < boundary else held).add(seen["x"], x_dense)
+            x = seen["x"]
+            for part, own in ((train, slice(left)), (held, slice(left, None))):
+                if len(x[own]):
+                    part.add(x[own], None if x_dense is None else x_dense[own])
+            left = max(0, left - len(x))
             if weight.name == self.layout.units[weight.unit].out_weight:
-                self.inputs.append(seen["x"])
+                self.inputs.append(x)
         return train, held
+
+    def _fitted_tokens(self) -> int:
+        """How many of the tokens a refit is fitted to; the rest, whole rows where there are two, choose its ridge."""
+        rows, length = sum(len(chunk) for chunk in self.compressed), self.compressed[0].shape[1]
+        if rows == 1:
+            return length - max(1, round(length * self.repair.held_out))
+        return length * (rows - max(1, round(rows * self.repair.held_out)))
 
     def _refit_and_compress(
         self, name: str, linear: Any, original: Any, train: Accumulator | None, held: Accumulator  # noqa: ANN401
@@ -163,13 +184,23 @@ class _Job:
             linear.weight.detach(),
             bias,
             train.moments(),
-            held.moments() if held.count else train.moments(),
+            held.moments(),
             self.repair,
         )
-        both = train.plus(held).moments() if held.count else train.moments()
+        both = train.plus(held).moments()
         compressed = self._compress([name], [fitted.weight], both)
-        linear.bias = nn.Parameter(refit.bias_for(w, compressed[0].dense(), bias, both), requires_grad=False)
+        shift = refit.bias_for(w, compressed[0].dense(), bias, both).bfloat16().float()  # as it is stored
+        linear.bias = nn.Parameter(shift, requires_grad=False)
         return compressed
+
+
+def as_stored(module: nn.Module) -> nn.Module:
+    """A copy whose norms and biases are rounded to bf16, as they are stored."""
+    copied = copy.deepcopy(module)
+    for parameter in copied.parameters():
+        if parameter.dim() == 1:
+            parameter.data = parameter.data.bfloat16().to(parameter.dtype)
+    return copied
 
 
 def _rows(chunks: Chunks) -> Iterator[Tensor]:

@@ -26,9 +26,10 @@ class Compressed:
     pair: LowRank | None = None
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The matrix that the layer multiplies by."""
-        dense = self.packed.dequantize(dtype)
-        return dense if self.pair is None else dense + self.pair.dense().to(dtype)
+        """The matrix that the layer multiplies by; summed in fp32 and rounded once."""
+        if self.pair is None:
+            return self.packed.dequantize(dtype)
+        return (self.packed.dequantize() + self.pair.dense()).to(dtype)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The stored tensors by name."""
