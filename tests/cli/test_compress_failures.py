@@ -73,7 +73,7 @@ def test_no_space_left(refused, job, options, tmp_path, monkeypatch):
     refused(*compress(job.model, tmp_path / "out", options), words=["cannot write", "No space left on device"])
 
 
-@pytest.mark.parametrize("module", ["calibrate.stats", "trial.candidates"])
+@pytest.mark.parametrize("module", ["calibrate.stats", "jobs.checked"])
 def test_no_space_left_for_the_cache(refused, job, options, tmp_path, monkeypatch, module):
     def full(_tensors, path, *_args):
         Path(path).write_bytes(b"half of it")
@@ -87,7 +87,7 @@ def test_no_space_left_for_the_cache(refused, job, options, tmp_path, monkeypatc
     assert not list(cache.rglob("*.tmp"))
 
 
-def test_a_cache_that_safetensors_cannot_write_or_read(refused, job, options, tmp_path, monkeypatch):
+def test_a_cache_that_safetensors_cannot_write(refused, job, options, tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
@@ -100,11 +100,6 @@ def test_a_cache_that_safetensors_cannot_write_or_read(refused, job, options, tm
     with monkeypatch.context() as patched:
         patched.setattr(applying, "apply_plan", full)
         refused(*compress(job.model, tmp_path / "out", options), words=[])
-    for file in cache.rglob("candidates/*/*.safetensors"):
-        file.write_bytes(file.read_bytes()[:50])  # a disk that lost what it had been given
-    for file in cache.rglob("*.jsonl"):
-        file.unlink()
-    refused(*compress(job.model, tmp_path / "out", options), words=[str(cache), "damaged", "remove it"])
 
 
 @pytest.mark.usefixtures("untried")

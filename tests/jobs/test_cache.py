@@ -36,6 +36,20 @@ def test_an_entry_is_there_when_it_was_committed(cache):
     assert not any((cache.root / "partial" / "moments").iterdir())
 
 
+def test_half_files_of_dead_writers_are_swept(cache):
+    (cache.partial("moments", "k") / "block").mkdir()
+    (cache.partial("moments", "k") / "block" / "weights.x1.tmp").write_text("half")
+    path = put(cache)
+    assert [file.name for file in path.rglob("*") if file.is_file()] == ["value", "entry.json"]
+    store = cache.store("damage", "k")
+    old, new = store / "old.x2.tmp", store / "new.x3.tmp"
+    for file, age in ((old, 7200), (new, 60)):  # a minute ago: another process may be writing it
+        file.write_text("half")
+        os.utime(file, (time.time() - age,) * 2)
+    cache.store("damage", "k")
+    assert list(store.iterdir()) == [new]
+
+
 def test_what_an_interrupted_stage_left_is_found_again(cache):
     (cache.partial("moments", "k") / "half").write_text("x")
     again = reopened(cache)

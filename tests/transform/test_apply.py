@@ -8,10 +8,14 @@ from transformers import AutoModelForCausalLM
 
 from plans import make_plan, runs
 from tiny import MODEL_TYPES, VOCAB, save_tiny, tiny_model
+from trimbit.artifact.writer import Writer
+from trimbit.calibrate.stats import Stats
 from trimbit.errors import NumericsError, PlanError
+from trimbit.jobs import carried
 from trimbit.model.build import build_layout
 from trimbit.model.checkpoint.open import open_checkpoint
 from trimbit.model.forward.stream import BlockStream
+from trimbit.schema.plan import load_plan
 from trimbit.transform.apply import apply_plan
 from trimbit.transform.block import _Job
 from trimbit.transform.quant import gptq, rtn
@@ -130,6 +134,36 @@ def test_same_input_same_bytes(original, tmp_path):
     for name in ("a", "b"):
         run(original, tmp_path / name, GPTQ, cuts=CUTS, refits=True, rows=40)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(("seconds", "left"), [(0.0, 1), (60.0, 3)])
+def test_an_interrupted_application_goes_on_to_the_same_bytes(original, tmp_path, monkeypatch, seconds, left):
+    """From the last block after which enough time had passed to keep what goes into the next."""
+    monkeypatch.setattr(carried, "SECONDS", seconds)
+    whole = written(original, tmp_path / "whole", CUTS, held_out=sample(3, 1))
+    (tmp_path / "partial").mkdir()
+
+    def go_on(progress):
+        checkpoint = open_checkpoint(original)
+        layout = build_layout(checkpoint.config)
+        plan = load_plan(tmp_path / "whole" / "plan.json")
+        stream, stats = BlockStream(checkpoint, layout, torch.float32), Stats(tmp_path / "whole-stats", 2560)
+        writer = Writer(tmp_path / "partial", layout, plan)
+        kls = apply_plan(stream, plan, sample(40, 0), GPTQ, refit.Config(), stats, writer, progress, sample(3, 1))
+        writer.finish()
+        return kls
+
+    def kill(done, _total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    steps = []
+    with pytest.raises(KeyboardInterrupt):
+        go_on(kill)
+    assert go_on(lambda *step: steps.append(step)) == whole
+    assert len(steps) == left
+    files = [{f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("whole", "partial")]
     assert files[0] == files[1]
 
 

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 ENTRY_FILE = "entry.json"
 PARTIAL, LOCKS = "partial", "locks"
 MAX_NBYTES = 100 * 10**9  # ours
+STALE_SECONDS = 3600.0  # ours: no file takes that long to write
 
 
 def cache_root() -> Path:
@@ -64,15 +65,17 @@ class Cache:
         return self.root / stage / key
 
     def partial(self, stage: str, key: str) -> Path:
-        """The folder in which an entry is made; what an interrupted run has left there is kept."""
+        """The folder in which an entry is made; what an interrupted run has left there is kept, but half files."""
         path = self.root / PARTIAL / stage / key
         path.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
         return path
 
     def store(self, stage: str, key: str) -> Path:
         """A folder that grows file by file; its files carry their own digests (`jobs/checked.py`)."""
         path = self.path(stage, key)
         path.mkdir(parents=True, exist_ok=True)
+        _sweep(path, older_than=STALE_SECONDS)  # others may be writing
         self._use(path)
         return path
 
@@ -190,6 +193,14 @@ def save_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sweep(folder: Path, older_than: float = 0.0) -> None:
+    """Remove half files of writers that died."""
+    for file in folder.rglob("*.tmp"):
+        with suppress(FileNotFoundError):  # a living writer has just finished it
+            if time.time() - file.stat().st_mtime >= older_than:
+                file.unlink()
 
 
 def _files(folder: Path) -> list[Path]:

@@ -1,6 +1,6 @@
 """A packed weight: codes, scales, zero points or means, and the runs that say how to read them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +50,14 @@ class QTensor:
             return {"weight": self.codes.view(torch.bfloat16)}
         zeros = {} if self.zeros is None else {"zeros": self.zeros}
         return {"codes": self.codes, "scales": self.scales, **zeros}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], runs: tuple[Run, ...]) -> "QTensor":
+        """The inverse of `tensors`."""
+        if (weight := tensors.get("weight")) is not None:
+            empty = torch.empty(weight.shape[0], 0, dtype=torch.float16)
+            return cls(codes=weight.view(torch.uint8), scales=empty, zeros=None, runs=runs)
+        return cls(codes=tensors["codes"], scales=tensors["scales"], zeros=tensors.get("zeros"), runs=runs)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "rows cols"]:
         """The weight that the codes stand for."""

@@ -6,19 +6,27 @@ because the compressed inputs are noisy (docs/benchmarks.md has the figures). He
 along in the dense model too, and say at the end what the plan really costs.
 """
 
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from trimbit.artifact.writer import Writer
 from trimbit.calibrate.stats import Stats
-from trimbit.errors import PlanError
+from trimbit.errors import ArtifactError, PlanError
+from trimbit.jobs.carried import Carried
+from trimbit.jobs.checked import load_tensors, save_tensors
 from trimbit.jobs.progress import Progress
 from trimbit.model.forward.stream import BlockStream
 from trimbit.schema.plan import Plan
 from trimbit.transform.block import _Job
 from trimbit.transform.repair import refit
-from trimbit.transform.weight import Method, identity_moments, tied_moments
+from trimbit.transform.weight import Compressed, Method, identity_moments, tied_moments
+
+PARTS = "parts"  # the folder of what is done
 
 
 def apply_plan(
@@ -26,6 +34,8 @@ def apply_plan(
     stats: Stats | None, writer: Writer, progress: Progress, held_out: Int[Tensor, "held held_length"] | None = None,
 ) -> list[float]:  # fmt: skip
     """Write all tensors of a plan through `writer`; memory holds one block, twice, and the hidden states.
+
+    What is done is kept beside the files of `writer` until the end: an interrupted application goes on from there.
 
     `stats` give H of a tied head, whose table is quantised first because the blocks read it too; a quantiser that
     needs no moments needs no `stats`.
@@ -36,33 +46,76 @@ def apply_plan(
     Raises:
         PlanError: if the plan does not fit the model, or is in another basis than `stream`.
         NumericsError: if H of a site cannot be factored, naming the weight.
+        ArtifactError: if a file cannot be written or read again.
     """
     layout = stream.layout
     layout.check(plan)
     if plan.rotation != stream.rotation:
         raise PlanError(f"the plan's rotation is {plan.rotation}, but the model is run with {stream.rotation}")
     family = layout.family
-    needs = method.needs_moments
-    table = stream.checkpoint.tensor(f"{family.embed}.weight").float()
-    lookup = identity_moments(table.shape[1])
-    if layout.tied and needs:
-        assert stats is not None, "a tied head needs statistics"
-        lookup = tied_moments(stats.moments("head_in"))
-    (packed,) = method.compress([table], lookup, [family.embed], [plan.weights[family.embed]], [0])
-    writer.add(packed.tensors(family.embed))
-    job = _Job(stream, plan, tokens, method, repair or refit.Config(), packed, held_out)
-    del table
-    for index in range(layout.blocks):
-        writer.add(job.block(index))
+    parts = writer.folder / PARTS
+    table = _table(stream, plan, method, stats, parts / "table.safetensors")
+    blocks = [parts / f"block-{index:04d}.safetensors" for index in range(layout.blocks)]
+    carried, job = Carried(parts), _Job(stream, plan, tokens, method, repair or refit.Config(), table, held_out)
+    for index in range(_resume(job, carried, blocks), layout.blocks):
+        save_tensors(blocks[index], job.block(index))
+        carried.save(index + 1, job.hidden)
         progress(index + 1, layout.blocks)
+    writer.add(table.tensors(family.embed))
+    for path in blocks:
+        writer.add(_whole(path))
+    head = table if layout.tied else _head(job)
     if not layout.tied:
-        head = stream.checkpoint.tensor(f"{family.head}.weight").float()
-        moments = job.final_moments() if needs else None
-        (packed,) = method.compress([head], moments, [family.head], [plan.weights[family.head]], [0])
-        writer.add(packed.tensors(family.head))
+        writer.add(head.tensors(family.head))
     writer.add({name: stream.checkpoint.tensor(name).to(torch.bfloat16) for name in layout.fixed})
+    shutil.rmtree(parts)
     if held_out is None:
         return []
     head_name = family.embed if layout.tied else family.head
     original = stream.checkpoint.tensor(f"{head_name}.weight").to(stream.compute)
-    return job.damage(original, packed.dense(torch.bfloat16).to(stream.compute), held_out)
+    return job.damage(original, head.dense(torch.bfloat16).to(stream.compute), held_out)
+
+
+def _table(stream: BlockStream, plan: Plan, method: Method, stats: Stats | None, path: Path) -> Compressed:
+    """The embedding's table, compressed, and kept at `path`."""
+    layout, name = stream.layout, stream.layout.family.embed
+    if (known := load_tensors(path)) is not None:
+        return Compressed.of(known[0], name, plan.weights[name])
+    table = stream.checkpoint.tensor(f"{name}.weight").float()
+    moments = identity_moments(table.shape[1])
+    if layout.tied and method.needs_moments:
+        assert stats is not None, "a tied head needs statistics"
+        moments = tied_moments(stats.moments("head_in"))
+    (made,) = method.compress([table], moments, [name], [plan.weights[name]], [0])
+    save_tensors(path, made.tensors(name))
+    return made
+
+
+def _head(job: _Job) -> Compressed:
+    """An untied head, compressed."""
+    name = job.layout.family.head
+    w = job.stream.checkpoint.tensor(f"{name}.weight").float()
+    moments = job.final_moments() if job.method.needs_moments else None
+    (made,) = job.method.compress([w], moments, [name], [job.plan.weights[name]], [0])
+    return made
+
+
+def _resume(job: _Job, carried: Carried, blocks: Sequence[Path]) -> int:
+    """Take up what an interrupted application has left; gives the number of blocks that are done."""
+    known = carried.load()
+    if known is None or any(load_tensors(path) is None for path in blocks[: known[0]]):
+        return 0
+    done, job.hidden = known
+    return done
+
+
+def _whole(path: Path) -> dict[str, Tensor]:
+    """The tensors of a block that was just compressed.
+
+    Raises:
+        ArtifactError: if the disk has lost them.
+    """
+    found = load_tensors(path)
+    if found is None:
+        raise ArtifactError(f"{path} was damaged after it was written; run the same command again")
+    return found[0]

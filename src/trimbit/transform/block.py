@@ -1,7 +1,7 @@
 """Apply a plan to one block after the other, each on the inputs that the compressed blocks before it give."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,8 @@ from trimbit.transform.cut import change_sites, cut_unit
 from trimbit.transform.repair import refit
 from trimbit.transform.weight import Compressed, Method
 
+HIDDEN = ("compressed", "held_compressed", "held_dense")
+
 
 class _Job:
     """The state of one application: the hidden states of both paths."""
@@ -41,6 +43,16 @@ class _Job:
         with stream.embedding_replaced(table.dense(torch.bfloat16)):
             self.compressed: Chunks = embed_chunks(stream, tokens)
             self.held_compressed: Chunks = embed_chunks(stream, held_out) if held_out is not None else []
+
+    @property
+    def hidden(self) -> dict[str, Chunks]:
+        """The hidden states between two blocks, by the name of their attribute."""
+        return {name: getattr(self, name) for name in HIDDEN}
+
+    @hidden.setter
+    def hidden(self, states: Mapping[str, Chunks]) -> None:
+        for name in HIDDEN:
+            setattr(self, name, states[name])
 
     def _refits(self, unit: Unit) -> bool:
         if unit.dim is None or self.layout.dropped(unit, self.plan):

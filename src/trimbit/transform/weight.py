@@ -1,7 +1,7 @@
 """How one weight is compressed: by a quantiser, with a low-rank pair beside it where the plan has one."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -30,6 +30,13 @@ class Compressed:
         if self.pair is None:
             return self.packed.dequantize(dtype)
         return (self.packed.dequantize() + self.pair.dense()).to(dtype)
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], name: str, runs: tuple[Run, ...]) -> "Compressed":
+        """The inverse of `tensors`, from tensors that may belong to other weights, too."""
+        own = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+        pair = LowRank(a=own["adapter.a"].float(), b=own["adapter.b"].float()) if "adapter.a" in own else None
+        return cls(QTensor.of(own, runs), pair)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The stored tensors by name."""

@@ -3,21 +3,20 @@
 A candidate has the full shape: what is cut is zero, which computes the same as being gone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trimbit.calibrate.moments import Moments
 from trimbit.calibrate.stats import Stats
-from trimbit.jobs.cache import save_atomically
+from trimbit.jobs.checked import load_tensors, save_tensors
 from trimbit.jobs.progress import Progress
 from trimbit.kernels.acts import take_channels
-from trimbit.kernels.qtensor import QTensor
 from trimbit.measure.choices import allowed_formats, format_of, sites_of
 from trimbit.model import axes
 from trimbit.model.checkpoint.checkpoint import Checkpoint
@@ -26,7 +25,6 @@ from trimbit.schema.base import digest
 from trimbit.schema.precision import Precision, Run
 from trimbit.schema.space import Space
 from trimbit.transform.repair import refit
-from trimbit.transform.repair.lowrank import LowRank
 from trimbit.transform.weight import Compressed, Method, identity_moments, tied_moments
 
 RIDGE = refit.Config(ridges=(0.01,))  # ours; there are no held-out moments here
@@ -91,10 +89,9 @@ class CandidateWeights:
 
     def compressed(self, weight: Weight, precision: Precision) -> Compressed:
         """The whole weight in one format."""
-        path = self._path(weight, precision)
-        if not path.exists():
-            self._make(weight, precision)
-        return _stored(path, (Run(count=weight.cols, precision=precision),))[0]
+        runs = (Run(count=weight.cols, precision=precision),)
+        tensors = self._kept(self._path(weight, precision), partial(self._make, weight, precision))
+        return Compressed.of(tensors, weight.name, runs)
 
     def make(self, progress: Progress) -> None:
         """Make all that a search over bits alone asks for: every weight, cut as `space.kept` says, in every format."""
@@ -121,22 +118,23 @@ class CandidateWeights:
             (precision, *(allowed_formats(unit, self.space) if self.space and unit.block is not None else ()))
         )
         work = [(member, p) for member in members for p in menu if not self._path(member, p).exists()]
-        if not work:  # another process has made them meanwhile
-            return
         dense = {member.name: self._dense(member) for member in members}
         made = self.method.compress(
             [dense[m.name] for m, _ in work], self.moments(weight), [m.name for m, _ in work],
             [(Run(count=m.cols, precision=p),) for m, p in work], [self._rank(m) for m, _ in work],
         )  # fmt: skip
         for (member, p), one in zip(work, made, strict=True):
-            _store(self._path(member, p), one, {})
+            save_tensors(self._path(member, p), one.tensors(member.name))
 
     def _dense(self, weight: Weight) -> Tensor:
         dense = self.checkpoint.tensor(f"{weight.name}.weight").float()
         return take_channels(dense, self.orders[weight.site]) if weight.site in self.orders else dense
 
     def _bias(self, weight: Weight) -> Tensor:
-        return self.checkpoint.tensor(f"{weight.name}.bias") if weight.bias else torch.zeros(weight.rows)
+        """The original's bias as it is stored; zeros where there is none."""
+        if not weight.bias:
+            return torch.zeros(weight.rows)
+        return self.checkpoint.tensor(f"{weight.name}.bias").bfloat16().float()
 
     def _indices(self, unit: Unit, axis: str, keep: tuple[int, ...]) -> Tensor:
         assert unit.dim is not None
@@ -146,12 +144,14 @@ class CandidateWeights:
         """A weight that writes into the cut dim, in the full shape: its pair depends on which rows are left."""
         index, runs = self._indices(unit, weight.row_axis, keep), (Run(count=weight.cols, precision=precision),)
         path = self._path(weight, precision, keep)
-        if not path.exists():
+
+        def make() -> None:
             w = self._dense(weight)[index]
             (made,) = self.method.compress([w], self.moments(weight), [weight.name], [runs], [self.rank])
-            _store(path, made, {})
+            save_tensors(path, made.tensors(weight.name))
+
         spread = torch.zeros(weight.rows, weight.cols)
-        spread[index] = _stored(path, runs)[0].dense()
+        spread[index] = Compressed.of(self._kept(path, make), weight.name, runs).dense()
         return spread
 
     def _cut_columns(
@@ -161,7 +161,8 @@ class CandidateWeights:
         index = self._indices(unit, weight.col_axis, keep)
         runs = (Run(count=len(index), precision=precision),)
         path = self._path(weight, precision, keep)
-        if not path.exists():
+
+        def make() -> None:
             full = self.stats.moments(weight.site) if self.stats is not None else None
             kept = None if full is None else replace(full.at(index), cross=full.h[:, index], dense_mean=full.mean)
             w = self._dense(weight)
@@ -172,29 +173,18 @@ class CandidateWeights:
                 fitted = refit.refit(w, fitted, bias, kept, kept, RIDGE).weight
             (made,) = self.method.compress([fitted], kept, [weight.name], [runs], [self.rank])
             new = self._bias(weight) if kept is None or not self.refits else refit.bias_for(w, made.dense(), bias, kept)
-            _store(path, made, {"bias": new})
-        made, more = _stored(path, runs)
+            save_tensors(path, {**made.tensors(weight.name), "bias": new.bfloat16().float()})  # as it is stored
+
+        tensors = self._kept(path, make)
         spread = torch.zeros(weight.rows, weight.cols)
-        spread[:, index] = made.dense()
-        return {f"{weight.name}.weight": spread, f"{weight.name}.bias": more["bias"]}
+        spread[:, index] = Compressed.of(tensors, weight.name, runs).dense()
+        return {f"{weight.name}.weight": spread, f"{weight.name}.bias": tensors["bias"]}
 
-
-def _store(path: Path, one: Compressed, more: dict[str, Tensor]) -> None:
-    packed, pair = one.packed, one.pair
-    zeros = {} if packed.zeros is None else {"zeros": packed.zeros}
-    low = (
-        {}
-        if pair is None
-        else {"a": pair.a.to(torch.bfloat16).contiguous(), "b": pair.b.to(torch.bfloat16).contiguous()}
-    )
-    tensors = {"codes": packed.codes, "scales": packed.scales, **zeros, **low, **more}
-    save_atomically(path, lambda beside: save_file(tensors, beside))
-
-
-def _stored(path: Path, runs: tuple[Run, ...]) -> tuple[Compressed, dict[str, Tensor]]:
-    tensors = load_file(path)
-    packed = QTensor(
-        codes=tensors.pop("codes"), scales=tensors.pop("scales"), zeros=tensors.pop("zeros", None), runs=runs
-    )
-    pair = LowRank(a=tensors.pop("a").float(), b=tensors.pop("b").float()) if "a" in tensors else None
-    return Compressed(packed, pair), tensors
+    @staticmethod
+    def _kept(path: Path, make: Callable[[], None]) -> dict[str, Tensor]:
+        """The tensors of a file, which is made where it is missing or was damaged."""
+        if (found := load_tensors(path)) is None:
+            make()
+            found = load_tensors(path)
+            assert found is not None, f"{path} was not made"
+        return found[0]

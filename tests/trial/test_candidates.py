@@ -1,0 +1,47 @@
+"""Candidates on disk: made once, and again where the disk has lost them."""
+
+import logging
+
+import pytest
+import torch
+
+from measured import SPACE, TOKENS
+from tiny import save_tiny, tiny_model
+from trimbit.measure.choices import sites_of
+from trimbit.model.build import build_layout
+from trimbit.model.checkpoint.open import open_checkpoint
+from trimbit.model.forward.stream import BlockStream
+from trimbit.schema.precision import parse_precision
+from trimbit.transform.quant import rtn
+from trimbit.transform.repair.lowrank import Config as Pairs
+from trimbit.transform.weight import Method
+from trimbit.trial.candidates import CandidateWeights
+from written import collected
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_damaged_candidate_is_named_and_made_again(tmp_path, caplog, rank):
+    save_tiny(tiny_model("llama").bfloat16(), tmp_path / "original")
+    checkpoint = open_checkpoint(tmp_path / "original")
+    stream = BlockStream(checkpoint, build_layout(checkpoint.config), torch.float32)
+    rankings = {unit.dim: tuple(range(unit.size)) for unit in stream.layout.units.values() if unit.dim}
+    candidates = CandidateWeights(
+        checkpoint, stream.layout, collected(stream, TOKENS, tmp_path / "stats"),
+        Method(module=rtn, config=rtn.Config(), pairs=Pairs() if rank else None), tmp_path / "kept", rankings, SPACE,
+        rank=rank,
+    )  # fmt: skip
+    unit = stream.layout.units["blocks.1.mlp"]
+    formats = dict.fromkeys(sites_of(stream.layout, unit), parse_precision("int4g32"))
+    made = {width: candidates.unit_state(unit, width, formats) for width in (unit.size, 32)}
+    files = sorted((tmp_path / "kept").glob("*.int4g32.*"))
+    assert files
+    assert not caplog.records
+    for at, file in enumerate(files):
+        whole = file.read_bytes()
+        file.write_bytes(whole[:50] if at % 2 else whole[:-1] + bytes([whole[-1] ^ 1]))  # cut off, or one bit flipped
+    with caplog.at_level(logging.WARNING):
+        again = {width: candidates.unit_state(unit, width, formats) for width in (unit.size, 32)}
+    assert {str(file) for file in files} == {str(record.args[0]) for record in caplog.records}
+    for width, state in made.items():
+        assert state.keys() == again[width].keys()
+        assert all(torch.equal(again[width][name], tensor) for name, tensor in state.items())
