@@ -20,6 +20,17 @@ def test_a_truncated_file(refused, job, options, tmp_path):
     refused(*compress(file.parent, tmp_path / "out", options), words=["model.safetensors", "truncated or corrupt"])
 
 
+@pytest.mark.parametrize("more", [["--dry-run"], []])
+def test_a_missing_tokenizer_is_said_before_anything_long(refused, job, tmp_path, more, monkeypatch):
+    """Even by a recipe that reads no text: the compressed directory carries the tokenizer."""
+    model = copied(job, tmp_path)
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    monkeypatch.setattr("trimbit.pipeline.flow.prepare", lambda _: pytest.fail("too late"))
+    words = ["no usable tokenizer", "add the original's tokenizer files"]
+    refused(*compress(model, tmp_path / "out", ["--recipe", "uniform-rtn"]), *more, words=words)
+
+
 def test_a_nan_names_its_tensor(refused, job, options, tmp_path):
     model, name = copied(job, tmp_path), "model.layers.1.mlp.up_proj.weight"
     changed(model, lambda state: state[name].view(-1)[5].fill_(torch.nan))

@@ -20,8 +20,8 @@ assert not heavy, heavy
 """
 
 COMMANDS = (
-    ["--version"], ["--help"], ["compress", "--help"], ["recipes"], ["show", "out"], ["show", "out", "--json"],
-    ["cache", "show"], ["cache", "prune", "--older-than", "1"],
+    ["--version"], ["--help"], ["compress", "--help"], ["recipes"], ["recipes", "knapsack"],
+    ["show", "out"], ["show", "out", "--json"], ["cache", "show"], ["cache", "prune", "--older-than", "1"],
 )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ OPTIONS = {
         ["--against", "--context", "--dtype", "--json", "--limit", "--task-data", "--tasks", "--text", "--windows"],
     ),
     "show": (["path"], ["--context", "--json"]),
-    "recipes": (["name"], ["--set"]),
+    "recipes": (["name"], ["--all", "--set"]),
     "cache": ([], []),
     "cache show": ([], ["--json"]),
     "cache prune": ([], ["--max-size", "--older-than"]),
@@ -63,10 +63,12 @@ def test_recipes(run):
 @pytest.mark.parametrize("name", names())
 def test_a_recipe_spelled_out_is_the_recipe(run, tmp_path, name):
     """With every parameter; as a file it is the same one."""
-    code, out, err = run("recipes", name)
+    code, out, err = run("recipes", name, "--all")
     assert code == 0, err
     (tmp_path / "own.yaml").write_text(out)
-    assert run("recipes", tmp_path / "own.yaml")[1] == out
+    assert run("recipes", tmp_path / "own.yaml", "--all")[1] == out
+    (tmp_path / "short.yaml").write_text(run("recipes", name)[1])
+    assert run("recipes", tmp_path / "short.yaml", "--all")[1] == out
     fields = yaml.safe_load(out)
     assert fields["search"]["params"].keys() == module_of("search", load_recipe(name).search).Config.model_fields.keys()
 

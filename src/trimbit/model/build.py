@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from math import prod
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from trimbit.errors import LayoutError
 from trimbit.model import axes
 from trimbit.model.families import SubBlock, family_of
 from trimbit.model.layout import Layout, Unit, Weight
+from trimbit.model.parameters import parameter_shapes
 from trimbit.model.sizes import sizes_of
 
 
@@ -20,13 +20,9 @@ def build_layout(config: PreTrainedConfig) -> Layout:
         LayoutError: if the family is unknown, or a parameter of the model is not described by its row.
     """
     family = family_of(config.model_type)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    shapes = parameter_shapes(config)
     sizes = sizes_of(config)
     tied = bool(config.tie_word_embeddings)
-    if tied:
-        shapes.pop(f"{family.head}.weight", None)
     weights: dict[str, Weight] = {}
     units: dict[str, Unit] = {}
     _add_matrix(family.embed, "embed", "head_in" if tied else "embed", shapes, weights, units)

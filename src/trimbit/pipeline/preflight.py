@@ -43,13 +43,14 @@ def open_job(
         threads: that text is sampled with; default PyTorch's.
 
     Raises:
-        TrimbitError: if the model cannot be read, or the recipe or the text is not valid.
+        TrimbitError: if the model cannot be read or is not complete, or the recipe or the text is not valid.
     """
     runner = Runner(Cache(cache), reporter) if reporter is not None else Runner(Cache(cache))
     more: dict[str, Any] = {} if threads is None else {"threads": threads}
     job = Job(
         checkpoint=open_checkpoint(model), recipe=recipe, calibration=calibration, seed=seed, runner=runner, **more
     )
+    job.checkpoint.tokenizer()  # of the text, and of the compressed directory
     _check_recipe(job)
     _check_text(job)
     return job
@@ -83,10 +84,8 @@ def preflight(job: Job, budget: Budget | None, out: Path | None = None) -> int:
         check_tasks(job.objective.tasks, Path(folder) if folder else None, job.objective.documents)
     budget_nbytes = _nbytes(job, budget)
     job.steps.method.require_feasible(problem_of(job, budget_nbytes), job.steps.search)
-    if job.needs_text:
-        tokenizer = job.checkpoint.tokenizer()
-        if job.calibration != "self":
-            require_rows(job, tokenizer)
+    if job.needs_text and job.calibration != "self":
+        require_rows(job, job.checkpoint.tokenizer())
     return budget_nbytes
 
 

@@ -1,6 +1,7 @@
 """The search, as a stage: from a budget to a plan within it."""
 
 import json
+import logging
 from pathlib import Path
 
 from trimbit.errors import BudgetError
@@ -17,6 +18,8 @@ from trimbit.schema.found import Found
 from trimbit.schema.plan import Plan
 from trimbit.search.two_formats.config import MaskedSearch
 
+log = logging.getLogger(__name__)
+WIDE_GAP = 0.01  # ours: what is worth a warning
 IRRELEVANT = {"description", "source", "search"}  # fields of a recipe that decide no plan; the search has its own
 
 
@@ -32,6 +35,10 @@ def search(job: Job, prepared: Prepared, budget_nbytes: int) -> Found:
             problem = problem_of(job, budget_nbytes, oracle, work.folder)
             found = job.steps.method.search(problem, job.steps.search)
         require_within(found.plan, job.layout, budget_nbytes)
+        if found.gap is not None and found.gap > WIDE_GAP:
+            log.warning(
+                "the solver stopped early: a plan may exist whose predicted damage is %.1f %% lower", 100 * found.gap
+            )
         save_json(work.folder / "found.json", found.model_dump(mode="json"))
 
     def load(folder: Path) -> Found:

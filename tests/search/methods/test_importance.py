@@ -20,7 +20,7 @@ def require_best(found, told, gains):
         return sum(each[level] for each, level in zip(of_levels, point, strict=True))
 
     every_nbytes, every_gain = (reduce(np.add.outer, map(np.asarray, of_levels)) for of_levels in (found.costs, gains))
-    point = importance.allocate(found, told)
+    point = importance.allocate(found, told).picked
     assert total(found.costs, point) <= found.room_nbytes
     assert total(gains, point) == pytest.approx(every_gain[every_nbytes <= found.room_nbytes].max(), rel=1e-3)
 

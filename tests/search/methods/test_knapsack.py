@@ -161,7 +161,7 @@ def test_a_real_trial_decides_between_the_best_of_each_kind():
 @pytest.mark.parametrize("price", [1.0, 4.0])
 def test_the_price_on_pruning_is_not_part_of_the_predicted_damage(price):
     asked = problem((SMALLEST + LARGEST.found_by.nbytes) // 2)
-    plan = knapsack.solve(asked, Config(), asked.oracle.measurements, price, "priced")
+    plan, _ = knapsack.solve(asked, Config(), asked.oracle.measurements, price, "priced")
     assert plan.cuts
     assert plan.found_by.predicted_damage == pytest.approx(additive(plan))
 

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers import modeling_gguf_pytorch_utils as hf_gguf
 
 from trimbit.model.checkpoint.checkpoint import Checkpoint, Entry, bad, damaged, first_line
+from trimbit.model.checkpoint.complete import require_complete
 from trimbit.model.families import unknown_family
+from trimbit.model.parameters import parameter_shapes
 
 
 class _Blocks(NamedTuple):
@@ -35,19 +37,15 @@ def open_gguf(path: Path, file: Path) -> Checkpoint:
         config = AutoConfig.from_pretrained(
             str(file.parent), gguf_file=file.name, local_files_only=True, trust_remote_code=False
         )
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         processor_class = hf_gguf.TENSOR_PROCESSORS.get(arch, hf_gguf.TensorProcessor)
         processor = processor_class(config=config.to_dict())  # type: ignore[no-untyped-call]
-        needed = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        needed = parameter_shapes(config)
         to_hf = _gguf_names(arch, config.num_hidden_layers, needed)
     except Exception as error:
         problem = f"transformers cannot read this {arch!r} GGUF ({first_line(error)})"
         raise bad(file, problem, "give the original safetensors") from error
-    if config.tie_word_embeddings:
-        needed.pop("lm_head.weight", None)
     entries = _gguf_entries(file, blocks, to_hf, processor)
-    _check_complete(file, entries, needed)
+    require_complete(file, entries, needed)
     model_id = str(fields.get("general.name") or file.stem)
     license_id = fields.get("general.license")
     return Checkpoint(path, config, model_id, license_id and str(license_id), entries, file)
@@ -129,13 +127,3 @@ def _read_blocks(file: Path, block: _Blocks, processor: hf_gguf.TensorProcessor)
     values = dequantize(raw.reshape(*block.shape[:-1], -1), block.kind)
     values = processor.process(values, block.name).weights
     return torch.from_numpy(np.ascontiguousarray(values))
-
-
-def _check_complete(file: Path, entries: Mapping[str, Entry], needed: Mapping[str, tuple[int, ...]]) -> None:
-    if odd := sorted(needed.keys() ^ entries.keys()):
-        state = "is missing" if odd[0] in needed else "is not a parameter of the model"
-        raise bad(file, f"tensor {odd[0]!r} {state} ({len(odd)} such)", "fetch it again")
-    for name, shape in needed.items():
-        if entries[name].shape != shape:
-            problem = f"tensor {name!r} has shape {entries[name].shape}, its metadata imply {shape}"
-            raise bad(file, problem, "fetch it again, or give the original safetensors")

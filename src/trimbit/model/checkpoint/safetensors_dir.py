@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from trimbit.model.checkpoint.checkpoint import PICKLES, Checkpoint, Entry, bad, damaged, first_line
+from trimbit.model.checkpoint.complete import require_complete
 from trimbit.model.checkpoint.tied_head import settle_tied_head
 from trimbit.model.families import unknown_family
+from trimbit.model.parameters import parameter_shapes
 
 _FLOATS = ("BF16", "F16", "F32")
 _RECOMPUTED = ".rotary_emb.inv_freq"  # a buffer that old checkpoints hold and the config implies
@@ -37,6 +39,7 @@ def open_directory(path: Path) -> Checkpoint:
         entries |= held
     entries = {k: v for k, v in entries.items() if not k.endswith(_RECOMPUTED)}
     entries = settle_tied_head(config, entries)
+    require_complete(path, entries, parameter_shapes(config))
     recorded = str(raw.get("_name_or_path") or "")
     model_id = recorded if re.fullmatch(r"[\w.-]+/[\w.-]+", recorded) else path.resolve().name
     return Checkpoint(path, config, model_id, _card_license(path / "README.md"), entries)

@@ -71,7 +71,7 @@ def search(problem: Problem, config: Config) -> Found:
         plan = found.plan(box.lowest, "smallest")
         return Found(plan=plan.with_provenance(notes=(NO_CHOICE.format("the lowest bits everywhere"),)))
     allocated = importance.allocate(found, problem.costs.importance()) if problem.importance else None
-    start = [tuple(allocated)] if allocated is not None else []
+    start = [tuple(allocated.picked)] if allocated is not None else []
     outcomes: dict[Point, Outcome] = {}
 
     def evaluate(points: Sequence[Point]) -> Iterator[tuple[Point, float]]:

@@ -8,7 +8,7 @@ solver; for two formats and layers of one size that is the layers of largest I, 
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from pydantic import Field
 
@@ -17,7 +17,7 @@ from trimbit.schema.base import Schema
 from trimbit.schema.found import Found
 from trimbit.search.problem import NO_CHOICE, Problem, SearchMethod
 from trimbit.search.solvers.knapsack import Config as Solver
-from trimbit.search.solvers.knapsack import knapsack
+from trimbit.search.solvers.knapsack import Solution, knapsack
 from trimbit.search.variables import Per, Variables, variables
 
 
@@ -58,14 +58,14 @@ def search(problem: Problem, config: Config) -> Found:
     """
     require_feasible(problem, config)
     found = variables(problem, config.per)
-    levels = allocate(found, problem.costs.importance())
-    if levels is None:  # the bound on the header leaves no room
+    solved = allocate(found, problem.costs.importance())
+    if solved is None:  # the bound on the header leaves no room
         plan = found.plan([0] * len(found.costs), "bits by importance")
         return Found(plan=plan.with_provenance(notes=(NO_CHOICE.format("the lowest bits everywhere"),)))
-    return Found(plan=found.plan(levels, "bits by importance"))
+    return Found(plan=found.plan(solved.picked, "bits by importance"), gap=solved.gap)
 
 
-def allocate(found: Variables, importance: Mapping[str, float]) -> Sequence[int] | None:
+def allocate(found: Variables, importance: Mapping[str, float]) -> Solution | None:
     """A level for each variable; None if the lowest ones leave no room."""
     layer_nbytes: Counter[str] = Counter()
     for layer, costs in zip(found.layers, found.costs, strict=True):

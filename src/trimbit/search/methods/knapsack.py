@@ -79,18 +79,21 @@ def search(problem: Problem, config: Config) -> Found:
     if len(rounds) == 1:
         return rounds[0]
     plan, tried = problem.best([found.plan for found in rounds])
-    return Found(plan=plan, tried=(*(one for found in rounds for one in found.tried), *tried))
+    gap = next(found.gap for found in rounds if found.plan.content == plan.content)
+    return Found(plan=plan, tried=(*(one for found in rounds for one in found.tried), *tried), gap=gap)
 
 
 def best_of(problem: Problem, config: Config, damage: Measurements) -> Found:
     """The best tried plan among solutions with pruning, without, and the best uniform plan."""
     solved: dict[str, Plan] = {}
+    gaps: dict[str, float | None] = {}
     costs = (*config.pruning_costs, *((None,) if config.no_pruning else ()))
     for cost in costs:
         method = NO_PRUNING if cost is None else f"knapsack, pruning cost x{cost:g}"
-        plan = solve(problem, config, damage, cost, method)
-        if plan is not None:
+        if (one := solve(problem, config, damage, cost, method)) is not None:
+            plan, gap = one
             solved.setdefault(plan.content, plan)
+            gaps.setdefault(plan.content, gap)
     pruned = [plan for plan in solved.values() if plan.cuts]
     kinds = [kind for kind in (pruned, [plan for plan in solved.values() if not plan.cuts]) if kind]
     finalists: list[Plan] = []
@@ -105,7 +108,7 @@ def best_of(problem: Problem, config: Config, damage: Measurements) -> Found:
     if not finalists:  # the bound on the header leaves no room
         finalists = [problem.smallest().with_provenance(notes=(NO_CHOICE.format("the smallest plan"),))]
     best, applied = problem.best(sorted(finalists, key=_predicted))
-    return Found(plan=best, tried=(*tried, *applied))
+    return Found(plan=best, tried=(*tried, *applied), gap=gaps.get(best.content))
 
 
 def _predicted(plan: Plan) -> float:
@@ -162,21 +165,25 @@ def _room_nbytes(problem: Problem) -> int:
 
 def solve(
     problem: Problem, config: Config, damage: Measurements, pruning_cost: float | None, method: str
-) -> Plan | None:  # fmt: skip
-    """The knapsack's optimum with D(width) times `pruning_cost` (None: full widths only); None if nothing fits."""
+) -> tuple[Plan, float | None] | None:  # fmt: skip
+    """The knapsack's optimum with D(width) times `pruning_cost` (None: full widths only) and its proven gap.
+
+    None if nothing fits.
+    """
     layout = problem.layout
     groups = [pareto(choices(problem, damage, unit, pruning_cost)) for unit in layout.units.values()]
-    picked = knapsack([[(c.nbytes, c.cost) for c in group] for group in groups], _room_nbytes(problem), config)
-    if picked is None:
+    solved = knapsack([[(c.nbytes, c.cost) for c in group] for group in groups], _room_nbytes(problem), config)
+    if solved is None:
         return None
-    chosen = [group[at] for group, at in zip(groups, picked, strict=True)]
+    chosen = [group[at] for group, at in zip(groups, solved.picked, strict=True)]
     widths = {
         c.unit.dim: c.width for c in chosen if c.unit.dim is not None and c.width is not None and c.width != c.unit.size
     }
     formats = {site: precision for c in chosen for site, precision in c.formats}
     method = method if widths else NO_PRUNING  # whatever pruning would have cost
     predicted = damage.background_damage + sum(c.damage for c in chosen)
-    return problem.plan(widths, formats, method, predicted, digest(damage.model_dump(mode="json")))
+    plan = problem.plan(widths, formats, method, predicted, digest(damage.model_dump(mode="json")))
+    return plan, solved.gap
 
 
 def choices(problem: Problem, damage: Measurements, unit: Unit, pruning_cost: float | None) -> list[Choice]:

@@ -3,13 +3,17 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 from pydantic import Field
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
+from trimbit.errors import NumericsError
 from trimbit.schema.base import Schema
+
+INFEASIBLE = 2  # a status of `milp`
 
 
 class Config(Schema):
@@ -19,9 +23,24 @@ class Config(Schema):
     nodes: int = Field(default=2000, ge=1)  # branch-and-bound nodes: blocks alike make proofs endless
 
 
-def knapsack(groups: list[list[tuple[int, float]]], limit: int, config: Config) -> list[int] | None:
-    """One item (bytes, damage) of each group, of least total damage within `limit` bytes; None if impossible."""
-    if sum(min(nbytes for nbytes, _ in group) for group in groups) > limit:
+class Solution(NamedTuple):
+    """The item of each group that was picked, and how far its damage may be from the least one.
+
+    `gap` is the proven relative distance; None: nothing was proven.
+    """
+
+    picked: list[int]
+    gap: float | None
+
+
+def knapsack(groups: list[list[tuple[int, float]]], limit: int, config: Config) -> Solution | None:
+    """One item (bytes, damage) of each group, of least total damage within `limit` bytes; None if impossible.
+
+    Raises:
+        NumericsError: if the solver stops with nothing.
+    """
+    smallest = [min(range(len(group)), key=group.__getitem__) for group in groups]
+    if _nbytes(groups, smallest) > limit:
         return None
     sizes = [len(group) for group in groups]
     nbytes = np.array([item[0] for group in groups for item in group], dtype=float)
@@ -41,13 +60,21 @@ def knapsack(groups: list[list[tuple[int, float]]], limit: int, config: Config) 
             result = milp(
                 damage, integrality=np.ones(len(rows)), bounds=Bounds(0, 1), options=options, constraints=constraints
             )
+        if result.status == INFEASIBLE:  # what is left is below the solver's tolerances
+            return Solution(smallest, None)
         if result.x is None:
-            return None
+            raise NumericsError(
+                f"the solver of the knapsack stopped without a plan ({result.message}); allow more nodes"
+            )
         picked = [int(np.argmax(result.x[start : start + size])) for start, size in zip(starts, sizes, strict=True)]
-        over = sum(group[at][0] for group, at in zip(groups, picked, strict=True)) - limit
+        over = _nbytes(groups, picked) - limit
         if over <= 0:
-            return picked
+            return Solution(picked, max(0.0, float(result.mip_gap)))
         target -= over  # within the solver's tolerances, but not within the limit
+
+
+def _nbytes(groups: list[list[tuple[int, float]]], picked: list[int]) -> int:
+    return sum(group[at][0] for group, at in zip(groups, picked, strict=True))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from heapq import heapify, heappop, heappush
 import torch
 from torch import Tensor
 
-from trimbit.errors import BudgetError, NumericsError, RecipeError
+from trimbit.errors import BudgetError, RecipeError
 from trimbit.measure.choices import sites_of
 from trimbit.schema.activations import ActRun
 from trimbit.schema.plan import Plan
@@ -172,18 +172,16 @@ class TileProblem:
         `losses` are by site and number of high tiles, of which the first channels in `ranked` are.
 
         Raises:
-            NumericsError: if the solver finds nothing.
+            NumericsError: if the solver stops with nothing.
         """
         options = {site: sorted(own) for site, own in losses.items()}
         groups = [[(self.site_nbytes(site, n), losses[site][n]) for n in own] for site, own in options.items()]
 
         def pick(limit: int) -> dict[str, int] | None:
-            picked = knapsack.knapsack(groups, limit, knapsack.Config())
-            if picked is not None:
-                return {site: own[at] for (site, own), at in zip(options.items(), picked, strict=True)}
-            if sum(min(nbytes for nbytes, _ in group) for group in groups) > limit:
+            solved = knapsack.knapsack(groups, limit, knapsack.Config())
+            if solved is None:
                 return None
-            raise NumericsError("the knapsack over tiles of channels was not solved; give another budget")
+            return {site: own[at] for (site, own), at in zip(options.items(), solved.picked, strict=True)}
 
         return self._within(pick, ranked, what)
 
