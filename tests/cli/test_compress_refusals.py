@@ -82,6 +82,7 @@ def test_an_unknown_key_in_a_recipe(refused, job, tmp_path):
         ("quant.damping=-1", "quant gptq: damping: "),
         ("search.name=nonesuch", "no search method 'nonesuch'"),
         ("damping", "cannot read the override"),
+        ("calibration.length=257", "calibration.length is 257 tokens, but the model has 256 positions"),
     ],
 )
 def test_a_bad_override(refused, job, options, tmp_path, override, word):

@@ -174,6 +174,9 @@ def _check_recipe(job: Job) -> None:
 def _check_text(job: Job) -> None:
     """Refuse steps that ask for more text than there is, before any of it is read."""
     want, measured, criterion = job.recipe.calibration, job.recipe.measure, job.steps.criterion
+    positions = getattr(job.checkpoint.config, "max_position_embeddings", None)
+    if job.needs_text and positions is not None and want.length > positions:
+        raise RecipeError(f"calibration.length is {want.length} tokens, but the model has {positions} positions")
     if measured is not None and measured.length > want.length:
         raise RecipeError(
             f"measure.length is {measured.length} tokens, but a row has {want.length}: raise calibration.length"

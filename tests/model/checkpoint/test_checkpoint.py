@@ -70,3 +70,13 @@ def test_tokenizer(model: Path) -> None:
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(model)
     assert open_checkpoint(model).tokenizer()("b a c")["input_ids"] == [2, 1, 0]
+
+
+def test_a_snapshot_of_the_hubs_cache_has_the_models_id(model: Path, tmp_path: Path) -> None:
+    """Its folder is named by a commit; a link to it, too, is the model."""
+    snapshot = tmp_path / "models--org--Tiny-1" / "snapshots" / "0123456789abcdef"
+    snapshot.parent.mkdir(parents=True)
+    model.rename(snapshot)
+    (tmp_path / "mine").symlink_to(snapshot)
+    for path in (snapshot, tmp_path / "mine"):
+        assert open_checkpoint(path).model_id == "org/Tiny-1"

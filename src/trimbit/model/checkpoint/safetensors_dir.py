@@ -40,9 +40,19 @@ def open_directory(path: Path) -> Checkpoint:
     entries = {k: v for k, v in entries.items() if not k.endswith(_RECOMPUTED)}
     entries = settle_tied_head(config, entries)
     require_complete(path, entries, parameter_shapes(config))
-    recorded = str(raw.get("_name_or_path") or "")
-    model_id = recorded if re.fullmatch(r"[\w.-]+/[\w.-]+", recorded) else path.resolve().name
-    return Checkpoint(path, config, model_id, _card_license(path / "README.md"), entries)
+    return Checkpoint(
+        path, config, _model_id(path, str(raw.get("_name_or_path") or "")), _card_license(path / "README.md"), entries
+    )
+
+
+def _model_id(path: Path, recorded: str) -> str:
+    """The hub id that the config has recorded, or that the hub's cache has in its folders; else the folder's name."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", recorded):
+        return recorded
+    whole = path.resolve()
+    if whole.parent.name == "snapshots" and whole.parts[-3].startswith("models--"):
+        return whole.parts[-3].removeprefix("models--").replace("--", "/")
+    return whole.name
 
 
 def _read_json(file: Path) -> dict[str, Any]:
