@@ -10,10 +10,10 @@ GGUF := SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL := .models/$(GGUF)
 SOURCES := src tests benchmarks examples
 
-.PHONY: help venv model demo check fmt test bench clean
+.PHONY: help venv model demo check fmt test test-all bench clean
 
 help: ## List the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
 
 venv: .venv/.stamp ## Install everything into .venv
 .venv/.stamp: pyproject.toml
@@ -55,8 +55,12 @@ fmt: venv ## Format, and fix what can be fixed
 	@$(BIN)/ruff check --quiet --fix $(SOURCES) || true
 	@$(BIN)/ruff format $(SOURCES)
 
-test: venv ## Run the tests
+test: venv ## Run the tests, but for the slow ones
 	@echo '== pytest'
+	@$(BIN)/pytest -m 'not slow'
+
+test-all: venv model ## Run all tests, also on the small real model, as CI does
+	@echo '== pytest, slow ones too'
 	@$(BIN)/pytest
 
 DATA ?= ../shared/data

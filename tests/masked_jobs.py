@@ -4,7 +4,6 @@ import torch
 
 from sessions import open_session
 from trimbit.schema.recipe import Recipe, Step
-from trimbit.transform.quant import gptq
 
 ACTS = {"low_acts": {"bits": 4, "group": 32, "clip": 0.9}, "high_acts": {"bits": 8, "group": 32}}
 
@@ -30,8 +29,3 @@ def session(job, **params):
 
 def gradients(model, masks, step):
     return model.gradients(masks, step, torch.Generator().manual_seed(step))
-
-
-def replace_quant(made):
-    made.recipe = made.recipe.model_copy(update={"quant": Step(name="gptq")})
-    return gptq, gptq.Config()

@@ -62,5 +62,5 @@ def write_result(folder: Path, **fields) -> Path:
     (folder / "config.json").write_text(json.dumps({"model_type": "trimbit"}))
     (folder / "run.json").write_text(run.model_dump_json())
     (folder / "model.safetensors").write_bytes(bytes(run.nbytes))
-    plan.save(folder / "plan.json")
+    (folder / "plan.json").write_text(plan.to_json())
     return folder

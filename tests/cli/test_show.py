@@ -64,9 +64,9 @@ def test_a_directory_without_a_budget(run, tmp_path):
 def test_an_edited_plan(run, refused, tmp_path):
     folder = write_result(tmp_path / "out")
     made, edited = make_plan(), make_plan(biases=("q",))
-    edited.save(folder / "plan.json")
+    (folder / "plan.json").write_text(edited.to_json())
     refused("show", folder, words=["plan.json was edited", edited.content, made.content, "trimbit apply"])
-    made.with_provenance(method="renamed").save(folder / "plan.json")  # that is no other model
+    (folder / "plan.json").write_text(made.with_provenance(method="renamed").to_json())  # that is no other model
     assert run("show", folder)[0] == 0
 
 

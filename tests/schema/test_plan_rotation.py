@@ -17,7 +17,7 @@ from trimbit.schema.structure import Structure
 def test_json_round_trip(tmp_path):
     layout = build_layout(tiny_config("llama"))
     plan = rotated(make_plan(layout))
-    plan.save(tmp_path / "plan.json")
+    (tmp_path / "plan.json").write_text(plan.to_json())
     assert load_plan(tmp_path / "plan.json") == plan
     assert len({one.content for one in (plan, make_plan(layout), rotated(plan, Rotation()))}) == 3
     structure = structure_of(plan, layout)

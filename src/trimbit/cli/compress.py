@@ -43,6 +43,7 @@ def plan(
 ) -> None:  # fmt: skip
     """Find the best plan within a budget and write it as JSON."""
     from trimbit.artifact.files import require_absent
+    from trimbit.jobs.cache import save_atomically
     from trimbit.pipeline import flow
     from trimbit.pipeline.recipes import load_recipe
     from trimbit.schema.budget import Budget
@@ -54,7 +55,7 @@ def plan(
         _estimate(job, limit)
         return
     found = flow.find_plan(job, limit).plan
-    found.save(out)
+    save_atomically(out, lambda beside: beside.write_text(found.to_json(), encoding="utf-8"))
     print_summary(job.layout, found, limit.nbytes(job.layout.parameters) if limit else None, out)
 
 

@@ -1,6 +1,5 @@
 """The plan: what is cut and how many bits the rest gets."""
 
-import os
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -93,16 +92,6 @@ class Plan(Schema):
     def to_json(self) -> str:
         """The content of plan.json; it carries the content key, by which an edited plan is recognised."""
         return self.with_provenance(content=self.content).model_dump_json(indent=1) + "\n"
-
-    def save(self, path: Path) -> None:
-        """Write plan.json; the file appears whole."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(self.to_json(), encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def with_provenance(self, **fields: object) -> "Plan":
         """A copy with some provenance fields replaced."""
