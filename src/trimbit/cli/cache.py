@@ -48,7 +48,7 @@ def cache_prune(
         str | None, typer.Option("--max-size", help="leave at most this much, such as 20GB: what was used last")
     ] = None,
     older_than: Annotated[
-        float | None, typer.Option("--older-than", help="remove what was not used for so many days", min=0)
+        float | None, typer.Option("--older-than", help="remove entries that were not used for this many days", min=0)
     ] = None,
 ) -> None:
     """Remove entries that were not used for long. An entry that a job works on stays."""

@@ -62,7 +62,7 @@ def eval_command(
             scores = evaluate_tasks(
                 model, names, folder=task_data, limit=limit, dtype=getattr(torch, dtype), reporter=reporter()
             )
-    finally:  # if the tasks fail, what was found on the text is told
+    finally:  # if the tasks fail, what was found on the text is still printed
         if found or scores:
             _print_evaluation(model, found, scores, as_json=as_json)
 

@@ -32,14 +32,14 @@ class Workers(Generic[Task, Result]):
         """The result of each task, with its place among them, as soon as it is known; an error of one is raised here.
 
         Raises:
-            TrimbitError: if a process dies; memory is what it lacks as a rule.
+            TrimbitError: if a process dies, most likely out of memory.
         """
         try:
             places = {self.pool.submit(_do, task): place for place, task in enumerate(tasks)}
             for future in as_completed(places):
                 yield places[future], future.result()
         except BrokenProcessPool as err:
-            raise TrimbitError("a process has died, for want of memory as a rule: use fewer") from err
+            raise TrimbitError("a worker process died, most likely out of memory: use fewer workers") from err
 
     def close(self) -> None:
         """End the processes at once, whatever they do."""

@@ -88,7 +88,7 @@ def tune(
 ) -> Tuned:  # fmt: skip
     """Train `pairs`, by the names of the layers that they lie beside, in a model whose layers are of `kinds`.
 
-    `original` is needed to distil. `state` is a file that a run which is broken off goes on from.
+    `original` is needed to distil. `state` is the checkpoint from which an interrupted run resumes.
 
     Raises:
         NumericsError: if a loss, gradient or parameter is not finite; says the step. The last stored state stays.
@@ -200,12 +200,12 @@ def _step(
 
 
 def drawn(config: Config, rows: int, seed: int) -> list[int]:
-    """The rows, of so many, that training sees."""
+    """The rows that training sees."""
     return sorted({at for step in range(config.steps) for at in _drawn(step, config.batch, rows, seed)})
 
 
 def _drawn(step: int, batch: int, rows: int, seed: int) -> list[int]:
-    """The rows of a step: each row once an epoch, in an order that is drawn anew for each."""
+    """The rows of a step: each row once an epoch, in a new random order."""
     places = [divmod(at, rows) for at in range(step * batch, (step + 1) * batch)]
     orders = {}
     for epoch in {epoch for epoch, _ in places}:

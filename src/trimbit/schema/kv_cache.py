@@ -43,7 +43,7 @@ class KVPrecision(Schema):
         return self.code_nbytes(head_dim) + 2 * SCALE_NBYTES * self.n_groups(head_dim)
 
     def split(self, tokens: int) -> tuple[int, int, int]:
-        """Of so many tokens, how many are exact at the start, packed, and exact at the end."""
+        """Split a token count into exact ones at the start, packed ones, and exact ones at the end."""
         sink = min(self.sink_tokens, tokens)
         recent = min(self.recent_tokens, tokens - sink)
         return sink, tokens - sink - recent, recent

@@ -80,7 +80,7 @@ def _read_gguf_header(file: Path) -> tuple[dict[str, Any], list[_Blocks]]:
 def _gguf_names(arch: str, layers: int, names: Iterable[str]) -> dict[str, str]:
     """GGUF's name -> transformers' name; one that GGUF has no name for is left out.
 
-    `get_gguf_hf_weights_map` agrees, but builds gguf's table anew for each module: ten seconds.
+    `get_gguf_hf_weights_map` agrees, but rebuilds gguf's table for each module, which takes ten seconds.
     """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map  # an extra
 

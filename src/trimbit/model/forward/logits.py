@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from trimbit.model.forward.compute import fast_bf16
 
-LOGIT_TOKENS = 128  # 25 MB at a vocabulary of 49,152: below 32 MiB glibc reuses memory instead of mapping it anew
+LOGIT_TOKENS = 128  # 25 MB at a vocabulary of 49,152: below 32 MiB glibc reuses memory instead of mapping it again
 LOGIT_TOKENS_GPU = 1024  # in so few products that a GPU does not wait for the next one
 NOTHING = -100  # follows the last token of a row
 Head = Callable[[Tensor], Tensor]

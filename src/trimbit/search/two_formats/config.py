@@ -52,7 +52,7 @@ class MaskedSearch(TwoFormats):
         return 16 if self.residual_rank is None else self.residual_rank
 
     def compared(self, rows: int) -> int:
-        """How many rows of the training text, of so many, are compared with the original."""
+        """How many of `rows` rows of the training text are compared with the original."""
         raise NotImplementedError
 
     def cuda_graphs(self, device: str) -> bool:

@@ -69,7 +69,7 @@ class TileProblem:
         return self.problem.oracle.channels().second_moments()
 
     def bits(self, codes: int) -> float:
-        """Mean nominal bits of a code, so many of them in high channels."""
+        """Mean nominal bits per code when `codes` of them are high."""
         low, high = self.mixed.low.bits, self.mixed.high.bits
         return low + (high - low) * codes / self.all_codes
 
@@ -145,11 +145,11 @@ class TileProblem:
         return (*sorted(low, key=key), *sorted(rest, key=key))
 
     def plan_nbytes(self, tiles: Mapping[str, int]) -> int:
-        """Bytes of the files of a plan with so many tiles."""
+        """Bytes of the files of a plan with these numbers of high tiles."""
         return self.plan({site: range(count * self.mixed.tile) for site, count in tiles.items()}, "").found_by.nbytes
 
     def site_nbytes(self, site: str, tiles: int) -> int:
-        """Bytes of the weights of a site with so many high tiles, and of its order where that is stored."""
+        """Bytes of the weights of a site with this number of high tiles, and of its order where that is stored."""
         layout, runs = self.problem.layout, self._runs(site, tiles * self.mixed.tile)
         folds = layout.readers(site)[0].col_axis == "mid" and self.problem.rotation is None
         ordered = self.mixed.sort or len(runs) > 1

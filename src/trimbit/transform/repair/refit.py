@@ -23,13 +23,8 @@ PAPER = (
 class Config(Schema):
     """How a weight that gains a bias is refitted; the plan's `biases` say which ones."""
 
-    ridges: tuple[float, ...] = (
-        1e-4,
-        1e-3,
-        1e-2,
-        1e-1,
-        1.0,
-    )  # ours; shares of mean(diag H); keeping W_K is always tried too
+    # ours; shares of mean(diag H); keeping W_K is always tried too
+    ridges: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     held_out: float = Field(default=0.125, gt=0, lt=1)  # ours: share of the calibration rows that choose the ridge
 
 

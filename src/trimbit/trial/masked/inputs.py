@@ -92,4 +92,4 @@ class MaskedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def draw(self, generator: torch.Generator) -> None:
-        """Draw anew what is left to chance."""
+        """Redraw everything random."""

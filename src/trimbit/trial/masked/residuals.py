@@ -23,7 +23,7 @@ class Residuals(nn.Module):
         """`exact` maps inputs to residuals, and h is the inputs' second moment, as GPTQ damps it.
 
         The prediction is P x with P = I - exact, and its moment P H P^T. With A the largest eigenvectors of that,
-        A A^T P x is what is best predicted in so many directions.
+        A A^T P x is the best prediction of that rank.
         """
         super().__init__()
         predicted = torch.eye(len(h), dtype=exact.dtype) - exact
