@@ -15,7 +15,6 @@ from torch import Tensor
 from trimbit.errors import ArtifactError
 from trimbit.jobs.checked import load_tensors, save_tensors
 from trimbit.jobs.progress import Progress
-from trimbit.model.forward.compute import fastest_device
 from trimbit.model.forward.logits import Head
 from trimbit.model.forward.stream import BlockStream
 from trimbit.schema.base import digest
@@ -32,12 +31,13 @@ class Teacher:
 CARRIED = 2**28  # bytes of hidden states in fp32 that one sweep over the blocks carries
 
 
-def teacher_outputs(stream: BlockStream, rows: Iterable[Tensor], folder: Path, progress: Progress) -> Teacher:
+def teacher_outputs(
+    stream: BlockStream, rows: Iterable[Tensor], folder: Path, progress: Progress, device: torch.device
+) -> Teacher:  # fmt: skip
     """The original for `rows`; what `folder` lacks is computed, a row at a time, so that no row depends on others.
 
-    A row of n tokens takes 2 n hidden bytes there. A GPU computes it where there is one.
+    A row of n tokens takes 2 n hidden bytes there. `device` computes it.
     """
-    device = fastest_device()
 
     def place(tokens: Tensor) -> Path:
         return folder / f"{digest(tokens.tolist())}.safetensors"

@@ -51,9 +51,7 @@ class Unit:
     size: int = 0  # of the dim
     out_weight: str | None = None  # writes to the residual stream
     module: str | None = None
-    kept: tuple[
-        tuple[str, str], ...
-    ] = ()  # (parameter, axis) of norms and vectors, stored in bf16 while the unit lives
+    kept: tuple[tuple[str, str], ...] = ()  # (parameter, axis) of norms and vectors, in bf16 while the unit lives
     norms: tuple[str, ...] = ()
 
 

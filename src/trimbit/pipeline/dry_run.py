@@ -4,13 +4,13 @@ import time
 
 import torch
 
-from trimbit.model.forward.compute import fast_bf16, fastest_device, native
+from trimbit.model.forward.compute import fast_bf16, native
 from trimbit.pipeline.job import Job
 from trimbit.pipeline.preflight import preflight
 from trimbit.schema.budget import Budget
 from trimbit.search.methods import shares
 from trimbit.search.two_formats.config import MaskedSearch, MaskTraining
-from trimbit.search.two_formats.hypernetwork import HIDDEN
+from trimbit.trial.masked.memory import masked_nbytes
 
 TASK_DOCUMENTS = 2000  # where no limit says how many
 TASK_TOKENS = 200  # of a document's prompts and choices
@@ -41,7 +41,9 @@ def estimate(job: Job, budget: Budget | None) -> list[tuple[str, str]]:
         blocks = 1 if job.steps.tune.checkpointing else layout.blocks
         width = 16 * layout.sizes["hidden"] + 8 * layout.sizes["mid"]
         recovering = limit + 2 * table + job.steps.tune.micro * job.steps.tune.length * blocks * width * 2
-    masking = _masking_nbytes(job) if isinstance(job.steps.search, MaskedSearch) else 0
+    masking = 0
+    if isinstance(job.steps.search, MaskedSearch):
+        masking = masked_nbytes(layout, job.steps.search, native(job.compute, job.device.type).itemsize)
     return [
         (
             "model",
@@ -53,26 +55,6 @@ def estimate(job: Job, budget: Budget | None) -> list[tuple[str, str]]:
         ("memory", f"about {max(streaming, measuring, recovering, masking) / 1e6:.0f} MB above the libraries"),
         ("time", f"about {_seconds(job, tokens, block) / 60:.0f} minutes"),
     ]
-
-
-def _masking_nbytes(job: Job) -> int:
-    """Both formats or the weights, the tables, what a row leaves for the backward pass, what is learnt and AdamW."""
-    layout, config = job.layout, job.steps.search
-    tables = sum(w.rows * w.cols for w in layout.weights.values() if not layout.readers(w.site))
-    codes = sum(w.rows * w.cols for w in layout.weights.values()) - tables
-    dense = native(job.compute, fastest_device().type).itemsize
-    two = 2 * dense if config.dense else (config.low.bits + config.high.bits) / 8
-    expected = config.error_model == "expected"
-    each, ranks = (dense, 2 * config.rank * dense) if expected else (two, 0)
-    width = (16 + 3 * expected) * layout.sizes["hidden"] + (8 + expected) * layout.sizes["mid"]
-    kept_whole = isinstance(config, MaskTraining) and not config.checkpointing
-    kept = layout.blocks * (2 * width if kept_whole else 4 * layout.sizes["hidden"]) + 2 * width
-    channels = sum(
-        layout.readers(site)[0].cols for site in {w.site for w in layout.weights.values()} if layout.readers(site)
-    )
-    learnt = {"hypernetwork": 16 * 2 * HIDDEN, "logits": 16}.get(getattr(config, "network", ""), 0)  # with AdamW's own
-    nbytes: float = codes * each + 4 * tables + config.length * kept + (learnt + ranks) * channels
-    return round(nbytes)
 
 
 def _seconds(job: Job, tokens: int, block: int) -> float:

@@ -10,6 +10,7 @@ from trimbit.jobs.progress import Reporter
 from trimbit.jobs.stages import Runner
 from trimbit.model.build import build_layout
 from trimbit.model.checkpoint.checkpoint import Checkpoint
+from trimbit.model.forward.compute import fastest_device
 from trimbit.model.forward.stream import BlockStream
 from trimbit.model.layout import Layout
 from trimbit.pipeline.steps import Steps, open_steps
@@ -18,8 +19,10 @@ from trimbit.schema.plan import ModelRef
 from trimbit.schema.recipe import Recipe, Step
 from trimbit.schema.space import Space
 from trimbit.search.ratio import kept_widths, protected
+from trimbit.search.two_formats.config import MaskedSearch
 from trimbit.transform.rotate import RotatedStream
 from trimbit.transform.weight import Method
+from trimbit.trial.masked.memory import masked_nbytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,14 @@ class Job:
         """Of matrix products."""
         dtype: torch.dtype = getattr(torch, self.recipe.compute)
         return dtype
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where masks are learnt and the original answers; all else runs on the CPU."""
+        config = self.steps.search
+        if not isinstance(config, MaskedSearch):
+            return fastest_device(4 * self.layout.parameters // self.layout.blocks)  # a block at a time
+        return fastest_device(masked_nbytes(self.layout, config, self.compute.itemsize))
 
     @property
     def reporter(self) -> Reporter:

@@ -39,7 +39,7 @@ def masked_model(job: Job, prepared: Prepared, config: MaskedSearch) -> MaskedMo
     taught = teacher(job, [*held_out, *rows[: config.compared(len(rows))]])
     with job.reporter.stage("both formats of the weights") as progress:
         layers = Layers(candidates, config, orders, expected_gptq(job))
-        return MaskedModel(job.stream, layers, rows, held_out, taught, config, progress)
+        return MaskedModel(job.stream, layers, rows, held_out, taught, config, progress, job.device)
 
 
 def expected_gptq(job: Job) -> gptq.Config:

@@ -19,7 +19,6 @@ from trimbit.measure.choices import background_of
 from trimbit.measure.damage import install, measure
 from trimbit.measure.kl_probe import KLProbe
 from trimbit.model.checkpoint.open import open_checkpoint
-from trimbit.model.forward.compute import fastest_device
 from trimbit.model.forward.in_memory import InMemoryModel
 from trimbit.model.forward.logits import Divergence
 from trimbit.pipeline.applying import applied, applied_stage
@@ -167,7 +166,7 @@ class ModelOracle:
         job, text = self.job, self.text
         key = SharesKey(
             masked=job.steps.method.fields(config) | {"quant": plain(job.recipe.quant)},
-            moments=moments_key(job, text).digest, train=text.train.digest, device=fastest_device().type,
+            moments=moments_key(job, text).digest, train=text.train.digest, device=job.device.type,
         )  # fmt: skip
         journal = Journal(job.runner.cache.store(key.stage, key.digest) / "journal.jsonl")
         name = digest({site: mask.nonzero().flatten().tolist() for site, mask in masks.items()})

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from trimbit.calibrate.teacher import Teacher, teacher_outputs
 from trimbit.jobs.checked import load_json, load_tensors, save_json, save_tensors
 from trimbit.jobs.stages import Stage, Work
-from trimbit.model.forward.compute import fastest_device
 from trimbit.model.forward.logits import Divergence
 from trimbit.pipeline.applying import Applied, applied_stage
 from trimbit.pipeline.job import Job
@@ -50,10 +49,10 @@ def teacher(job: Job, rows: Iterable[Tensor]) -> Teacher:
     """The original's outputs for rows of tokens; each row is computed once."""
     key = TeacherKey(
         weights=job.model.weights_hash, config=job.model.config_hash, compute=job.recipe.compute,
-        device=fastest_device().type,
+        device=job.device.type,
     )  # fmt: skip
     with job.runner.store(key, "the original's outputs") as work:
-        return teacher_outputs(job.original, rows, work.folder, work.progress)
+        return teacher_outputs(job.original, rows, work.folder, work.progress, job.device)
 
 
 def examples_of(job: Job, text: Text | None) -> list[Example]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from trimbit.errors import BudgetError
 from trimbit.jobs.checked import load_json, save_json
 from trimbit.jobs.stages import Stage, Work
-from trimbit.model.forward.compute import fastest_device, native
+from trimbit.model.forward.compute import native
 from trimbit.model.layout import Layout
 from trimbit.pipeline.job import Job
 from trimbit.pipeline.keys import PlanKey
@@ -65,7 +65,7 @@ def _key(job: Job, prepared: Prepared, budget_nbytes: int) -> PlanKey:
     config, recipe = job.steps.search, job.recipe.model_dump(mode="json", exclude=IRRELEVANT)
     device = "cpu"
     if isinstance(config, MaskedSearch):
-        kind = fastest_device().type
+        kind = job.device.type
         graphs = " graphs" if config.cuda_graphs(kind) else ""
         device = f"{kind} {native(job.compute, kind)}{graphs}"
     return PlanKey(

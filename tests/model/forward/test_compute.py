@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from trimbit.model.forward import compute as products
-from trimbit.model.forward.compute import RoundedProducts, fast_bf16, products_in
+from trimbit.model.forward.compute import RoundedProducts, fast_bf16, fastest_device, products_in
 
 BF16 = torch.bfloat16
 
@@ -111,3 +111,12 @@ def test_not_for_a_gpu_whatever_its_host(monkeypatch):
     with Seen() as seen, products_in(BF16, "cuda"):
         x @ w.T
     assert set(seen.dtypes) == {BF16}
+
+
+@pytest.mark.parametrize(("free", "kind"), [(10_000, "cuda"), (9_999, "cpu")])
+def test_a_gpu_that_is_too_small_is_left_alone(monkeypatch, caplog, free, kind):
+    """With a warning: the CPU takes far longer."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 20_000))
+    assert fastest_device(10_000).type == kind
+    assert ("the CPU does it" in caplog.text) is (kind == "cpu")

@@ -63,7 +63,7 @@ def run_all(blocks, hidden, masks, _seed):
         ({"error_model": "expected", "high_acts": ACTS["high_acts"]}, False),
     ],
 )
-def test_what_a_gpu_replays_is_in_the_key(job, monkeypatch, params, replayed):
+def test_what_a_gpu_replays_is_in_the_key(job, params, replayed):
     """Noise is another then; on a CPU nothing is replayed, and blocks that are run twice give the same masks."""
     whole = {"checkpointing": False} | params
     config = toga.Config(**recipe(**whole).search.params)
@@ -73,7 +73,8 @@ def test_what_a_gpu_replays_is_in_the_key(job, monkeypatch, params, replayed):
     both = [session(job, **whole | {"checkpointing": twice}) for twice in (True, False)]
     prepared = [made.prepared for made in both]
     for gpu in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda own=gpu: own)
+        for made in both:
+            made.job.__dict__["device"] = torch.device("cuda" if gpu else "cpu")
         keys = {search._key(made.job, own, 40_000).digest for made, own in zip(both, prepared, strict=True)}
         assert len(keys) == 1 + (gpu and replayed)
 
@@ -90,12 +91,12 @@ REPLAYED = {"low_acts": None, "high_acts": None, "checkpointing": False}
     [{}, {"dense": True} | REPLAYED, EXACT, EXACT | REPLAYED | {"loss": "lm"}],
     ids=["rounded", "rounded, replayed", "expected", "expected, replayed"],
 )
-def test_a_gpu_gives_the_same_gradients(job, monkeypatch, kind):
+def test_a_gpu_gives_the_same_gradients(job, kind):
     """Where noise is expected all channels are exact, for it is another on another kind of device."""
     made = session(job, **ACTS | kind)
     found = []
     for gpu in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda own=gpu: own)
+        made.job.__dict__["device"] = torch.device("cuda" if gpu else "cpu")
         model = masked_model(made.job, made.prepared, made.steps.search)
         generator, share = torch.Generator().manual_seed(0), 1.0 if "high" in kind else 0.5
         masks = {

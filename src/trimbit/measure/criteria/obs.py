@@ -22,9 +22,8 @@ class Config(Schema):
     """Constants of the elimination."""
 
     damping: float = Field(default=0.01, gt=0)  # code (ZipLM): share of mean(diag H)
-    rounds: int = Field(
-        default=96, ge=1
-    )  # ours: members leave in at most this many rounds, the cheapest of each together
+    # ours: members leave in at most this many rounds, the cheapest of each together
+    rounds: int = Field(default=96, ge=1)
 
 
 def score(w: Float[Tensor, "rows channels"], moments: Moments, size: int, config: Config) -> Float[Tensor, " members"]:

@@ -4,6 +4,7 @@ Without bf16 instructions PyTorch multiplies bf16 matrices several times slower 
 multiplied as fp32, and the result is rounded: the same product, summed in another order.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+log = logging.getLogger(__name__)
 _ATEN = torch.ops.aten
 _PRODUCTS = {
     *(getattr(_ATEN, name).default for name in ("mm", "addmm", "bmm", "baddbmm")),
@@ -21,9 +23,18 @@ _PRODUCTS = {
 }
 
 
-def fastest_device() -> torch.device:
-    """The GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def fastest_device(nbytes: int = 0) -> torch.device:
+    """The GPU where there is one that has `nbytes` of free memory; where it has less, the CPU, with a warning."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    free, _ = torch.cuda.mem_get_info()
+    if free < nbytes:
+        log.warning(
+            "the GPU has %.1f GB of free memory, but about %.1f are needed: the CPU does it, which takes far longer",
+            free / 1e9, nbytes / 1e9,
+        )  # fmt: skip
+        return torch.device("cpu")
+    return torch.device("cuda")
 
 
 @contextmanager

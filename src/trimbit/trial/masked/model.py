@@ -15,7 +15,7 @@ from trimbit.errors import NumericsError
 from trimbit.jobs.progress import Progress
 from trimbit.model.checkpoint.open import materialize
 from trimbit.model.forward.absent import set_module
-from trimbit.model.forward.compute import fastest_device, native, products_in
+from trimbit.model.forward.compute import native, products_in
 from trimbit.model.forward.logits import (
     Divergence,
     Head,
@@ -43,16 +43,17 @@ class Background(NamedTuple):
 
 
 class MaskedModel:
-    """Losses of a model under masks by site, and their gradients; on a GPU where there is one."""
+    """Losses of a model under masks by site, and their gradients."""
 
     def __init__(
         self, stream: BlockStream, layers: Layers, rows: Int[Tensor, "rows length"],
         held_out: Int[Tensor, "held held_length"], original: Teacher, config: MaskedSearch, progress: Progress,
+        device: torch.device,
     ) -> None:  # fmt: skip
         self.rows = rows
         self.held_out = held_out
         self.original = original
-        self.device = fastest_device()
+        self.device = device
         self.distil, self.batch, self.checkpointing = False, 1, False
         self.cuda_graphs = config.cuda_graphs(self.device.type)
         if isinstance(config, MaskTraining):
