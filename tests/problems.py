@@ -10,6 +10,7 @@ from torch import Tensor
 from tiny import tiny_config
 from trimbit.measure.choices import allowed_formats, allowed_widths, reference_width, sites_of
 from trimbit.model.build import build_layout
+from trimbit.model.resolved import resolve
 from trimbit.schema.measurements import Background, FormatDamage, Measurements, WidthDamage
 from trimbit.schema.objective import Objective, Outcome
 from trimbit.schema.plan import ModelRef, Plan
@@ -50,10 +51,10 @@ def of_width(dim: str, width: int) -> float:
 def additive(plan: Plan, *, width_damage: Callable[[str, int], float] = of_width) -> float:
     """The damage of a whole plan as the search models it, in a background that cuts nothing."""
     total = 0.0
-    for unit in LAYOUT.units.values():
-        width = LAYOUT.width(unit, plan)
-        share = width / unit.size if unit.dim else 1.0
-        total += width_damage(unit.dim, width) if unit.dim else 0.0
+    for own in resolve(plan, LAYOUT).units.values():
+        unit = own.origin
+        share = 1.0 if own.width is None else own.width / unit.size
+        total += 0.0 if own.width is None else width_damage(unit.dim, own.width)
         for site, names in sites_of(LAYOUT, unit).items() if share else ():
             total += share * of_format(site, plan.weights[names[0]][0].precision)
     return total

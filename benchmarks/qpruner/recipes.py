@@ -23,6 +23,7 @@ from harness.tables import Results, table
 from qpruner.whole import INSTRUCTIONS, Whole, each, make, rows_of
 from trimbit.artifact.files import PLAN_FILE, weight_nbytes
 from trimbit.model.layout import Layout
+from trimbit.model.resolved import resolve
 from trimbit.schema.plan import Plan, load_plan
 
 SEEDS = (0,)
@@ -73,11 +74,9 @@ def _pairs_nbytes(out: Path) -> int:
 def _weights_by_format(layout: Layout, plan: Plan) -> dict[str, int]:
     """Weights of the blocks by format; each has one run."""
     found: Counter[str] = Counter()
-    for name, runs in plan.weights.items():
-        weight = layout.weights[name]
-        if layout.units[weight.unit].block is not None:
-            width = plan.widths.get(layout.units[weight.unit].dim or "")
-            found[runs[0].precision.name] += runs[0].count * layout.weight_shape(weight, width)[0]
+    for unit in resolve(plan, layout).units.values():
+        for weight in unit.weights.values() if unit.origin.block is not None else ():
+            found[weight.runs[0].precision.name] += weight.shape[0] * weight.shape[1]
     return dict(found)
 
 

@@ -10,6 +10,7 @@ from harness.quality import quality
 from harness.records import run_fields
 from harness.tables import Results, table
 from toga.masks import seen_kl
+from trimbit.model.resolved import resolve
 from trimbit.pipeline.flow import compress, find_plan
 from trimbit.pipeline.job import Job
 from trimbit.report.training import shares
@@ -61,7 +62,7 @@ def _block_bits(job: Job, plan: Plan) -> float:
     """Bits of a weight of the blocks, all that is stored for them included."""
     layout = job.layout
     blocks = [weight for weight in layout.weights.values() if layout.readers(weight.site)]
-    held = sum(s.nbytes for unit, own in layout.units_tensors(plan).items() if "." in unit for s in own.values())
+    held = sum(unit.nbytes for unit in resolve(plan, layout).units.values() if unit.origin.block is not None)
     return round(8 * held / sum(weight.rows * weight.cols for weight in blocks), 4)
 
 

@@ -15,6 +15,7 @@ from trimbit.artifact.files import weight_nbytes
 from trimbit.artifact.writer import appearing, copy_weights, write_file
 from trimbit.errors import ArtifactError
 from trimbit.model.build import build_layout
+from trimbit.model.resolved import resolve
 from trimbit.model.shards import shards
 from trimbit.schema.plan import load_plan
 from written import writing
@@ -25,7 +26,10 @@ DTYPES = {name: getattr(torch, kind.removeprefix("torch.")) for kind, name in wr
 
 
 def tensors(plan=PLAN):
-    return {name: torch.zeros(spec.shape, dtype=DTYPES[spec.dtype]) for name, spec in LAYOUT.tensors(plan).items()}
+    return {
+        name: torch.zeros(spec.shape, dtype=DTYPES[spec.dtype])
+        for name, spec in resolve(plan, LAYOUT).tensors().items()
+    }
 
 
 def test_a_directory_appears_whole(tmp_path):
@@ -37,7 +41,7 @@ def test_a_directory_appears_whole(tmp_path):
         assert not out.exists()
     assert {file.name for file in out.iterdir()} == {"config.json", "model.safetensors", "plan.json", "recipe.yaml"}
     assert load_plan(out / "plan.json") == PLAN
-    assert weight_nbytes(out) == LAYOUT.file_nbytes(PLAN)
+    assert weight_nbytes(out) == resolve(PLAN, LAYOUT).file_nbytes
     config = json.loads((out / "config.json").read_text())
     assert (config["model_type"], config["base"]["model_type"], config["vocab_size"]) == ("trimbit", "llama", 96)
     assert [*tmp_path.iterdir(), *out.parent.iterdir()] == [out.parent, out]
@@ -55,7 +59,7 @@ def test_shards_have_an_index(tmp_path, monkeypatch):
     assert len(files) > 2
     assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
     assert index["weight_map"] == {name: file.name for file in files for name in load_file(file)}
-    assert index["metadata"]["total_size"] == PLAN.nbytes(LAYOUT)
+    assert index["metadata"]["total_size"] == resolve(PLAN, LAYOUT).nbytes
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -172,7 +176,7 @@ def test_a_full_disk_while_weights_are_copied_leaves_nothing(tmp_path, monkeypat
 
 def test_the_structure_has_no_index_lists(tmp_path):
     plan = make_plan(LAYOUT, lambda _, cols: runs((cols, "int4row")), {"blocks.0.mlp.mid": (7, 3)})
-    fields = files.config_fields(LAYOUT, plan)
+    fields = files.config_fields(LAYOUT.config, resolve(plan, LAYOUT).structure)
     assert fields["structure"]["widths"] == {"blocks.0.mlp.mid": 2}
     assert fields["structure"]["weights"]["lm_head"] == [{"count": 48, "precision": "int4row"}]
     assert fields["eos_token_id"] == 2

@@ -14,6 +14,7 @@ from trimbit.model.build import build_layout
 from trimbit.model.families import FAMILIES, family_of
 from trimbit.model.forward.absent import drop_unit
 from trimbit.model.layout import Layout
+from trimbit.model.resolved import cut_alone, resolve
 from trimbit.transform.cut import cut_unit
 
 CUTS = {
@@ -42,7 +43,7 @@ def cut(model: PreTrainedModel, layout: Layout, cuts: dict[str, tuple[int, ...]]
     for dim, keep in cuts.items():
         unit = layout.unit_of_dim(dim)
         if keep:
-            cut_unit(model, layout, unit, keep)
+            cut_unit(model, layout, cut_alone(layout, unit, keep))
         else:
             drop_unit(model, unit)
     return model
@@ -69,7 +70,7 @@ def test_the_layout_names_every_parameter(model_type, tied):
     model = tiny_model(model_type, tied=tied)
     layout = build_layout(model.config)
     parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    assert {name: spec.shape for name, spec in layout.tensors(make_plan(layout)).items()} == parameters
+    assert {name: spec.shape for name, spec in resolve(make_plan(layout), layout).tensors().items()} == parameters
     assert layout.parameters == model.num_parameters()
     assert layout.tied is tied
 

@@ -9,6 +9,7 @@ from plans import make_plan, random_plan
 from tiny import tiny_config
 from trimbit.artifact.writer import DTYPES as ARTIFACT_DTYPES
 from trimbit.model.build import build_layout
+from trimbit.model.resolved import resolve
 from trimbit.model.shards import METADATA, shard_nbytes, shards
 
 DTYPES = {name: getattr(torch, kind.removeprefix("torch.")) for kind, name in ARTIFACT_DTYPES.items()}
@@ -42,7 +43,7 @@ def write(specs, path):
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 10**6), limit=st.integers(1, 60_000))
 def test_shards(tmp_path_factory, seed, limit):
-    specs = LLAMA.tensors(random_plan(LLAMA, seed))
+    specs = resolve(random_plan(LLAMA, seed), LLAMA).tensors()
     files = shards(specs, limit)
     assert [name for file in files for name in file] == list(specs)
     assert all(len(file) == 1 or sum(spec.nbytes for spec in file.values()) <= limit for file in files)
@@ -51,7 +52,7 @@ def test_shards(tmp_path_factory, seed, limit):
 
 
 def test_a_shard_is_filled_to_the_last_byte():
-    specs = LLAMA.tensors(make_plan(LLAMA))
+    specs = resolve(make_plan(LLAMA), LLAMA).tensors()
     first, second, *_ = (spec.nbytes for spec in specs.values())
     assert len(shards(specs, first + second)[0]) == 2
     assert len(shards(specs, first + second - 1)[0]) == 1

@@ -12,6 +12,7 @@ from sessions import compress, entries, open_session
 from tiny import VOCAB
 from trimbit.artifact.files import weight_nbytes
 from trimbit.errors import BudgetError, DataError, PlanError, RecipeError
+from trimbit.model.resolved import resolve
 from trimbit.pipeline.oracle import ModelOracle
 from trimbit.pipeline.recipes import load_recipe
 from trimbit.runtime.layers import PackedLinear
@@ -29,7 +30,7 @@ def compressed(request, job, tmp_path_factory):
 
 def test_as_large_as_the_plan_says_pairs_included(compressed):
     opened, plan, out = compressed
-    assert weight_nbytes(out) == plan.found_by.nbytes == opened.layout.file_nbytes(plan)
+    assert weight_nbytes(out) == plan.found_by.nbytes == resolve(plan, opened.layout).file_nbytes
     assert plan == load_plan(out / "plan.json")
     weights = {name for name in plan.weights if name.startswith("model.layers.")}
     assert set(plan.adapters) == weights
@@ -48,7 +49,7 @@ def test_loads_and_its_loss_fell(compressed):
     assert len(record["losses"]) == 4
     assert record["losses"][-1] < record["losses"][0]
     assert record["optimizer_nbytes"] == 2 * record["trained_nbytes"]
-    specs = opened.layout.tensors(plan)
+    specs = resolve(plan, opened.layout).tensors()
     pairs = sum(spec.nbytes // 2 for name, spec in specs.items() if ".adapter." in name)
     assert record["trained_nbytes"] == 4 * pairs
     run = Run.model_validate_json((out / "run.json").read_text())

@@ -12,6 +12,7 @@ from tiny import save_tiny, tiny_config, tiny_model
 from trimbit.artifact.files import weight_nbytes
 from trimbit.errors import LayoutError, PlanError, RecipeError
 from trimbit.model.build import build_layout
+from trimbit.model.resolved import resolve
 from trimbit.pipeline.applying import applied_stage
 from trimbit.pipeline.prepare import moments_key
 from trimbit.pipeline.recipes import load_recipe
@@ -41,7 +42,11 @@ def test_the_recipe(job, tmp_path):
     for name in ("quarot-w4a4", "gptq-w4a4"):
         made = open_session(job.model, load_recipe(name, small), calibration=str(job.text))
         plans[name] = compress(made, None, tmp_path / name)
-        assert weight_nbytes(tmp_path / name) == plans[name].found_by.nbytes == made.layout.file_nbytes(plans[name])
+        assert (
+            weight_nbytes(tmp_path / name)
+            == plans[name].found_by.nbytes
+            == resolve(plans[name], made.layout).file_nbytes
+        )
         assert plans[name].orders == {}
         assert plans[name].found_by.measured_damage > 0
     rotated, plain = plans.values()
@@ -83,16 +88,15 @@ def test_masks_choose_among_rotated_channels(job, tmp_path, end):
     found = made.masked(made.steps.search).damage({s: torch.full((n,), float(end)) for s, n in sites.channels.items()})
     chosen = Run.model_validate_json((tmp_path / "end" / "run.json").read_text()).chosen_kl
     assert found.kl == pytest.approx(chosen, rel=2e-2)
-    assert weight_nbytes(tmp_path / "end") == made.layout.file_nbytes(written) == written.found_by.nbytes
+    assert weight_nbytes(tmp_path / "end") == resolve(written, made.layout).file_nbytes == written.found_by.nbytes
     tiles = dict.fromkeys(sites.channels, 1)
     assert sum(sites.site_nbytes(*each) for each in tiles.items()) == _site_nbytes(made.layout, sites, tiles)
 
 
 def _site_nbytes(layout, sites, tiles):
     plan = sites.plan({site: sites.top_channels(site, count) for site, count in tiles.items()}, "")
-    kept = [name for unit in layout.units.values() if unit.block is not None for name, _ in unit.kept]
-    blocks = [layout.units_tensors(plan)[unit.name] for unit in layout.units.values() if unit.block is not None]
-    return sum(spec.nbytes for unit in blocks for name, spec in unit.items() if name not in kept)
+    blocks = [unit for unit in resolve(plan, layout).units.values() if unit.origin.block is not None]
+    return sum(spec.nbytes for unit in blocks for name, spec in unit.tensors().items() if name not in unit.vectors)
 
 
 def test_candidates_are_rotated(job):
@@ -115,12 +119,12 @@ def test_plans_and_recipes_that_do_not_go_with_a_rotation_are_refused(job, tmp_p
     layout = build_layout(tiny_config("llama"))
     for keep in ((0, 1), tuple(range(79, -1, -1))):
         plan = make_plan(layout, cuts={"blocks.1.mlp.mid": keep})
-        layout.check(plan)
+        resolve(plan, layout)
         with pytest.raises(
             PlanError, match=rf"blocks\.1\.mlp\.mid: {len(keep)} of 80 channels are kept, but a rotated"
         ):
-            layout.check(rotated(plan))
-    layout.check(rotated(make_plan(layout, cuts={"blocks.1.mlp.mid": (), "blocks.0.mlp.mid": tuple(range(80))})))
+            resolve(rotated(plan), layout)
+    resolve(rotated(make_plan(layout, cuts={"blocks.1.mlp.mid": (), "blocks.0.mlp.mid": tuple(range(80))})), layout)
     with pytest.raises(
         PlanError, match=r"the plan's rotation is kind='hadamard' seed=3, but the model is run with None"
     ):

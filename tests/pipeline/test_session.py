@@ -16,6 +16,7 @@ from tiny import VOCAB
 from trimbit.artifact.files import weight_nbytes
 from trimbit.errors import ArtifactError, BudgetError, PlanError
 from trimbit.evaluate.perplexity import evaluate
+from trimbit.model.resolved import resolve
 from trimbit.pipeline.oracle import ModelOracle
 from trimbit.pipeline.recipes import load_recipe, read_recipe
 from trimbit.schema.budget import Budget
@@ -28,7 +29,7 @@ from trimbit.search.methods import knapsack
 def test_within_the_budget_and_as_large_as_the_plan_says(job, compressed):
     out, plan = compressed
     nbytes = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    assert nbytes == plan.found_by.nbytes == session(job).layout.file_nbytes(plan) == weight_nbytes(out)
+    assert nbytes == plan.found_by.nbytes == resolve(plan, session(job).layout).file_nbytes == weight_nbytes(out)
     assert nbytes <= LIMIT
     assert nbytes > 0.7 * LIMIT  # the search reckons with the longest header, which is much of so little
     assert load_plan(out / "plan.json") == plan
@@ -201,7 +202,7 @@ def test_formats_below_two_bits_meet_a_budget_that_two_bits_do_not(job, tmp_path
     fields = (f"formats={menu}", f"embedding_formats={menu}", "widths=[1.0]", "prune_kv_groups=false")
     opened = session(job, uniform, *(f"space.{field}" for field in fields))
     two = make_plan(opened.layout, lambda _, cols: runs((cols, "int2row")))
-    limit = opened.layout.file_nbytes(two) - 500
+    limit = resolve(two, opened.layout).file_nbytes - 500
     plan = compress(opened, Budget.parse(f"{limit}B"), tmp_path / "out")
     assert not plan.cuts
     assert {own[0].precision.name for own in plan.weights.values()} & {"binaryrow", "mbinaryrow", "ternaryrow"}

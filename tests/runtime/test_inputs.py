@@ -15,6 +15,7 @@ from trimbit.kernels.acts import round_activations
 from trimbit.model.build import build_layout
 from trimbit.model.checkpoint.open import open_checkpoint
 from trimbit.model.forward.stream import BlockStream
+from trimbit.model.resolved import resolve
 from trimbit.recover import tune
 from trimbit.recover.recovery import _taken_out
 from trimbit.recover.tune import _attach
@@ -84,11 +85,11 @@ def test_an_order_changes_nothing(model_type, heads, tmp_path):
     plain = make_plan(layout, cuts=CUTS)
     ordered = plain.model_copy(update={"orders": Shuffled(layout, plain).orders(heads=heads)})
     stored = {site for site in ordered.orders if not site.endswith("mid") and not (heads and site.endswith("o_in"))}
-    assert set(layout.gathers(ordered)) == stored
+    assert set(resolve(ordered, layout).structure.gathers) == stored
     small = write(tmp_path / "original", tmp_path / "ordered", ordered)
     want = logits(write(tmp_path / "original", tmp_path / "plain", plain))
     torch.testing.assert_close(logits(small), want, rtol=0, atol=1e-5)
-    assert weight_nbytes(tmp_path / "ordered") == layout.file_nbytes(ordered)
+    assert weight_nbytes(tmp_path / "ordered") == resolve(ordered, layout).file_nbytes
     tensors = load_file(tmp_path / "ordered/model.safetensors")
     for name in (f"{layout.input_of(site)[0]}.order" for site in stored):
         assert tensors[name].dtype == torch.int16
@@ -196,4 +197,4 @@ def test_pairs_are_trained_on_the_inputs_that_they_are_written_for(tmp_path):
 def test_a_plan_that_does_not_fit_is_refused(change, message):
     layout = build_layout(tiny_model("llama").config)
     with pytest.raises(PlanError, match=message):
-        layout.check(make_plan(layout, cuts=CUTS).model_copy(update=change))
+        resolve(make_plan(layout, cuts=CUTS).model_copy(update=change), layout)

@@ -13,6 +13,7 @@ from tiny import MODEL_TYPES, tiny_config, tiny_model
 from trimbit.errors import PlanError
 from trimbit.model.build import build_layout
 from trimbit.model.forward.hf_names import CACHE
+from trimbit.model.resolved import resolve
 from trimbit.runtime.kv_cache import PackedCache, PackedLayer, pack_cache
 from trimbit.schema.kv_cache import KVPrecision
 
@@ -174,9 +175,9 @@ def test_the_error_falls_with_bits():
 def test_a_group_longer_than_a_head_is_refused(group):
     layout = build_layout(tiny_config("llama"))
     plan = make_plan(layout)
-    layout.check(plan.model_copy(update={"kv_cache": KVPrecision(group=8)}))
+    resolve(plan.model_copy(update={"kv_cache": KVPrecision(group=8)}), layout)
     with pytest.raises(PlanError, match=f"a group of {group} channels, but head_dim is 8"):
-        layout.check(plan.model_copy(update={"kv_cache": KVPrecision(group=group)}))
+        resolve(plan.model_copy(update={"kv_cache": KVPrecision(group=group)}), layout)
     with pytest.raises(PlanError, match=f"a group of {group} channels, but head_dim is 8"):
         pack_cache(tiny_model("llama"), KVPrecision(group=group))
     with pytest.raises(PlanError, match=f"a group of {group} channels, but head_dim is 8"):
@@ -187,6 +188,6 @@ def test_a_model_with_nothing_to_quantise_is_refused():
     config = tiny_config("mistral")
     config.sliding_window = 16
     layout = build_layout(config)
-    layout.check(make_plan(layout))
+    resolve(make_plan(layout), layout)
     with pytest.raises(PlanError, match="every layer of this model has a sliding window"):
-        layout.check(make_plan(layout).model_copy(update={"kv_cache": KVPrecision()}))
+        resolve(make_plan(layout).model_copy(update={"kv_cache": KVPrecision()}), layout)

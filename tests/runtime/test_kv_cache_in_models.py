@@ -16,6 +16,7 @@ from trimbit.model.forward.absent import NoAttention
 from trimbit.model.forward.hf_names import CACHE
 from trimbit.model.forward.stream import BlockStream
 from trimbit.model.kv_nbytes import cache_nbytes
+from trimbit.model.resolved import resolve
 from trimbit.runtime.kv_cache import CountingLayer, PackedCache, cache_for, precision_of
 from trimbit.transform.apply import apply_plan
 from trimbit.transform.quant import rtn
@@ -32,7 +33,7 @@ def compress(folder, model_type="llama", kv_cache=KV4):
     checkpoint = open_checkpoint(folder / "original")
     layout = build_layout(checkpoint.config)
     plan = make_plan(layout, lambda _, cols: runs((cols, "int8row")), CUTS).model_copy(update={"kv_cache": kv_cache})
-    layout.check(plan)
+    resolve(plan, layout)
     stream, method = BlockStream(checkpoint, layout, torch.float32), Method(module=rtn, config=rtn.Config())
     with writing(folder / "small", layout, plan) as writer:
         apply_plan(stream, plan, tokens(2, 32), method, refit.Config(), None, writer, lambda *_: None)

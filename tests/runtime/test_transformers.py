@@ -20,6 +20,7 @@ from trimbit.model.checkpoint.open import open_checkpoint
 from trimbit.model.forward.absent import NoAttention, NoFeedForward
 from trimbit.model.forward.hf_names import CACHE
 from trimbit.model.forward.stream import BlockStream
+from trimbit.model.resolved import resolve
 from trimbit.runtime.layers import Packed
 from trimbit.transform.apply import apply_plan
 from trimbit.transform.cut import cut_weight
@@ -88,11 +89,11 @@ def masked_original(folder, layout, plan):
     model = AutoModelForCausalLM.from_pretrained(folder.parent / "original", dtype=torch.float32)
     for parameter in model.parameters():
         parameter.data.copy_(parameter.data.to(torch.bfloat16))
-    for unit in layout.units.values():
-        for name in unit.weights:
-            weight, full = layout.weights[name], model.get_submodule(name).weight.data
+    for unit in resolve(plan, layout).units.values():
+        for name in unit.origin.weights:
+            full = model.get_submodule(name).weight.data
             full.zero_()
-            if layout.dropped(unit, plan):
+            if unit.dropped:
                 continue
             if f"{name}.weight" in state:
                 dense = state[f"{name}.weight"]
@@ -105,7 +106,7 @@ def masked_original(folder, layout, plan):
                     torch.float32,
                 )
             where = torch.arange(full.numel()).view(full.shape)
-            full.view(-1)[cut_weight(where, weight, layout, unit, plan.cuts.get(unit.dim)).flatten()] = dense.flatten()
+            full.view(-1)[cut_weight(where, unit.weights[name]).flatten()] = dense.flatten()
             if name in plan.biases:
                 assert state[f"{name}.bias"].abs().max() > 1e-4
                 model.get_submodule(name).bias = torch.nn.Parameter(state[f"{name}.bias"])
@@ -183,8 +184,8 @@ def test_weights_stay_packed_and_are_as_large_as_the_plan_says(small):
         assert module.scales.dtype is torch.float16
         assert {n for n, _ in module.named_parameters()} <= {"bias"}
     held = [*model.parameters(), *(b for m in model.modules() if isinstance(m, Packed) for b in m.buffers())]
-    assert sum(tensor.numel() * tensor.element_size() for tensor in held) == plan.nbytes(layout)
-    assert weight_nbytes(folder) == layout.file_nbytes(plan)
+    assert sum(tensor.numel() * tensor.element_size() for tensor in held) == resolve(plan, layout).nbytes
+    assert weight_nbytes(folder) == resolve(plan, layout).file_nbytes
     assert isinstance(model.model.layers[1].mlp, NoFeedForward)
     assert "runs=[20xint7row, 3xbf16" in repr(model)
     assert is_compressed(folder)
@@ -226,7 +227,7 @@ def test_codebooks_everywhere(name, model_type, tmp_path):
     logits = model(tokens()).logits
     torch.testing.assert_close(logits, masked_original(folder, layout, plan)(tokens()).logits, rtol=0, atol=1e-4)
     torch.testing.assert_close(model(tokens()[:1, :1]).logits, logits[:1, :1], rtol=0, atol=1e-4)
-    assert weight_nbytes(folder) == layout.file_nbytes(plan)
+    assert weight_nbytes(folder) == resolve(plan, layout).file_nbytes
 
 
 def test_save_pretrained_is_refused(llama, tmp_path):

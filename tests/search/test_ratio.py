@@ -6,6 +6,7 @@ from transformers import AutoConfig
 from plans import make_plan
 from trimbit.errors import RecipeError
 from trimbit.model.build import build_layout
+from trimbit.model.resolved import resolve
 from trimbit.schema.space import PruneRatio
 from trimbit.search.ratio import kept_widths, protected
 
@@ -31,14 +32,10 @@ def test_that_share_of_the_blocks_parameters_goes(ratio, kv):
     found = layout(32, kv=kv)
     widths = kept_widths(found, PruneRatio(ratio=ratio, channel_multiple=1))
     plan = make_plan(found, cuts={dim: tuple(range(width)) for dim, width in widths.items()})
-    sizes = {
-        name: rows * cols
-        for name, weight in found.weights.items()
-        if found.units[weight.unit].block is not None
-        for rows, cols in [found.weight_shape(weight, found.width(found.units[weight.unit], plan))]
-    }
+    units = [unit for unit in resolve(plan, found).units.values() if unit.origin.block is not None]
+    left = sum(rows * cols for unit in units for rows, cols in (weight.shape for weight in unit.weights.values()))
     total = sum(w.rows * w.cols for w in found.weights.values() if found.units[w.unit].block is not None)
-    assert 1 - sum(sizes.values()) / total == pytest.approx(ratio, abs=0.001)
+    assert 1 - left / total == pytest.approx(ratio, abs=0.001)
     spared = protected(found, PruneRatio(ratio=ratio))
     assert not any(int(dim.split(".")[1]) in spared for dim in widths)
     assert len({width for dim, width in widths.items() if dim.endswith("mid")}) == 1

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from plans import make_plan, runs
 from rotations import GPTQ, ROTATION, RTN, dense_h, dense_q, rotated, sample, streams, write
 from tiny import MODEL_TYPES, randomize, save_tiny, tiny_config, tiny_model
-from trimbit.artifact.files import structure_of, weight_nbytes
+from trimbit.artifact.files import weight_nbytes
 from trimbit.errors import LayoutError, PlanError
 from trimbit.kernels.acts import round_activations
 from trimbit.model.build import build_layout
@@ -19,6 +19,7 @@ from trimbit.model.checkpoint.open import open_checkpoint
 from trimbit.model.families import FAMILIES
 from trimbit.model.forward.in_memory import InMemoryModel
 from trimbit.model.forward.stream import build_skeleton
+from trimbit.model.resolved import resolve
 from trimbit.runtime.restructure import restructure
 from trimbit.schema.activations import ActInt, ActRun
 from trimbit.schema.plan import load_plan
@@ -52,7 +53,7 @@ def test_a_rotated_model_computes_the_same(model_type, tied, tmp_path):
     layout, want = stream.layout, logits(model)
 
     runtime = build_skeleton(stream.checkpoint.config, torch.float32)
-    restructure(runtime, layout, structure_of(rotated(make_plan(layout)), layout))
+    restructure(runtime, layout, resolve(rotated(make_plan(layout)), layout).structure)
     state = {name: stream.checkpoint.tensor(name) for name, _ in runtime.named_parameters()}
     runtime.load_state_dict(state, strict=False, assign=True)
     torch.testing.assert_close(logits(runtime), want, rtol=0, atol=1e-4)
@@ -98,7 +99,11 @@ def test_what_is_written_computes_the_same_at_the_same_bytes(model_type, tmp_pat
         small, kl = write(tmp_path / "original", tmp_path / f"small-{at}", rotated(plan))
         torch.testing.assert_close(logits(small), logits(want), rtol=0, atol=0.05)
         assert kl == pytest.approx(exact, rel=2e-3, abs=1e-4)
-        assert weight_nbytes(tmp_path / f"small-{at}") == layout.file_nbytes(rotated(plan)) == layout.file_nbytes(plan)
+        assert (
+            weight_nbytes(tmp_path / f"small-{at}")
+            == resolve(rotated(plan), layout).file_nbytes
+            == resolve(plan, layout).file_nbytes
+        )
         tensors = load_file(tmp_path / f"small-{at}/model.safetensors")
         assert tensors.keys() == load_file(tmp_path / f"plain-{at}/model.safetensors").keys()
         assert load_plan(tmp_path / f"small-{at}/plan.json").rotation == ROTATION
@@ -120,11 +125,13 @@ def test_orders_are_of_the_rotated_channels(model_type, tmp_path):
         if layout.readers(weight.site)
     } | {"blocks.1.attn.o_in": tuple((inside + torch.arange(6)[:, None] * 8).flatten().tolist())}
     ordered = plain.model_copy(update={"orders": orders})
-    assert set(layout.gathers(ordered)) == orders.keys() - {"blocks.1.attn.o_in"}
+    assert set(resolve(ordered, layout).structure.gathers) == orders.keys() - {"blocks.1.attn.o_in"}
     want, _ = write(tmp_path / "original", tmp_path / "plain", plain)
     small, _ = write(tmp_path / "original", tmp_path / "ordered", ordered)
     torch.testing.assert_close(logits(small), logits(want), rtol=0, atol=1e-5)
-    assert weight_nbytes(tmp_path / "ordered") == layout.file_nbytes(ordered) > layout.file_nbytes(plain)
+    assert (
+        weight_nbytes(tmp_path / "ordered") == resolve(ordered, layout).file_nbytes > resolve(plain, layout).file_nbytes
+    )
 
 
 @pytest.mark.parametrize("method", [RTN, GPTQ], ids=["rtn", "gptq"])

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimbit.errors import ArtifactError
-from trimbit.schema.plan import Plan
 from trimbit.schema.structure import Structure
 
 if TYPE_CHECKING:
-    from trimbit.model.layout import Layout  # with torch, which `trimbit show` does not need
+    from transformers import PreTrainedConfig  # with torch, which `trimbit show` does not need
 
 MODEL_TYPE = "trimbit"  # the `model_type` of a compressed directory
 FORMAT_VERSION = 1
@@ -31,17 +30,9 @@ def require_absent(out: Path, *, file: bool = False) -> None:
         raise ArtifactError(f"cannot write {out}: {above} is no directory that can be written to")
 
 
-def structure_of(plan: Plan, layout: "Layout") -> Structure:
-    """What the runtime needs of a plan."""
-    return Structure(
-        widths=plan.widths, weights=plan.weights, biases=plan.biases, adapters=plan.adapters,
-        gathers=layout.gathers(plan), acts=plan.acts, rotation=plan.rotation, kv_cache=plan.kv_cache,
-    )  # fmt: skip
-
-
-def config_fields(layout: "Layout", plan: Plan) -> dict[str, Any]:
-    """config.json of a compressed directory."""
-    base = layout.config.to_dict()
+def config_fields(config: "PreTrainedConfig", structure: Structure) -> dict[str, Any]:
+    """config.json of a compressed directory, from that of the original."""
+    base = config.to_dict()
     for key in ("_name_or_path", "transformers_version"):
         base.pop(key, None)
     fields = {
@@ -50,7 +41,7 @@ def config_fields(layout: "Layout", plan: Plan) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "dtype": "bfloat16",
         "base": base,
-        "structure": structure_of(plan, layout).model_dump(mode="json"),
+        "structure": structure.model_dump(mode="json"),
     }
     for key in ("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "max_position_embeddings"):
         if key in base:

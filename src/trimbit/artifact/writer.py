@@ -15,6 +15,7 @@ from torch import Tensor
 from trimbit.artifact.files import PLAN_FILE, config_fields, require_absent, weight_nbytes
 from trimbit.errors import ArtifactError
 from trimbit.model.layout import Layout
+from trimbit.model.resolved import resolve
 from trimbit.model.shards import METADATA, TensorSpec, shard_nbytes, shards
 from trimbit.schema.plan import Plan
 
@@ -34,7 +35,8 @@ class Writer:
         self.folder = folder
         self.layout = layout
         self.plan = plan
-        self.files = shards(layout.tensors(plan))
+        self.resolved = resolve(plan, layout)
+        self.files = shards(self.resolved.tensors())
         self.specs = {name: spec for file in self.files for name, spec in file.items()}
         self.pending: dict[str, Tensor] = {}
         self.written = 0
@@ -79,7 +81,8 @@ class Writer:
             size = sum(spec.nbytes for spec in self.specs.values())
             index = json.dumps({"metadata": {"total_size": size}, "weight_map": names}, indent=1)
             write_file(self.folder, "model.safetensors.index.json", index)
-        write_file(self.folder, "config.json", json.dumps(config_fields(self.layout, self.plan), indent=1) + "\n")
+        config = config_fields(self.layout.config, self.resolved.structure)
+        write_file(self.folder, "config.json", json.dumps(config, indent=1) + "\n")
         write_file(self.folder, PLAN_FILE, self.plan.to_json())
 
 

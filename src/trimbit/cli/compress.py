@@ -92,16 +92,18 @@ def _job(model: Path, recipe: "Recipe", calibration: str, seed: int) -> "Job":
 
 def print_summary(layout: "Layout", plan: "Plan", budget_nbytes: int | None, out: Path) -> None:
     """What was decided, in a few lines."""
+    from trimbit.model.resolved import resolve
     from trimbit.report.plan_table import cache_record
     from trimbit.report.run_tables import budget_line, cache_line, headline
 
-    found, nbytes = plan.found_by, layout.file_nbytes(plan)
-    cut = sum(len(kept) < layout.unit_of_dim(dim).size for dim, kept in plan.cuts.items())
+    found, resolved = plan.found_by, resolve(plan, layout)
+    nbytes = resolved.file_nbytes
+    cut = sum(unit.width is not None and unit.width < unit.origin.size for unit in resolved.units.values())
     print_line(f"{out}: {budget_line(nbytes, budget_nbytes)}")
     print_line(headline(layout.parameters, nbytes, found.measured_damage))
     print_line(found.method + (f"; {cut} of {2 * layout.blocks} sub-blocks cut" if cut else ""))
     if plan.kv_cache is not None:
-        print_line(cache_line(cache_record(layout, plan), CONTEXT))
+        print_line(cache_line(cache_record(layout, resolved), CONTEXT))
     for note in found.notes:
         print_line(note)
 

@@ -3,7 +3,7 @@
 An axis is written like `kv*g*d` (factors, slowest first) or `kv*g*d+kv*d+kv*d` (fused parts, one after the other).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import prod
 
 import torch
@@ -66,15 +66,14 @@ def head_indices(axis: str, sizes: Mapping[str, int], inside: Int[Tensor, "kv dv
     return torch.cat(pieces)
 
 
-def kept_indices(axis: str, sizes: Mapping[str, int], dim: str, keep: Sequence[int]) -> Int[Tensor, " kept"]:
+def kept_indices(axis: str, sizes: Mapping[str, int], dim: str, keep: Int[Tensor, " members"]) -> Int[Tensor, " kept"]:
     """Flat indices along `axis` that stay, in stored order, when `dim` keeps the indices `keep`."""
-    keep_index = torch.tensor(keep, dtype=torch.long)
     offset, pieces = 0, []
     for part in parts(axis):
         shape = [sizes[factor] for factor in part]
         grid = torch.arange(prod(shape)).view(shape)
         if dim in part:
-            grid = grid.index_select(part.index(dim), keep_index)
+            grid = grid.index_select(part.index(dim), keep)
         pieces.append(grid.flatten() + offset)
         offset += prod(shape)
     return torch.cat(pieces)

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 from trimbit.artifact.writer import appearing
+from trimbit.model.resolved import resolve
 from trimbit.pipeline.applying import applied
 from trimbit.pipeline.job import Job
 from trimbit.pipeline.preflight import preflight, require_own, require_training
@@ -46,7 +47,7 @@ def apply(job: Job, plan: Plan, out: Path) -> Plan:
         log.warning(
             "the plan was found on another text than %s: it is fitted and measured on this one", job.calibration
         )
-    return finish(job, prepared, Found(plan=plan), None, job.layout.file_nbytes(plan), out)
+    return finish(job, prepared, Found(plan=plan), None, resolve(plan, job.layout).file_nbytes, out)
 
 
 def finish(

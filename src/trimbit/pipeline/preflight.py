@@ -12,6 +12,7 @@ from trimbit.jobs.progress import Reporter
 from trimbit.jobs.stages import Runner
 from trimbit.measure.ranking import require_samples
 from trimbit.model.checkpoint.open import open_checkpoint
+from trimbit.model.resolved import resolve
 from trimbit.model.sizes import check_kv_cache
 from trimbit.pipeline.job import Job
 from trimbit.pipeline.oracle import problem_of
@@ -135,7 +136,7 @@ def require_own(job: Job, plan: Plan) -> None:
             f"the plan belongs to {plan.model.id} (weights {plan.model.weights_hash[:12]}), "
             f"not to {job.model.id} (weights {job.model.weights_hash[:12]})"
         )
-    job.layout.check(plan)
+    resolve(plan, job.layout)
     advice = "apply it with the recipe that found it (--recipe)"
     if plan.adapters and job.steps.lowrank is None:
         raise PlanError(f"the plan has low-rank pairs, but the recipe has no `lowrank`: {advice}")

@@ -12,6 +12,7 @@ from trimbit.jobs.checked import load_json, save_json
 from trimbit.jobs.stages import Stage, StageKey, Work
 from trimbit.measure.layer_importance import layer_information
 from trimbit.measure.ranking import Rankings, by_gradients, by_moments
+from trimbit.model.resolved import cut_alone
 from trimbit.pipeline.job import Job, plain
 from trimbit.pipeline.keys import ImportanceKey, MomentsKey, RankingKey
 from trimbit.pipeline.text import Text, text_of
@@ -127,5 +128,5 @@ def _pruned(job: Job, prepared: Prepared, index: int) -> nn.Module:
         width = job.space.kept.get(unit.dim or "")
         if unit.block == index and unit.dim is not None and width is not None:
             keep = tuple(sorted(prepared.rankings[unit.dim][:width]))
-            cut_unit(block, job.layout, unit, keep, f"{job.layout.family.blocks}.{index}.")
+            cut_unit(block, job.layout, cut_alone(job.layout, unit, keep), f"{job.layout.family.blocks}.{index}.")
     return block

@@ -4,6 +4,7 @@ import platform
 from importlib.metadata import version
 
 from trimbit.jobs.hardware import hardware
+from trimbit.model.resolved import resolve
 from trimbit.pipeline.job import Job
 from trimbit.pipeline.result import Result
 from trimbit.pipeline.text import Text
@@ -18,7 +19,7 @@ PACKAGES = ("trimbit", "torch", "transformers")
 
 def run_record(job: Job, result: Result, plan: Plan) -> Run:
     """The record of a finished job."""
-    measured = result.applied.measured
+    measured, resolved = result.applied.measured, resolve(plan, job.layout)
     return Run(
         versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         hardware=hardware(), model=job.model, parameters=job.layout.parameters, seed=job.seed,
@@ -27,7 +28,7 @@ def run_record(job: Job, result: Result, plan: Plan) -> Run:
         predicted_kl=plan.found_by.predicted_damage, chosen_kl=measured.choose if measured else None,
         report_kl=plan.found_by.measured_damage, gap=result.found.gap, tried=tuple(map(_tried, result.found.tried)),
         training=tuple(_training(result)), stages=tuple(job.runner.records.values()),
-        units=unit_rows(job.layout, plan), kv_cache=cache_record(job.layout, plan),
+        units=unit_rows(resolved), kv_cache=cache_record(job.layout, resolved),
     )  # fmt: skip
 
 

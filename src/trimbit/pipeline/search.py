@@ -9,6 +9,7 @@ from trimbit.jobs.checked import load_json, save_json
 from trimbit.jobs.stages import Stage, Work
 from trimbit.model.forward.compute import native
 from trimbit.model.layout import Layout
+from trimbit.model.resolved import resolve
 from trimbit.pipeline.job import Job
 from trimbit.pipeline.keys import PlanKey
 from trimbit.pipeline.oracle import ModelOracle, problem_of
@@ -53,7 +54,7 @@ def require_within(plan: Plan, layout: Layout, budget_nbytes: int) -> None:
     Raises:
         BudgetError: if the plan's files are larger than the budget.
     """
-    nbytes = layout.file_nbytes(plan)
+    nbytes = resolve(plan, layout).file_nbytes
     if nbytes > budget_nbytes:
         raise BudgetError(
             f"the search found a plan of {nbytes:,} bytes for a budget of {budget_nbytes:,}: please report this; "

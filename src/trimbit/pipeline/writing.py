@@ -6,6 +6,7 @@ from pathlib import Path
 from trimbit.artifact.card import model_card
 from trimbit.artifact.files import RECIPE_FILE
 from trimbit.artifact.writer import Writer, copy_weights, write_file
+from trimbit.model.resolved import resolve
 from trimbit.pipeline.job import Job
 from trimbit.pipeline.record import run_record
 from trimbit.pipeline.result import Result
@@ -22,7 +23,7 @@ TUNING_FILE = "tuning.json"
 def write(job: Job, result: Result, folder: Path) -> Plan:
     """Fill `folder` with the compressed model; returns the plan that it holds."""
     plan = result.plan.with_provenance(
-        nbytes=job.layout.file_nbytes(result.found.plan), recipe=job.recipe.model_dump(mode="json"),
+        nbytes=resolve(result.found.plan, job.layout).file_nbytes, recipe=job.recipe.model_dump(mode="json"),
         calibration=Path(job.calibration).name,
         calibration_digest=digest(result.text.digests) if result.text else None, seed=job.seed,
     )  # fmt: skip

@@ -6,7 +6,6 @@ buffer `order` of that module.
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -60,8 +59,3 @@ def move_hooks(module: nn.Module, around: nn.Module) -> None:
 def stored_order(module: nn.Module) -> Tensor | None:
     """The order that a module gathers its input, or what it gives, in; None if it does not."""
     return module._buffers.get("order")
-
-
-def order_dtype(dtype: str) -> torch.dtype:
-    """The type of a stored order by its name in safetensors."""
-    return {"I16": torch.int16, "I32": torch.int32}[dtype]

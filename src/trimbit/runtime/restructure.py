@@ -9,27 +9,37 @@ from transformers import PreTrainedModel
 
 from trimbit.errors import ArtifactError
 from trimbit.model.forward.absent import drop_unit, set_module
-from trimbit.model.layout import Layout, Unit
-from trimbit.runtime.inputs import order_dtype, transform_input
+from trimbit.model.layout import Layout
+from trimbit.model.resolved import ResolvedUnit, ResolvedWeight, join
+from trimbit.runtime.inputs import transform_input
 from trimbit.runtime.layers import AdaptedLinear, Adapter, PackedEmbedding, PackedLinear, TiedHead
 from trimbit.runtime.rotation import go_online
-from trimbit.schema.precision import BFloat16
 from trimbit.schema.structure import Structure
 
 
-def set_width(root: nn.Module, layout: Layout, unit: Unit, width: int, prefix: str = "") -> None:
+def set_width(root: nn.Module, layout: Layout, unit: ResolvedUnit, prefix: str = "") -> None:
     """Tell an attention module how many KV groups it has left; feed-forward modules need not know."""
-    if not unit.name.endswith(".attn"):
+    width, name = unit.width, unit.origin.module
+    if unit.origin.factor != "kv" or width is None or width == unit.origin.size:
         return
-    assert unit.module is not None
-    module: Any = root.get_submodule(unit.module.removeprefix(prefix))
+    assert name is not None
+    module: Any = root.get_submodule(name.removeprefix(prefix))
     heads = width * layout.sizes["g"]
-    for name, value in (("num_heads", heads), ("num_key_value_heads", width)):
-        if hasattr(module, name):
-            setattr(module, name, value)
+    for field, value in (("num_heads", heads), ("num_key_value_heads", width)):
+        if hasattr(module, field):
+            setattr(module, field, value)
     if layout.family.attn.sizes_in_config:
         module.config = copy.copy(module.config)
         module.config.num_attention_heads, module.config.num_key_value_heads = heads, width
+
+
+def change_inputs(root: nn.Module, unit: ResolvedUnit, prefix: str = "") -> None:
+    """Reorder and round the inputs of a unit that is cut already; `prefix` is cut off the unit's names."""
+    for site in unit.sites.values():
+        module = root.get_submodule(site.module.removeprefix(prefix))
+        device = next(iter(module.state_dict().values())).device
+        order = None if site.gather is None else site.gather.to(device)
+        transform_input(module, at_output=site.at_output, order=order, acts=site.acts)
 
 
 def restructure(model: PreTrainedModel, layout: Layout, structure: Structure) -> None:
@@ -38,51 +48,31 @@ def restructure(model: PreTrainedModel, layout: Layout, structure: Structure) ->
     Raises:
         ArtifactError: if the structure belongs to another model.
     """
-    alive = {
-        name for unit in layout.units.values() if structure.widths.get(unit.dim or "") != 0 for name in unit.weights
-    }
-    if odd := sorted(alive ^ structure.weights.keys()):
+    joined = join(structure, layout)
+    if odd := sorted(joined.weights.keys() ^ structure.weights.keys()):
         raise ArtifactError(
             f"structure and model disagree on {len(odd)} weights, the first is {odd[0]}; "
             "config.json was edited or is damaged"
         )
-    for unit in layout.units.values():
-        width = structure.widths.get(unit.dim or "", unit.size) if unit.dim else None
-        if width == 0:
-            drop_unit(model, unit)
+    for unit in joined.units.values():
+        if unit.dropped:
+            drop_unit(model, unit.origin)
             continue
-        if width is not None and width != unit.size:
-            set_width(model, layout, unit, width)
-        for name in unit.weights:
-            _install(model, layout, structure, name, width)
+        set_width(model, layout, unit)
+        for weight in unit.weights.values():
+            _install(model, weight)
     if structure.rotation is not None:
         go_online(model, layout, structure.rotation)
-    for site in dict.fromkeys(layout.weights[name].site for name in structure.weights):
-        if layout.readers(site):
-            _change_input(model, layout, structure, site)
+    for unit in joined.units.values():
+        change_inputs(model, unit)
     if layout.tied:
         set_module(model, layout.family.head, TiedHead(model.get_submodule(layout.family.embed)))
 
 
-def _change_input(model: PreTrainedModel, layout: Layout, structure: Structure, site: str) -> None:
-    name, at_output = layout.input_of(site)
-    order = None
-    if site in structure.gathers:
-        reader = layout.readers(site)[0].name
-        _, spec = layout.order_tensor(site, sum(run.count for run in structure.weights[reader]))
-        device = next(iter(model.get_submodule(reader).state_dict().values())).device
-        order = torch.zeros(spec.shape, dtype=order_dtype(spec.dtype), device=device)
-    transform_input(model.get_submodule(name), at_output=at_output, order=order, acts=structure.acts.get(site, ()))
-
-
-def _install(model: PreTrainedModel, layout: Layout, structure: Structure, name: str, width: int | None) -> None:
-    weight, runs = layout.weights[name], structure.weights[name]
+def _install(model: PreTrainedModel, weight: ResolvedWeight) -> None:
+    name, (rows, cols), runs, bias, rank = weight.name, weight.shape, weight.runs, weight.bias, weight.rank
     old: Any = model.get_submodule(name)
-    rows, cols = layout.weight_shape(weight, width)
-    bias = weight.bias or name in structure.biases
-    rank = structure.adapters.get(name, 0)
-    plain = len(runs) == 1 and isinstance(runs[0].precision, BFloat16)
-    dtype, device = old.weight.dtype, old.weight.device
+    plain, dtype, device = weight.plain, old.weight.dtype, old.weight.device
     with torch.device(device):
         if isinstance(old, nn.Embedding):
             if not plain:

@@ -1,7 +1,7 @@
 """The plan: what is cut and how many bits the rest gets."""
 
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -43,14 +43,6 @@ class Provenance(Schema):
     content: str = ""  # in a file: key of the plan that all this was found of
 
 
-@runtime_checkable
-class Sized(Protocol):
-    """What can tell the bytes of a plan's tensors: a `Layout`."""
-
-    def tensor_nbytes(self, plan: "Plan") -> int:
-        """Bytes of all tensors that the plan writes."""
-
-
 class Plan(Schema):
     """What to do to one model; every search method returns one.
 
@@ -84,10 +76,6 @@ class Plan(Schema):
     def widths(self) -> dict[str, int]:
         """Kept members of the dims that are cut."""
         return {dim: len(keep) for dim, keep in self.cuts.items()}
-
-    def nbytes(self, layout: Sized) -> int:
-        """Bytes of all tensors written; the file adds its header."""
-        return layout.tensor_nbytes(self)
 
     def to_json(self) -> str:
         """The content of plan.json; it carries the content key, by which an edited plan is recognised."""

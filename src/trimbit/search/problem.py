@@ -12,13 +12,14 @@ from trimbit.jobs.progress import Reporter, Silent
 from trimbit.measure.choices import allowed_formats, allowed_widths, format_of, sites_of
 from trimbit.model.forward.logits import Divergence
 from trimbit.model.layout import Layout, Unit
+from trimbit.model.resolved import resolve
 from trimbit.schema.base import Schema
 from trimbit.schema.found import Found, Tried
 from trimbit.schema.kv_cache import KVPrecision
 from trimbit.schema.measurements import Background, Measurements
 from trimbit.schema.objective import Objective, Outcome
 from trimbit.schema.plan import ModelRef, Plan, Provenance, Rotation
-from trimbit.schema.precision import Precision, Run
+from trimbit.schema.precision import Precision, Run, row_nbytes
 from trimbit.schema.recipe import Measure
 from trimbit.schema.space import Space
 
@@ -156,7 +157,7 @@ class Problem:
             model=self.model, rotation=self.rotation, cuts=cuts, weights=weights, biases=tuple(biases),
             adapters=adapters, kv_cache=self.kv_cache, found_by=found,
         )  # fmt: skip
-        return plan.with_provenance(nbytes=layout.file_nbytes(plan))
+        return plan.with_provenance(nbytes=resolve(plan, layout).file_nbytes)
 
     def adapters(self, unit: Unit) -> dict[str, int]:
         """The ranks of the low-rank pairs of a unit's weights."""
@@ -195,16 +196,8 @@ class Problem:
             if unit.dim and (least := min(allowed_widths(layout, unit, self.space))) != unit.size:
                 widths[unit.dim] = least
             for site, names in sites_of(layout, unit).items():
-                weight = layout.weights[names[0]]
-                sizes = {
-                    p: sum(
-                        spec.nbytes
-                        for spec in layout.weight_tensors(
-                            weight, (Run(count=weight.cols, precision=p),), None, bias=False
-                        ).values()
-                    )
-                    for p in allowed_formats(unit, self.space)
-                }
+                cols = layout.weights[names[0]].cols
+                sizes = {p: row_nbytes((Run(count=cols, precision=p),)) for p in allowed_formats(unit, self.space)}
                 formats[site] = min(sizes, key=sizes.__getitem__)
         return self.plan(widths, formats, "smallest")
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from trimbit.measure.choices import sites_of, spared_format
 from trimbit.model.layout import header_bound
+from trimbit.model.resolved import resolve
 from trimbit.schema.plan import Plan
 from trimbit.schema.precision import Precision, Run, row_nbytes
 from trimbit.search.problem import Problem
@@ -71,5 +72,5 @@ def variables(problem: Problem, per: Per) -> Variables:
         costs=tuple(map(tuple, costs.values())), room_nbytes=0,
     )  # fmt: skip
     lowest = found.plan([0] * len(covers), "lowest")
-    rest = lowest.nbytes(layout) - sum(cost[0] for cost in found.costs) + header_bound(layout, problem.rank)
+    rest = resolve(lowest, layout).nbytes - sum(cost[0] for cost in found.costs) + header_bound(layout, problem.rank)
     return replace(found, room_nbytes=problem.budget_nbytes - rest)

@@ -21,6 +21,7 @@ from trimbit.jobs.carried import Carried
 from trimbit.jobs.checked import load_tensors, save_tensors
 from trimbit.jobs.progress import Progress
 from trimbit.model.forward.stream import BlockStream
+from trimbit.model.resolved import Resolved, resolve
 from trimbit.schema.plan import Plan
 from trimbit.transform.block import _Job
 from trimbit.transform.repair import refit
@@ -49,14 +50,14 @@ def apply_plan(
         ArtifactError: if a file cannot be written or read again.
     """
     layout = stream.layout
-    layout.check(plan)
+    resolved = resolve(plan, layout)
     if plan.rotation != stream.rotation:
         raise PlanError(f"the plan's rotation is {plan.rotation}, but the model is run with {stream.rotation}")
     family = layout.family
     parts = writer.folder / PARTS
-    table = _table(stream, plan, method, stats, parts / "table.safetensors")
+    table = _table(stream, resolved, method, stats, parts / "table.safetensors")
     blocks = [parts / f"block-{index:04d}.safetensors" for index in range(layout.blocks)]
-    carried, job = Carried(parts), _Job(stream, plan, tokens, method, repair or refit.Config(), table, held_out)
+    carried, job = Carried(parts), _Job(stream, resolved, tokens, method, repair or refit.Config(), table, held_out)
     for index in range(_resume(job, carried, blocks), layout.blocks):
         save_tensors(blocks[index], job.block(index))
         carried.save(index + 1, job.hidden)
@@ -67,7 +68,7 @@ def apply_plan(
     head = table if layout.tied else _head(job)
     if not layout.tied:
         writer.add(head.tensors(family.head))
-    writer.add({name: stream.checkpoint.tensor(name).to(torch.bfloat16) for name in layout.fixed})
+    writer.add({name: stream.checkpoint.tensor(name).to(torch.bfloat16) for name in resolved.fixed})
     shutil.rmtree(parts)
     if held_out is None:
         return []
@@ -76,17 +77,18 @@ def apply_plan(
     return job.damage(original, head.dense(torch.bfloat16).to(stream.compute), held_out)
 
 
-def _table(stream: BlockStream, plan: Plan, method: Method, stats: Stats | None, path: Path) -> Compressed:
+def _table(stream: BlockStream, resolved: Resolved, method: Method, stats: Stats | None, path: Path) -> Compressed:
     """The embedding's table, compressed, and kept at `path`."""
     layout, name = stream.layout, stream.layout.family.embed
+    runs = resolved.weights[name].runs
     if (known := load_tensors(path)) is not None:
-        return Compressed.of(known[0], name, plan.weights[name])
+        return Compressed.of(known[0], name, runs)
     table = stream.checkpoint.tensor(f"{name}.weight").float()
     moments = identity_moments(table.shape[1])
     if layout.tied and method.needs_moments:
         assert stats is not None, "a tied head needs statistics"
         moments = tied_moments(stats.moments("head_in"))
-    (made,) = method.compress([table], moments, [name], [plan.weights[name]], [0])
+    (made,) = method.compress([table], moments, [name], [runs], [0])
     save_tensors(path, made.tensors(name))
     return made
 
@@ -96,7 +98,7 @@ def _head(job: _Job) -> Compressed:
     name = job.layout.family.head
     w = job.stream.checkpoint.tensor(f"{name}.weight").float()
     moments = job.final_moments() if job.method.needs_moments else None
-    (made,) = job.method.compress([w], moments, [name], [job.plan.weights[name]], [0])
+    (made,) = job.method.compress([w], moments, [name], [job.resolved.weights[name].runs], [0])
     return made
 
 

@@ -16,9 +16,8 @@ from trimbit.model.forward.halves import input_known, only_half
 from trimbit.model.forward.logits import compare_logits, following, logit_slices
 from trimbit.model.forward.stream import BlockStream, Chunks, embed_chunks
 from trimbit.model.layout import Unit, Weight
-from trimbit.runtime.inputs import stored_order
-from trimbit.schema.plan import Plan
-from trimbit.transform.cut import change_sites, cut_unit
+from trimbit.model.resolved import Resolved, ResolvedUnit, ResolvedWeight
+from trimbit.transform.cut import cut_unit
 from trimbit.transform.repair import refit
 from trimbit.transform.weight import Compressed, Method
 
@@ -29,12 +28,12 @@ class _Job:
     """The state of one application: the hidden states of both paths."""
 
     def __init__(
-        self, stream: BlockStream, plan: Plan, tokens: Tensor, method: Method, repair: refit.Config,
+        self, stream: BlockStream, resolved: Resolved, tokens: Tensor, method: Method, repair: refit.Config,
         table: Compressed, held_out: Tensor | None,
     ) -> None:  # fmt: skip
         self.stream = stream
         self.layout = stream.layout
-        self.plan = plan
+        self.resolved = resolved
         self.method = method
         self.repair = repair
         self.norm = as_stored(stream.norm)
@@ -54,11 +53,6 @@ class _Job:
         for name in HIDDEN:
             setattr(self, name, states[name])
 
-    def _refits(self, unit: Unit) -> bool:
-        if unit.dim is None or self.layout.dropped(unit, self.plan):
-            return False
-        return unit.out_weight in self.plan.biases
-
     def block(self, index: int) -> dict[str, Tensor]:
         """Compress one block, half by half, and move the hidden states past it; returns its stored tensors."""
         dense = self.stream.load(index)
@@ -66,14 +60,12 @@ class _Job:
         prefix = f"{self.layout.family.blocks}.{index}."
         stored: dict[str, Tensor] = {}
         for kind in ("attn", "mlp"):
-            unit = self.layout.units[f"blocks.{index}.{kind}"]
-            with only_half(block, self.layout, unit), only_half(dense, self.layout, unit):
-                if not self.layout.dropped(unit, self.plan):
-                    if unit.dim in self.plan.cuts:
-                        cut_unit(block, self.layout, unit, self.plan.cuts[unit.dim], prefix)
-                    change_sites(block, self.layout, self.plan, unit, prefix)
+            unit = self.resolved.units[f"blocks.{index}.{kind}"]
+            with only_half(block, self.layout, unit.origin), only_half(dense, self.layout, unit.origin):
+                if not unit.dropped:
+                    cut_unit(block, self.layout, unit, prefix)
                     stored |= self._compress_unit(index, unit, dense, block, prefix)
-                    self._advance_compressed(index, unit, block, prefix)
+                    self._advance_compressed(index, unit.origin, block, prefix)
                     self._advance(self.held_compressed, index, block)
                 self._advance(self.held_dense, index, dense)
         return stored
@@ -116,40 +108,35 @@ class _Job:
         return final.moments()
 
     def _compress_unit(
-        self, index: int, unit: Unit, dense: nn.Module, block: nn.Module, prefix: str
+        self, index: int, unit: ResolvedUnit, dense: nn.Module, block: nn.Module, prefix: str
     ) -> dict[str, Tensor]:
         stored: dict[str, Tensor] = {}
-        sites: dict[str, list[Weight]] = {}
-        for name in unit.weights:
-            sites.setdefault(self.layout.weights[name].site, []).append(self.layout.weights[name])
-        for members in sites.values():
+        for site in unit.sites:
+            first, *_ = members = [weight for weight in unit.weights.values() if weight.origin.site == site]
             modules: list[Any] = [block.get_submodule(weight.name.removeprefix(prefix)) for weight in members]
-            names = [weight.name for weight in members]
-            refits = names[0] == unit.out_weight and self._refits(unit)
-            train, held = self._moments(index, members[0], dense if refits else None, block, prefix)
-            if refits:
-                original: Any = dense.get_submodule(members[0].name.removeprefix(prefix))
-                compressed = self._refit_and_compress(names[0], modules[0], original, train, held)
+            train, held = self._moments(index, first.origin, dense if first.refit else None, block, prefix)
+            if first.refit:
+                original: Any = dense.get_submodule(first.name.removeprefix(prefix))
+                compressed = self._refit_and_compress(first, modules[0], original, train, held)
             else:
                 moments = train.moments() if train else None
-                compressed = self._compress(names, [linear.weight.detach() for linear in modules], moments)
-            for name, linear, one in zip(names, modules, compressed, strict=True):
+                compressed = self._compress(members, [linear.weight.detach() for linear in modules], moments)
+            for weight, linear, one in zip(members, modules, compressed, strict=True):
                 linear.weight = nn.Parameter(one.dense(), requires_grad=False)
-                stored |= one.tensors(name)
+                stored |= one.tensors(weight.name)
                 if linear.bias is not None:
-                    stored[f"{name}.bias"] = linear.bias.detach().to(torch.bfloat16)
-        for name, _ in unit.kept:
+                    stored[f"{weight.name}.bias"] = linear.bias.detach().to(torch.bfloat16)
+        for name in unit.vectors:
             stored[name] = block.get_parameter(name.removeprefix(prefix)).detach().to(torch.bfloat16)
-        for site in sites:
-            name = self.layout.input_of(site)[0]
-            order = stored_order(block.get_submodule(name.removeprefix(prefix)))
-            if order is not None:
-                stored[f"{name}.order"] = order
+        for resolved in unit.sites.values():
+            stored |= resolved.stored()
         return stored
 
-    def _compress(self, names: Sequence[str], ws: Sequence[Tensor], moments: Moments | None) -> list[Compressed]:
-        ranks = [self.plan.adapters.get(name, 0) for name in names]
-        return self.method.compress(ws, moments, names, [self.plan.weights[name] for name in names], ranks)
+    def _compress(
+        self, members: Sequence[ResolvedWeight], ws: Sequence[Tensor], moments: Moments | None
+    ) -> list[Compressed]:
+        names, runs, ranks = zip(*((weight.name, weight.runs, weight.rank) for weight in members), strict=True)
+        return self.method.compress(ws, moments, names, runs, ranks)
 
     def _moments(
         self, index: int, weight: Weight, dense: nn.Module | None, block: nn.Module, prefix: str
@@ -187,7 +174,7 @@ class _Job:
         return length * (rows - max(1, round(rows * self.repair.held_out)))
 
     def _refit_and_compress(
-        self, name: str, linear: Any, original: Any, train: Accumulator | None, held: Accumulator  # noqa: ANN401
+        self, weight: ResolvedWeight, linear: Any, original: Any, train: Accumulator | None, held: Accumulator  # noqa: ANN401
     ) -> list[Compressed]:  # fmt: skip
         assert train is not None
         w, bias = original.weight.detach(), None if original.bias is None else original.bias.detach()
@@ -200,7 +187,7 @@ class _Job:
             self.repair,
         )
         both = train.plus(held).moments()
-        compressed = self._compress([name], [fitted.weight], both)
+        compressed = self._compress([weight], [fitted.weight], both)
         shift = refit.bias_for(w, compressed[0].dense(), bias, both).bfloat16().float()  # as it is stored
         linear.bias = nn.Parameter(shift, requires_grad=False)
         return compressed

@@ -18,7 +18,7 @@ from trimbit.jobs.checked import load_tensors, save_tensors
 from trimbit.jobs.progress import Progress
 from trimbit.kernels.acts import take_channels
 from trimbit.measure.choices import allowed_formats, format_of, sites_of
-from trimbit.model import axes
+from trimbit.model.channels import cut_channels
 from trimbit.model.checkpoint.checkpoint import Checkpoint
 from trimbit.model.layout import Layout, Unit, Weight
 from trimbit.schema.base import digest
@@ -136,13 +136,10 @@ class CandidateWeights:
             return torch.zeros(weight.rows)
         return self.checkpoint.tensor(f"{weight.name}.bias").bfloat16().float()
 
-    def _indices(self, unit: Unit, axis: str, keep: tuple[int, ...]) -> Tensor:
-        assert unit.dim is not None
-        return axes.kept_indices(axis, self.layout.sizes, unit.dim.rsplit(".", 1)[1], keep)
-
     def _cut_rows(self, unit: Unit, weight: Weight, keep: tuple[int, ...], precision: Precision) -> Tensor:
         """A weight that writes into the cut dim, in the full shape: its pair depends on which rows are left."""
-        index, runs = self._indices(unit, weight.row_axis, keep), (Run(count=weight.cols, precision=precision),)
+        index = cut_channels(self.layout, unit, keep).rows[weight.name]
+        runs = (Run(count=weight.cols, precision=precision),)
         path = self._path(weight, precision, keep)
 
         def make() -> None:
@@ -158,7 +155,7 @@ class CandidateWeights:
         self, unit: Unit, weight: Weight, keep: tuple[int, ...], precision: Precision
     ) -> dict[str, Tensor]:
         """The output weight of a cut unit: refitted if asked, compressed, and spread over the full shape."""
-        index = self._indices(unit, weight.col_axis, keep)
+        index = cut_channels(self.layout, unit, keep).cols[weight.name]
         runs = (Run(count=len(index), precision=precision),)
         path = self._path(weight, precision, keep)
 

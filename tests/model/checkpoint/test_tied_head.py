@@ -15,6 +15,7 @@ from trimbit.model.build import build_layout
 from trimbit.model.checkpoint import tied_head
 from trimbit.model.checkpoint.open import open_checkpoint
 from trimbit.model.forward.stream import BlockStream
+from trimbit.model.resolved import resolve
 from trimbit.runtime.load import load_model
 from trimbit.transform.apply import apply_plan
 from trimbit.transform.quant import rtn
@@ -96,7 +97,7 @@ def test_it_runs_is_packed_and_is_counted_as_transformers_has_it(tied, tmp_path)
             BlockStream(checkpoint, layout, torch.float32), plan, TOKENS, method, refit.Config(), None, writer,
             lambda *_: None,
         )  # fmt: skip
-    assert weight_nbytes(tmp_path / "small") == layout.file_nbytes(plan)
+    assert weight_nbytes(tmp_path / "small") == resolve(plan, layout).file_nbytes
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.float32)
     dense = model.lm_head.dense(torch.float32)
     torch.testing.assert_close(dense, head_of(state), atol=0.02, rtol=0)

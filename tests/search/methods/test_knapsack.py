@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from problems import LAYOUT, REPORTED, SPACE, additive, formats, measurements, of_width, problem
 from trimbit.errors import BudgetError
 from trimbit.model.layout import header_bound
+from trimbit.model.resolved import resolve
 from trimbit.search.methods import knapsack, uniform
 from trimbit.search.methods.knapsack import Choice, Config
 from trimbit.search.problem import NO_CHOICE, Problem
@@ -37,8 +38,8 @@ def test_pareto_keeps_exactly_the_non_dominated(pairs):
 def test_a_plan_is_never_over_the_budget(limit, cost_of_width):
     found = measurements(width_damage=lambda dim, width: cost_of_width * of_width(dim, width))
     plan = knapsack.search(problem(limit, measurements=found), Config(pruning_costs=(1.0,), uniform=None)).plan
-    LAYOUT.check(plan)
-    assert LAYOUT.file_nbytes(plan) == plan.found_by.nbytes <= limit
+    resolve(plan, LAYOUT)
+    assert resolve(plan, LAYOUT).file_nbytes == plan.found_by.nbytes <= limit
 
 
 def test_sub_blocks_are_dropped_and_cut_where_that_is_cheapest():
@@ -119,7 +120,7 @@ def test_same_input_same_plan():
 
 def test_the_smallest_budget_to_the_byte():
     plan = knapsack.search(problem(SMALLEST), Config()).plan
-    assert LAYOUT.file_nbytes(plan) == SMALLEST
+    assert resolve(plan, LAYOUT).file_nbytes == SMALLEST
     assert plan.found_by.notes == (NO_CHOICE.format("the smallest plan"),)
     with pytest.raises(BudgetError, match=rf"--budget {SMALLEST}B"):
         knapsack.search(problem(SMALLEST - 1), Config())

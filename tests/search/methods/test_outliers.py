@@ -4,6 +4,7 @@ import pytest
 
 from problems import LAYOUT
 from toga_problems import ACTS, SMALL, high_of, made
+from trimbit.model.resolved import resolve
 from trimbit.search.methods import outliers as salient
 from trimbit.search.two_formats.tiles import TileProblem
 
@@ -13,7 +14,7 @@ def test_salient_channels(tmp_path, by):
     config = salient.Config(**SMALL, **ACTS, by=by)
     task = made(tmp_path, config)
     plan = salient.search(task, config).plan
-    LAYOUT.check(plan)
+    resolve(plan, LAYOUT)
     sites = TileProblem(task, config)
     high = high_of(plan, sites)
     top_channels = {site: set(sites.top_channels(site, len(own) // 16)) for site, own in high.items()}

@@ -4,6 +4,7 @@ import torch
 
 from problems import LAYOUT
 from toga_problems import SMALL, Invented, high_of, made, second_moments
+from trimbit.model.resolved import resolve
 from trimbit.search.methods import outliers as salient
 from trimbit.search.methods import shares
 from trimbit.search.two_formats.tiles import TileProblem, as_masks
@@ -24,7 +25,7 @@ def test_shares_follow_what_is_measured(tmp_path):
     masked = Invented(by_site())
     task = made(tmp_path, SHARES, masked=masked)
     plan = shares.search(task, SHARES).plan
-    LAYOUT.check(plan)
+    resolve(plan, LAYOUT)
     sites = TileProblem(task, SHARES)
     high = high_of(plan, sites)
     assert all(own == set(sites.top_channels(site, len(own) // 16)) for site, own in high.items())

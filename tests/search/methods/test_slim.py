@@ -15,6 +15,7 @@ from tiny import randomize, save_tiny, tiny_config
 from trimbit.artifact.files import weight_nbytes
 from trimbit.errors import BudgetError, RecipeError
 from trimbit.model.build import build_layout
+from trimbit.model.resolved import resolve
 from trimbit.pipeline.recipes import load_recipe
 from trimbit.schema.space import Space
 from trimbit.search.methods import slim
@@ -60,7 +61,7 @@ def names(runs):
 
 def test_groups_move_where_it_helps():
     plan = slim.search(problem(), slim.Config()).plan
-    LAYOUT.check(plan)
+    resolve(plan, LAYOUT)
     assert names(plan.weights[DOWN]) == ["binaryg128", "int2g128", "int3g128", "int2g128", "int2g128"]
     for name, runs in plan.weights.items():
         if name != DOWN and "layers" in name:

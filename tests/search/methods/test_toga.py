@@ -8,6 +8,7 @@ import torch
 from problems import LAYOUT
 from toga_problems import CONFIG, SMALL, Invented, high_of, kept, made, worths
 from trimbit.errors import BudgetError, NumericsError, RecipeError
+from trimbit.model.resolved import resolve
 from trimbit.schema.space import Space
 from trimbit.search.methods import outliers as salient
 from trimbit.search.methods import shares, toga
@@ -23,7 +24,7 @@ def test_what_matters_is_found(tmp_path, network, estimator, temperature, budget
     config = CONFIG.model_copy(update=kind | rate)
     task = made(tmp_path, config)
     plan = toga.search(task, config).plan
-    LAYOUT.check(plan)
+    resolve(plan, LAYOUT)
     by_energy = salient.search(task, salient.Config(**SMALL)).plan
     assert kept(plan, task, config) > 1.5 * kept(by_energy, task, config)
 

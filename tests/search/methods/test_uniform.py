@@ -4,6 +4,7 @@ import pytest
 
 from problems import LAYOUT, formats, problem
 from trimbit.errors import BudgetError
+from trimbit.model.resolved import resolve
 from trimbit.search.methods import uniform
 from trimbit.search.methods.uniform import Config
 
@@ -23,7 +24,7 @@ def chosen(plan):
 def test_the_largest_that_fits(name):
     plan = uniform.search(problem(SIZES[name]), Config(formats=MENU)).plan
     assert chosen(plan) == name
-    assert LAYOUT.file_nbytes(plan) == SIZES[name] == plan.found_by.nbytes
+    assert resolve(plan, LAYOUT).file_nbytes == SIZES[name] == plan.found_by.nbytes
     smaller = max((size for size in SIZES.values() if size < SIZES[name]), default=None)
     if smaller:
         assert SIZES[chosen(uniform.search(problem(SIZES[name] - 1), Config(formats=MENU)).plan)] == smaller

@@ -13,6 +13,7 @@ from problems import LAYOUT
 from toga_problems import ACTS, CONFIG, SMALL, high_of, made
 from trimbit.errors import BudgetError
 from trimbit.model.build import build_layout
+from trimbit.model.resolved import resolve
 from trimbit.search.methods import outliers as salient
 from trimbit.search.methods import shares, toga
 from trimbit.search.two_formats.tiles import TileProblem
@@ -27,7 +28,7 @@ def test_the_budget_is_filled_by_whole_tiles_and_never_exceeded(tmp_path_factory
     generator = torch.Generator().manual_seed(seed)
     logits = {site: torch.randn(count, generator=generator) - 2 for site, count in sites.channels.items()}
     plan = sites.fill_by_logits(logits, "")
-    LAYOUT.check(plan)
+    resolve(plan, LAYOUT)
     high = high_of(plan, sites)
     for site, own in high.items():
         assert len(own) % 16 == 0

@@ -23,11 +23,13 @@ from trimbit.measure.choices import (
     spared_format,
 )
 from trimbit.model.layout import Unit, header_bound
+from trimbit.model.resolved import resolve_unit
 from trimbit.schema.base import digest
 from trimbit.schema.found import Found, Tried
 from trimbit.schema.measurements import Background, Measurements
 from trimbit.schema.plan import Plan
 from trimbit.schema.precision import Int, Precision, Run
+from trimbit.schema.structure import Structure
 from trimbit.search.methods import uniform
 from trimbit.search.problem import NO_CHOICE, Problem, SearchMethod
 from trimbit.search.solvers import knapsack as solver
@@ -230,14 +232,15 @@ def choices(problem: Problem, damage: Measurements, unit: Unit, pruning_cost: fl
 
 def _nbytes(problem: Problem, unit: Unit, width: int | None, formats: Mapping[str, Precision], *, cut: bool) -> int:
     layout = problem.layout
-    runs = {
+    runs: dict[str, tuple[Run, ...]] = {
         name: (Run(count=layout.weight_shape(layout.weights[name], width)[1], precision=formats[site]),)
         for site, names in sites_of(layout, unit).items()
         for name in names
     }
     biases = (unit.out_weight,) if cut and problem.refits and unit.out_weight else ()
-    specs = layout.unit_tensors(unit, runs, width, biases=biases, adapters=problem.adapters(unit))
-    return sum(spec.nbytes for spec in specs.values())
+    widths = {unit.dim: width} if unit.dim is not None and width is not None else {}
+    structure = Structure(widths=widths, weights=runs, biases=biases, adapters=problem.adapters(unit))
+    return resolve_unit(layout, unit, structure).nbytes
 
 
 def pareto(found: list[Choice]) -> list[Choice]:

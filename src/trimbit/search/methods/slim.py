@@ -10,6 +10,7 @@ from pydantic import Field
 
 from trimbit.errors import RecipeError
 from trimbit.measure.choices import sites_of
+from trimbit.model.resolved import resolve
 from trimbit.schema.base import Schema
 from trimbit.schema.found import Found
 from trimbit.schema.plan import Plan
@@ -70,7 +71,7 @@ def search(problem: Problem, config: Config) -> Found:
             progress(at + 1, len(names))
     plan = base.model_copy(update={"weights": weights})
     method = f"SliM at {config.bits} bits: {moved} of {groups} groups have a bit more, and as many one less"
-    return Found(plan=plan.with_provenance(nbytes=layout.file_nbytes(plan), method=method))
+    return Found(plan=plan.with_provenance(nbytes=resolve(plan, layout).file_nbytes, method=method))
 
 
 def _uniform(problem: Problem, config: Config) -> Plan:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from trimbit.errors import BudgetError, RecipeError
 from trimbit.measure.choices import sites_of
+from trimbit.model.channels import order_dtype
+from trimbit.model.resolved import resolve
 from trimbit.schema.activations import ActRun
 from trimbit.schema.plan import Plan
 from trimbit.schema.precision import Run, row_nbytes
@@ -131,7 +133,7 @@ class TileProblem:
             if any(rounding[run.precision] for run in runs):
                 acts[site] = tuple(ActRun(count=run.count, precision=rounding[run.precision]) for run in runs)
         plan = base.model_copy(update={"weights": weights, "orders": orders, "acts": acts})
-        return plan.with_provenance(nbytes=problem.layout.file_nbytes(plan), notes=notes)
+        return plan.with_provenance(nbytes=resolve(plan, problem.layout).file_nbytes, notes=notes)
 
     def _runs(self, site: str, high: int) -> tuple[Run, ...]:
         counts = ((self.channels[site] - high, self.mixed.low), (high, self.mixed.high))
@@ -153,7 +155,8 @@ class TileProblem:
         layout, runs = self.problem.layout, self._runs(site, tiles * self.mixed.tile)
         folds = layout.readers(site)[0].col_axis == "mid" and self.problem.rotation is None
         ordered = self.mixed.sort or len(runs) > 1
-        order = layout.order_tensor(site, self.channels[site])[1].nbytes if ordered and not folds else 0
+        channels = self.channels[site]
+        order = channels * order_dtype(channels).itemsize if ordered and not folds else 0
         return order + self.rows[site] * row_nbytes(runs)
 
     @cached_property
@@ -219,10 +222,7 @@ class TileProblem:
         while True:
             tiles, notes = pick(room), tuple[str, ...]()
             if tiles is None:
-                tiles, notes = (
-                    self.uniform_within_budget,
-                    (NO_CHOICE.format("the same share of every site"),),
-                )
+                tiles, notes = self.uniform_within_budget, (NO_CHOICE.format("the same share of every site"),)
             high = {site: ranked[site][: count * self.mixed.tile] for site, count in tiles.items()}
             plan = self.plan(high, f"{self.bits(self.codes(tiles)):.3f} bits a code, {what}", notes)
             over = plan.found_by.nbytes - self.problem.budget_nbytes
