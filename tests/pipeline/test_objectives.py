@@ -32,7 +32,7 @@ def tasks(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("steps", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("by", ["kl", "nll", "accuracy"])
 def test_the_best_by_the_objective_is_taken(job, tasks, tmp_path, by, steps):
     asked = (f"search.objective.by={by}", f"search.objective.steps={steps}")
@@ -73,6 +73,7 @@ def test_the_faithful_form_runs_whole(job, tasks, tmp_path):
     assert all(one.correct.count("1") / 20 == one.accuracy for one in found)
 
 
+@pytest.mark.slow
 def test_recovery_is_part_of_an_outcome(job, tmp_path):
     """Trained plans are nearer to the original than the same plans as they start."""
     slow = ("tune.learning_rate=0.002",)

@@ -27,6 +27,7 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("calibration", ["file", "self"])
 def test_processes_find_the_same(job, tmp_path, monkeypatch, calibration):

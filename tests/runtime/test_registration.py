@@ -167,6 +167,7 @@ importlib.reload(transformers)
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_compressed_directory_is_loaded_in_any_order_of_imports(compressed, order):
     load = f"print(type(AutoModelForCausalLM.from_pretrained({str(compressed[0])!r})).__name__)"

@@ -15,7 +15,7 @@ from trimbit.search.methods import shares, toga
 from trimbit.search.two_formats.tiles import TileProblem
 
 
-@pytest.mark.parametrize("network", ["logits", "hypernetwork"])
+@pytest.mark.parametrize("network", ["logits", pytest.param("hypernetwork", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("estimator", "temperature"), [("reinmax", 1.0), ("gumbel", 0.4)])
 @pytest.mark.parametrize("budget", ["penalty", "projection"])
 def test_what_matters_is_found(tmp_path, network, estimator, temperature, budget):
@@ -105,7 +105,7 @@ class Recorded(Invented):
         return super().gradients(masks, step, generator)
 
 
-@pytest.mark.parametrize("network", ["logits", "hypernetwork"])
+@pytest.mark.parametrize("network", ["logits", pytest.param("hypernetwork", marks=pytest.mark.slow)])
 def test_whole_tiles_learn_where_one_channel_is_worth_a_tile(tmp_path, network):
     """Half of the sites have one channel that matters, more than a tile of the others together."""
     shape = TileProblem(made(tmp_path), CONFIG)
