@@ -54,6 +54,7 @@ def test_the_best_by_the_objective_is_taken(job, tasks, tmp_path, by, steps):
     assert again.nll == pytest.approx(want.nll, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_faithful_form_runs_whole(job, tasks, tmp_path):
     """Histogram, accuracy, instructions; the blocks that are not pruned stay as they are."""
     rows = [{"instruction": "w5 w6", "output": f"w{at + 8} w9"} for at in range(5)]

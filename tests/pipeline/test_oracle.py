@@ -61,6 +61,7 @@ def test_a_search_goes_on_whatever_was_measured_before(job, tmp_path, monkeypatc
     assert len(asked) == 6
 
 
+@pytest.mark.slow
 def test_what_a_process_cannot_do_is_said(job, tmp_path, monkeypatch):
     opened = session(
         job, tmp_path, "search.objective.workers=2", "search.objective.steps=2", "tune.learning_rate=1.0e+30"
@@ -71,6 +72,7 @@ def test_what_a_process_cannot_do_is_said(job, tmp_path, monkeypatch):
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 def test_trials_lie_beside_the_plan_that_came_of_them(job, tmp_path):
     """Of two budgets, each has its own; fewer trials are not shown as more; a plan without trials has none."""
     opened = session(job, tmp_path / "c")
@@ -100,6 +102,7 @@ def test_trials_lie_beside_the_plan_that_came_of_them(job, tmp_path):
             assert all(int(row["nbytes"]) <= budget_nbytes - 600 for row in rows)
 
 
+@pytest.mark.slow
 def test_the_pareto_set_can_be_applied(job, tmp_path, monkeypatch):
     monkeypatch.setattr("trimbit.search.solvers.pareto.PAGE", 0)  # all plans of this model are less than that apart
     opened = session(job, tmp_path / "c")

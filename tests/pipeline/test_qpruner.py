@@ -103,6 +103,7 @@ def test_what_was_tried_lies_beside(compressed):
     assert (out / "trials.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_search_that_was_broken_off_goes_on(job, tmp_path, monkeypatch):
     """Killed at every trial, it tries nothing twice and ends with the same plan."""
     whole = session(job, "qpruner-3", cache=tmp_path / "one").found()

@@ -108,7 +108,7 @@ def test_candidates_are_rotated(job):
 
 def test_a_rotation_that_the_model_cannot_have_is_refused_before_anything_long(tmp_path):
     save_tiny(tiny_model("gemma2"), tmp_path / "original")
-    made = open_session(tmp_path / "original", load_recipe("quarot-w4a4"))
+    made = open_session(tmp_path / "original", load_recipe("quarot-w4a4", ("calibration.length=64",)))
     with pytest.raises(LayoutError, match="gemma2 cannot be rotated"):
         made.budget_nbytes()
     with pytest.raises(LayoutError, match="gemma2 cannot be rotated"):

@@ -41,6 +41,7 @@ def test_the_whole_job(job, tmp_path, acts, kind):
     assert (tmp_path / "out/training.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_job_that_was_broken_off_goes_on(job, tmp_path, monkeypatch):
     """As the recipes learn: a hypernetwork, expected errors, bf16, whole tiles."""
     kind = {"error_model": "expected", "network": "hypernetwork", "budget": "projection", "loss": "kl"}

@@ -48,6 +48,7 @@ def test_tries_all_of_a_tiny_space_and_stops(method, batch):
     assert len(done.evaluated) == len(everything(box)) < config.trials
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [bayes.optimise, bayes.random_search])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_goes_on_as_if_never_interrupted(method, batch):

@@ -116,6 +116,7 @@ def test_kept_dense_they_give_the_same(job, acts):
     assert all(torch.equal(own, found[1][1][site]) for site, own in found[0][1].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rtn", "expected"])
 def test_what_is_tried_around_a_background_is_judged_as_if_alone(job, kind):
     made = session(job, loss="kl", error_model=kind)  # so that the original's answers on these rows are there
