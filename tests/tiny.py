@@ -66,17 +66,23 @@ def tiny_model(model_type: str, seed: int = 0, tied: bool | None = None) -> PreT
 
 @torch.no_grad()
 def randomize(model: PreTrainedModel, seed: int) -> None:
-    """Fill every parameter: norms around neutral, biases non-zero, matrices 1/sqrt(in)."""
+    """Fill every parameter: norms around neutral, biases non-zero, matrices 1/sqrt(in).
+
+    Gemma multiplies the embedding by sqrt(width) and ties the head to it. So its table is small, lest every token
+    predict itself whatever the blocks do, and its final norm is large, so that logits still differ.
+    """
     generator = torch.Generator().manual_seed(seed)
-    neutral = 0.0 if model.config.model_type.startswith("gemma") else 1.0  # Gemma's norm is 1 + w
+    gemma = model.config.model_type.startswith("gemma")
+    neutral = 0.0 if gemma else 1.0  # Gemma's norm is 1 + w
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.dim() == 1:
             is_norm = name.endswith("norm.weight")
-            parameter.copy_((neutral if is_norm else 0.0) + 0.3 * noise)
+            mean = 1.5 if gemma and name == "model.norm.weight" else neutral if is_norm else 0.0
+            parameter.copy_(mean + 0.3 * noise)
             assert is_norm or name.endswith("bias"), name
         elif "embed" in name:
-            parameter.copy_(0.5 * noise)
+            parameter.copy_((0.15 if gemma else 0.5) * noise)
         else:
             parameter.copy_(noise / parameter.shape[1] ** 0.5)
 

@@ -1,5 +1,6 @@
 """Every row of the family table, executed: cutting equals masking, permuting changes nothing."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -66,6 +67,20 @@ def test_every_row_has_a_tiny_model():
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.parametrize("tied", [False, True])
+def test_every_sub_block_of_a_tiny_model_matters(model_type, tied):
+    """Else tests on it would prove nothing: dropping any one moves what is predicted for most tokens."""
+    dense = tiny_model(model_type, tied=tied)
+    layout, log_p = build_layout(dense.config), logits(dense).log_softmax(-1)
+    assert 0.9 < log_p.std(-1).mean() < 4  # nats: neither all alike nor one certain
+    for dim in (unit.dim for unit in layout.units.values() if unit.dim):
+        log_q = logits(cut(deepcopy(dense), layout, {dim: ()})).log_softmax(-1)
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+        assert kl.mean() > 0.05, dim
+        assert kl.median() > 0.01, dim
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("tied", [False, True])
 def test_the_layout_names_every_parameter(model_type, tied):
     model = tiny_model(model_type, tied=tied)
     layout = build_layout(model.config)
@@ -104,7 +119,7 @@ def test_cutting_equals_masking(make):
     layout = build_layout(make_model().config)
     masked = logits(mask(make_model(), CUTS))
     assert (masked - logits(make_model())).abs().max() > 0.1
-    torch.testing.assert_close(logits(cut(make_model(), layout, CUTS)), masked, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(cut(make_model(), layout, CUTS)), masked, rtol=0, atol=3e-5)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -114,7 +129,7 @@ def test_dropping_equals_masking_everything(model_type):
     layout = build_layout(model.config)
     masked = logits(mask(tiny_model(model_type), cuts))
     dropped = cut(model, layout, cuts)
-    torch.testing.assert_close(logits(dropped), masked, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(dropped), masked, rtol=0, atol=3e-5)
     left = dict(dropped.named_parameters())
     for dim in cuts:
         unit = layout.unit_of_dim(dim)
@@ -135,6 +150,6 @@ def test_permuting_changes_nothing_and_can_be_undone(make, generator):
     assert not any(
         torch.equal(moved[f"{w}.weight"], state[f"{w}.weight"]) for w in layout.units["blocks.0.attn"].weights
     )
-    torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=3e-5)
     cut(model, layout, {dim: tuple(order.argsort().tolist()) for dim, order in orders.items()})
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

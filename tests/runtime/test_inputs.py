@@ -88,7 +88,7 @@ def test_an_order_changes_nothing(model_type, heads, tmp_path):
     assert set(resolve(ordered, layout).structure.gathers) == stored
     small = write(tmp_path / "original", tmp_path / "ordered", ordered)
     want = logits(write(tmp_path / "original", tmp_path / "plain", plain))
-    torch.testing.assert_close(logits(small), want, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(small), want, rtol=0, atol=3e-5)
     assert weight_nbytes(tmp_path / "ordered") == resolve(ordered, layout).file_nbytes
     tensors = load_file(tmp_path / "ordered/model.safetensors")
     for name in (f"{layout.input_of(site)[0]}.order" for site in stored):
