@@ -116,11 +116,15 @@ class Checkpoint:
         return replace(self, _entries={name: entry(name, own) for name, own in self._entries.items()})
 
     def tokenizer(self) -> Any:  # noqa: ANN401 - AutoTokenizer has no common typed base
-        """The model's fast tokenizer.
+        """The model's fast tokenizer; read once, for a GGUF's takes seconds.
 
         Raises:
             CheckpointError: if there is none, it cannot be read, or it only exists as remote code.
         """
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> Any:  # noqa: ANN401
         where = self._gguf or self.path
         source: dict[str, str] = {"gguf_file": where.name} if self._gguf else {}
         folder = where.parent if self._gguf else where
