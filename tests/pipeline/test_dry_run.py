@@ -24,14 +24,13 @@ def other(job, name, params, **fields):
 
 
 JOBS = {
-    "knapsack": (lambda job: sessions.session(job), BUDGET),
+    "knapsack, two rounds, text of its own": (
+        lambda job: sessions.session(job, "measure.rounds=2", calibration="self"),
+        BUDGET,
+    ),
     "knapsack, estimates alone": (lambda job: sessions.session(job, "measure.apply_finalists=false"), BUDGET),
-    "knapsack, two rounds": (lambda job: sessions.session(job, "measure.rounds=2"), BUDGET),
-    "knapsack, text of its own": (lambda job: sessions.session(job, calibration="self"), BUDGET),
     "uniform": (lambda job: sessions.session(job, "search={name: uniform}"), BUDGET),
-    "llm-pruner": (lambda job: qpruner_jobs.session(job, "llm-pruner"), None),
     "qpruner-1": (lambda job: qpruner_jobs.session(job, "qpruner-1"), None),
-    "qpruner-2": (lambda job: qpruner_jobs.session(job, "qpruner-2"), None),
     "qpruner-3": (lambda job: qpruner_jobs.session(job, "qpruner-3"), None),
     "qpruner-3, trained": (lambda job: qpruner_jobs.session(job, "qpruner-3", *TRAINED), None),
     "toga": (lambda job: masked_jobs.session(job, steps=2), None),
@@ -47,7 +46,8 @@ def test_its_stages_are_those_of_the_run(job, tmp_path, monkeypatch, name):
     budget = Budget.parse(limit) if limit else None
     told = estimate(make(job).job, budget)
     assert not any(one.cached for one in told.stages)
-    assert all(one.seconds > 0 and one.peak_rss_nbytes >= told.opened_nbytes for one in told.stages)
+    assert all(one.seconds > 0 or one.stage == "plan" for one in told.stages)  # a preset is not searched for
+    assert all(one.peak_rss_nbytes > told.opened_nbytes for one in told.stages)
     assert told.seconds == sum(one.seconds for one in told.stages)
     assert told.peak_rss_nbytes == max(one.peak_rss_nbytes for one in told.stages)
     assert not (tmp_path / "cache").exists()

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from trimbit.jobs.hardware import resident_nbytes
 from trimbit.pipeline.costs import Costs
-from trimbit.pipeline.footprint import Footprint
+from trimbit.pipeline.footprint import HEAP, Footprint
 from trimbit.pipeline.job import Job
 from trimbit.pipeline.oracle import problem_of
 from trimbit.pipeline.preflight import preflight
@@ -21,7 +21,7 @@ from trimbit.search.two_formats.config import MaskedSearch
 def estimate(job: Job, budget: Budget | None) -> Estimate:
     """What a job will take, and what of it is in the cache; checks that the budget is feasible.
 
-    Stages have the names that they will have in `run.json`, in the order of the flow; what is in the cache is not timed.
+    Stages have the names that they will have in `run.json`, in the order of the flow; what is there is not timed.
     """
     limit = preflight(job, budget)
     opened = resident_nbytes()
@@ -55,7 +55,7 @@ class _Stages:
             stage=stage, cached=cached and (before is None or before.cached),
             runs=runs + (before.runs if before else 0),
             seconds=(0.0 if cached else runs * seconds()) + (before.seconds if before else 0.0),
-            peak_rss_nbytes=max(self.opened + (0 if cached else held()), before.peak_rss_nbytes if before else 0),
+            peak_rss_nbytes=max(self.opened + (0 if cached else HEAP + held()), before.peak_rss_nbytes if before else 0),
         )  # fmt: skip
 
     def prepare(self) -> None:

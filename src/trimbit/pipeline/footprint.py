@@ -17,8 +17,9 @@ from trimbit.search.two_formats.config import MaskedSearch, MaskTraining
 from trimbit.search.two_formats.hypernetwork import HIDDEN
 
 FP32, FP64, BF16 = 4, 8, 2
-QUANTISING = 60_000_000  # ours: what a quantiser and the search of its grid hold beside the weights
-READING = 2  # ours: times the embedding in fp32, while it is read
+QUANTISING = 150_000_000  # ours: what a quantiser and the search of its grid hold beside the weights
+READING = 1  # ours: times the embedding in fp32, while it is read
+HEAP = 100_000_000  # ours: code that is loaded later, and freed memory that the allocator keeps
 
 
 class Footprint:

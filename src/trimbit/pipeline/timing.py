@@ -31,6 +31,7 @@ from trimbit.transform.quant import rtn
 from trimbit.transform.repair import refit
 
 FEW, MANY = 8, 800_000  # rows, and elements, of a weight that is compressed
+TOGETHER = 512  # tokens, at least a row, through a block of the model in memory
 SAMPLED_BLOCKS = 2  # that tokens are sampled with; the others take as long
 READ_ROWS = 4  # whose past is read
 ROUNDED = (512, 1024)  # a weight that is rounded to nearest
@@ -87,7 +88,8 @@ class Pieces:
         return self._once(("streamed", length), lambda: self.stream.run(0, self.block, x)) / (x.shape[0] * length)
 
     def in_memory(self, rows: int, length: int) -> float:
-        """A token through a block of the model in memory."""
+        """A token through a block of the model in memory; rows run as fast together as some of them."""
+        rows = min(rows, max(1, TOGETHER // length))
         block, x = self.stream.load(0).to(self.compute), self.hidden(rows, length)
         own = block_arguments(self.stream.skeleton, rows, length)[0]
 
@@ -107,12 +109,12 @@ class Pieces:
 
     def logits(self) -> float:
         """The logarithms of a token's probabilities."""
-        return self._once(("logits",), self._log_softmax) / LOGIT_TOKENS
+        return self._once(("logits",), self._log_softmax, 2) / LOGIT_TOKENS
 
     def divergence(self) -> float:
         """The KL of a token, whose probabilities are known."""
-        log_p = self._log_softmax()
-        return self._once(("kl",), lambda: kl(log_p, log_p)) / LOGIT_TOKENS
+        log_p = self._slice().new_zeros(LOGIT_TOKENS, self.layout.sizes["vocab"])
+        return self._once(("kl",), lambda: kl(log_p, log_p), 2) / LOGIT_TOKENS
 
     def head_gradient(self) -> float:
         """A token's loss, from the hidden state on and back to it."""
@@ -153,7 +155,8 @@ class Pieces:
             rank = min(self.job.rank, len(ws[0]))
             self.job.compressor.compress(ws, self._moments(cols), list(menu), runs, [rank] * len(ws))
 
-        many = max(2 * FEW, MANY // cols)
+        most = max(weight.rows * weight.cols for weight in self.layout.weights.values())
+        many = max(2 * FEW, min(MANY, most) // cols)
         fixed = self._once(("compress", cols, FEW, menu), lambda: compress(FEW), 2)
         whole = self._once(("compress", cols, many, menu), lambda: compress(many), 1)
         return fixed + max(whole - fixed, 0.0) * elements / (many * cols)
