@@ -50,12 +50,12 @@ class _Stages:
     def _add(
         self, stage: str, seconds: Callable[[], float], held: Callable[[], int], *, cached: bool = False, runs: int = 1
     ) -> None:
-        before = self.found.get(stage)
+        before, nbytes = self.found.get(stage), 0 if cached else HEAP + held()
         self.found[stage] = StageEstimate(
             stage=stage, cached=cached and (before is None or before.cached),
             runs=runs + (before.runs if before else 0),
             seconds=(0.0 if cached else runs * seconds()) + (before.seconds if before else 0.0),
-            peak_rss_nbytes=max(self.opened + (0 if cached else HEAP + held()), before.peak_rss_nbytes if before else 0),
+            peak_rss_nbytes=max(self.opened + nbytes, before.peak_rss_nbytes if before else 0),
         )  # fmt: skip
 
     def prepare(self) -> None:
