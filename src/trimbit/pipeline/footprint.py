@@ -6,15 +6,15 @@ values while text is sampled, the embedding while it is read or compressed, and 
 
 from trimbit.calibrate.sample import BATCH
 from trimbit.calibrate.teacher import CARRIED
-from trimbit.model.forward.compute import fastest_device, native
+from trimbit.model.forward.compute import native
 from trimbit.model.forward.logits import LOGIT_TOKENS
 from trimbit.model.forward.stream import CHUNK_TOKENS
 from trimbit.model.kv_nbytes import cache_nbytes
 from trimbit.pipeline.job import Job
 from trimbit.pipeline.text import rows_of
 from trimbit.search.effort import Effort
-from trimbit.search.two_formats.config import MaskedSearch, MaskTraining
-from trimbit.search.two_formats.hypernetwork import HIDDEN
+from trimbit.search.two_formats.config import MaskedSearch
+from trimbit.trial.masked.memory import masked_nbytes
 
 FP32, FP64, BF16 = 4, 8, 2
 QUANTISING = 150_000_000  # ours: what a quantiser and the search of its grid hold beside the weights
@@ -126,19 +126,8 @@ class Footprint:
 
     def masked(self) -> int:
         """Both formats or the weights, the tables, what a row leaves for gradients, what is learnt and AdamW."""
-        layout, config = self.layout, self.job.steps.search
+        config = self.job.steps.search
         if not isinstance(config, MaskedSearch):
             return 0
-        codes = self.block * layout.blocks
-        dense = native(self.job.compute, fastest_device().type).itemsize
-        two = 2 * dense if config.dense else (config.low.bits + config.high.bits) / 8
-        expected = config.error_model == "expected"
-        each, ranks = (dense, 2 * config.rank * dense) if expected else (two, 0)
-        width = (16 + 3 * expected) * self.hidden + (8 + expected) * self.mid
-        kept_whole = isinstance(config, MaskTraining) and not config.checkpointing
-        kept = layout.blocks * (2 * width if kept_whole else 4 * self.hidden) + 2 * width
-        sites = {w.site: w.cols for w in layout.weights.values() if layout.readers(w.site)}
-        channels = sum(sites.values())
-        sizes = {"hypernetwork": 16 * 2 * HIDDEN, "logits": 16}  # of a channel, AdamW's own included
-        learnt = sizes.get(getattr(config, "network", ""), 0)
-        return self.stream + round(codes * each + 4 * self.table + config.length * kept + (learnt + ranks) * channels)
+        itemsize = native(self.job.compute, self.job.device.type).itemsize
+        return self.stream + masked_nbytes(self.layout, config, itemsize)
