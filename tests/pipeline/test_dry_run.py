@@ -39,7 +39,12 @@ JOBS = {
 }
 
 
-@pytest.mark.parametrize("name", JOBS)
+SLOW = {"knapsack, two rounds, text of its own", "qpruner-3, trained"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in JOBS]
+)
 def test_its_stages_are_those_of_the_run(job, tmp_path, monkeypatch, name):
     monkeypatch.setenv("TRIMBIT_CACHE", str(tmp_path / "cache"))
     make, limit = JOBS[name]
@@ -64,6 +69,7 @@ def test_its_stages_are_those_of_the_run(job, tmp_path, monkeypatch, name):
     assert all(one.cached for one in again.stages)
 
 
+@pytest.mark.slow
 def test_what_an_interrupted_measurement_left_counts_less(job, tmp_path, monkeypatch):
     monkeypatch.setenv("TRIMBIT_CACHE", str(tmp_path))
     made = sessions.session(job)
