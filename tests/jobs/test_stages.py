@@ -58,6 +58,30 @@ def test_a_result_is_made_once(tmp_path, work):
     assert all(record.seconds >= 0 and record.peak_rss_nbytes > 10**6 for record in second.records.values())
 
 
+def test_seconds_of_stages_add_up(tmp_path, monkeypatch):
+    now, runner = [0.0], Runner(Cache(tmp_path))
+    monkeypatch.setattr(stages.time, "perf_counter", lambda: now[0])
+
+    def stage(number, *inside):
+        def make(_):
+            now[0] += number
+            for one in inside:
+                one()
+            now[0] += number
+
+        return Stage(key=Key(number=number), title="waits", make=make, load=lambda _: number)
+
+    def store():
+        for _ in range(2):
+            with runner.store(Key(number=100), "grows"):
+                now[0] += 100
+                runner.run(stage(1000))
+
+    runner.run(stage(10, lambda: runner.run(stage(1)), store))
+    assert [record.seconds for record in runner.records.values()] == [2, 2000, 200, 20]
+    assert now == [2222]
+
+
 def test_keys_depend_on_fields_version_and_libraries(monkeypatch):
     keys = {Key(number=3).digest, Key(number=4).digest, Newer(number=3).digest}
     monkeypatch.setattr(stages, "libraries", lambda: ("torch 0",))

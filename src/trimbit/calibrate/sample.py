@@ -72,18 +72,18 @@ def _segment(
     generator: torch.Generator, progress: Callable[[int], None],
 ) -> None:  # fmt: skip
     """Fill the columns from `start` to `stop`."""
-    past = _read(model, tokens[:, : start - 1]) if start > 1 else None
+    past = read(model, tokens[:, : start - 1]) if start > 1 else None
     for column in range(start, stop):
         if column == 0:
             tokens[:, 0] = torch.tensor([row.forced.popleft() for row in states])
         else:
-            drawn, past = _draw(model, tokens[:, column - 1], past, generator)
+            drawn, past = draw(model, tokens[:, column - 1], past, generator)
             tokens[:, column] = torch.tensor([row.take(token) for row, token in zip(states, drawn, strict=True)])
         progress(column - start + 1)
 
 
 @torch.inference_mode()
-def _read(model: PreTrainedModel, tokens: Int64[Tensor, "rows length"]) -> Cache:
+def read(model: PreTrainedModel, tokens: Int64[Tensor, "rows length"]) -> Cache:
     """The cache of keys and values after some tokens."""
     past: Cache | None = None
     for part in tokens.split(PREFILL_TOKENS, dim=1):
@@ -93,7 +93,7 @@ def _read(model: PreTrainedModel, tokens: Int64[Tensor, "rows length"]) -> Cache
 
 
 @torch.inference_mode()
-def _draw(
+def draw(
     model: PreTrainedModel, column: Int64[Tensor, " rows"], past: Cache | None, generator: torch.Generator
 ) -> tuple[list[int], Cache]:
     """Feeds one token a row and draws the next."""

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trimbit.cli.console import print_line, print_pairs
+from trimbit.cli.console import print_line, print_table
 from trimbit.cli.options import CONTEXT, BudgetText, Calibration, DryRun, Model, Out, Overrides, RecipeName, Seed
 from trimbit.cli.progress import reporter
 
@@ -109,7 +109,12 @@ def print_summary(layout: "Layout", plan: "Plan", budget_nbytes: int | None, out
 
 
 def _estimate(job: "Job", budget: "Budget | None") -> None:
-    """What a run would take: bytes exactly bounded, memory and time from sizes."""
+    """What a run would take, by stage."""
     from trimbit.pipeline.dry_run import estimate
+    from trimbit.report.estimate_table import estimate_lines, estimate_table
 
-    print_pairs(estimate(job, budget), title="dry run: nothing was written")
+    found = estimate(job, budget)
+    for line in estimate_lines(found):
+        print_line(line)
+    print_table(estimate_table(found))
+    print_line("dry run: nothing was written")

@@ -60,6 +60,14 @@ class Stage(Generic[T]):
     load: Callable[[Path], T]
 
 
+@dataclass(slots=True)
+class _Took:
+    """What a stage took."""
+
+    seconds: float = 0.0
+    nbytes: int = 0
+
+
 @dataclass
 class Runner:
     """Runs stages: each result is made once, kept in the cache, and remembered while the process lives."""
@@ -70,6 +78,7 @@ class Runner:
     def __post_init__(self) -> None:
         self.records: dict[str, StageRecord] = {}  # by key, in the order in which they finished
         self._results: dict[str, Any] = {}
+        self._inside: list[float] = []  # of each stage that runs, the seconds of those inside it
 
     def run(self, stage: Stage[T]) -> T:
         """The result of a stage, from memory, from the cache, or made now."""
@@ -81,8 +90,7 @@ class Runner:
 
     def _run(self, stage: Stage[T], key: str) -> T:
         name = stage.key.stage
-        started = time.perf_counter()
-        with PeakMemory() as peak, self.cache.locked(name, key):
+        with self._measured() as took, self.cache.locked(name, key):
             folder = self.cache.open(name, key)
             cached = folder is not None
             if folder is None:
@@ -91,23 +99,35 @@ class Runner:
                 folder = self.cache.commit(name, key)
             result = stage.load(folder)
         self.records[key] = StageRecord(
-            stage=name, key=key, cached=cached, seconds=round(time.perf_counter() - started, 3),
-            peak_rss_nbytes=peak.nbytes,
-        )  # fmt: skip
+            stage=name, key=key, cached=cached, seconds=round(took.seconds, 3), peak_rss_nbytes=took.nbytes
+        )
         return result
+
+    @contextmanager
+    def _measured(self) -> Iterator["_Took"]:
+        """What a stage takes; the stages inside it, which have records of their own, count in its memory alone."""
+        took, started = _Took(), time.perf_counter()
+        self._inside.append(0.0)
+        try:
+            with PeakMemory() as peak:
+                yield took
+        finally:
+            whole = time.perf_counter() - started
+            took.seconds, took.nbytes = whole - self._inside.pop(), peak.nbytes
+            if self._inside:
+                self._inside[-1] += whole
 
     @contextmanager
     def store(self, key: StageKey, title: str) -> Iterator[Work]:
         """Work on a store, a result that grows file by file; its files carry their own digests."""
         name, digest_ = key.stage, key.digest
-        started = time.perf_counter()
-        with PeakMemory() as peak, self.cache.locked(name, digest_), self.reporter.stage(title) as progress:
+        with self._measured() as took, self.cache.locked(name, digest_), self.reporter.stage(title) as progress:
             yield Work(self.cache.store(name, digest_), progress)
         before = self.records.get(digest_)
         self.records[digest_] = StageRecord(
             stage=name, key=digest_, cached=False,
-            seconds=round(time.perf_counter() - started + (before.seconds if before else 0.0), 3),
-            peak_rss_nbytes=max(peak.nbytes, before.peak_rss_nbytes if before else 0),
+            seconds=round(took.seconds + (before.seconds if before else 0.0), 3),
+            peak_rss_nbytes=max(took.nbytes, before.peak_rss_nbytes if before else 0),
         )  # fmt: skip
 
     def has(self, stage: Stage[T]) -> bool:

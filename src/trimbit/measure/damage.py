@@ -5,7 +5,7 @@ Each result is appended to a journal, so that an interrupted measurement goes on
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -49,11 +49,7 @@ def measure(
     whole = probe.whole
     journal = Journal(path)
     known: dict[str, float] = {entry["change"]: entry["damage"] for entry in journal.read()}
-    work = [
-        (unit, key, width, formats)
-        for unit in layout.units.values()
-        for key, width, formats in _changes(layout, unit, space, background, candidates.rankings)
-    ]
+    work = changes(layout, space, background, candidates.rankings)
     if "background" not in known or any(key not in known for _, key, _, _ in work):
         install(whole, layout, candidates, background)
         probe.refresh()
@@ -78,24 +74,35 @@ def measure(
     )  # fmt: skip
 
 
-Change = tuple[str, int | None, dict[str, Precision]]
+class Change(NamedTuple):
+    """One thing that is changed: a unit, the journal's name of the change, and the width and formats of its sites."""
+
+    unit: Unit
+    key: str
+    width: int | None
+    formats: dict[str, Precision]
+
+
+def changes(
+    layout: Layout, space: Space, background: Background, rankings: Mapping[str, tuple[int, ...]]
+) -> list[Change]:
+    """All single changes of a background."""
+    return [change for unit in layout.units.values() for change in _changes(layout, unit, space, background, rankings)]
 
 
 def _changes(
     layout: Layout, unit: Unit, space: Space, background: Background, rankings: Mapping[str, tuple[int, ...]]
 ) -> list[Change]:
-    """All single changes of a unit: (key, width, formats of its sites)."""
+    """All single changes of a unit."""
     base = {site: background.formats[site] for site in sites_of(layout, unit)}
     width = reference_width(unit, background)
-    changes: list[Change] = []
+    found: list[Change] = []
     for site, precision in base.items():
         others = (other for other in allowed_formats(unit, space) if other != precision)
-        changes += [(f"{site}={other.name}", width, {**base, site: other}) for other in others]
+        found += [Change(unit, f"{site}={other.name}", width, {**base, site: other}) for other in others]
     here = background.widths.get(unit.dim or "", unit.size)
-    changes += [
-        (_cut(unit, width, rankings), width, base) for width in allowed_widths(layout, unit, space) if width != here
-    ]
-    return changes
+    widths = (width for width in allowed_widths(layout, unit, space) if width != here)
+    return [*found, *(Change(unit, _cut(unit, width, rankings), width, base) for width in widths)]
 
 
 def _cut(unit: Unit, width: int, rankings: Mapping[str, tuple[int, ...]]) -> str:

@@ -1,107 +1,125 @@
-"""The dry run: what a job will take, from sizes alone and one timed matrix product."""
+"""The dry run: what a job will take by stage, from pieces that are timed on the opened model."""
 
-import time
+from collections.abc import Callable
 
-import torch
-
-from trimbit.model.forward.compute import fast_bf16, native
+from trimbit.jobs.hardware import resident_nbytes
+from trimbit.pipeline.costs import Costs
+from trimbit.pipeline.footprint import HEAP, Footprint
 from trimbit.pipeline.job import Job
+from trimbit.pipeline.oracle import problem_of
 from trimbit.pipeline.preflight import preflight
+from trimbit.pipeline.recovering import config_of
+from trimbit.pipeline.text import rows_of
+from trimbit.pipeline.there import There
+from trimbit.pipeline.timing import Pieces
+from trimbit.recover.tune import Config as Tuning
 from trimbit.schema.budget import Budget
-from trimbit.search.methods import shares
-from trimbit.search.two_formats.config import MaskedSearch, MaskTraining
-from trimbit.trial.masked.memory import masked_nbytes
-
-TASK_DOCUMENTS = 2000  # where no limit says how many
-TASK_TOKENS = 200  # of a document's prompts and choices
+from trimbit.schema.estimate import Estimate, StageEstimate
+from trimbit.search.two_formats.config import MaskedSearch
 
 
-def estimate(job: Job, budget: Budget | None) -> list[tuple[str, str]]:
-    """Rows of (what, how much) for one job; checks that the budget is feasible.
+def estimate(job: Job, budget: Budget | None) -> Estimate:
+    """What a job will take, and what of it is in the cache; checks that the budget is feasible.
 
-    Time counts matrix products at the speed of one that is timed here; it is an order of magnitude, not a promise.
+    Stages have the names that they will have in `run.json`, in the order of the flow; what is there is not timed.
     """
-    layout, recipe = job.layout, job.recipe
     limit = preflight(job, budget)
-    rows = recipe.calibration.rows + recipe.calibration.held_out
-    tokens, text = rows * recipe.calibration.length, rows + recipe.calibration.training
-    block = sum(w.rows * w.cols for w in layout.weights.values() if w.unit.startswith("blocks.0."))
-    hidden = tokens * layout.sizes["hidden"] * 4
-    table = layout.sizes["vocab"] * layout.sizes["hidden"]
-    streaming = 2 * 4 * block + 2 * hidden + 2 * table + 4 * table
-    measuring = 0
-    if (
-        recipe.measure
-    ):  # the model in bf16, the dense log-probabilities in fp16, hidden states before each block, a head
-        judged = recipe.measure.rows * recipe.measure.length
-        states = judged * layout.blocks * layout.sizes["hidden"] * 4
-        measuring = 2 * layout.parameters + 2 * judged * layout.sizes["vocab"] + states + 2 * table
-    recovering = 0
-    if job.steps.tune is not None:  # the model, the original's head, and what a few rows leave for the backward pass
-        blocks = 1 if job.steps.tune.checkpointing else layout.blocks
-        width = 16 * layout.sizes["hidden"] + 8 * layout.sizes["mid"]
-        recovering = limit + 2 * table + job.steps.tune.micro * job.steps.tune.length * blocks * width * 2
-    masking = 0
-    if isinstance(job.steps.search, MaskedSearch):
-        masking = masked_nbytes(layout, job.steps.search, native(job.compute, job.device.type).itemsize)
-    return [
-        (
-            "model",
-            f"{job.checkpoint.model_id}, {layout.parameters:,} parameters, "
-            f"{2 * layout.parameters / 1e6:.0f} MB in bf16",
-        ),
-        ("weight files", f"at most {limit:,} bytes ({8 * limit / layout.parameters:.2f} bits a parameter)"),
-        ("calibration", f"{text} rows of {recipe.calibration.length} tokens, {job.calibration}"),
-        ("memory", f"about {max(streaming, measuring, recovering, masking) / 1e6:.0f} MB above the libraries"),
-        ("time", f"about {_seconds(job, tokens, block) / 60:.0f} minutes"),
-    ]
+    opened = resident_nbytes()
+    stages = _Stages(job, limit, opened)
+    stages.prepare()
+    stages.search()
+    stages.finish()
+    want = job.recipe.calibration
+    text = f"{rows_of(job)} rows of {want.length} tokens, {job.calibration}" if job.needs_text else "none"
+    return Estimate(
+        model=job.checkpoint.model_id, parameters=job.layout.parameters, budget_nbytes=limit, text=text,
+        opened_nbytes=opened, stages=tuple(stages.found.values()),
+    )  # fmt: skip
 
 
-def _seconds(job: Job, tokens: int, block: int) -> float:
-    layout, recipe = job.layout, job.recipe
-    speed = _products_per_second()
-    measured = job.steps.method.measures_damage and recipe.measure is not None and recipe.space is not None
-    trials = 3 if measured and recipe.measure and recipe.measure.apply_finalists else 1
-    passes = 1 + 5 * trials  # statistics, and the passes of each application
-    work = float(passes * tokens * layout.blocks * block)
-    if measured and recipe.measure and recipe.space:
-        want = recipe.measure
-        choices = layout.blocks * (4 * len(recipe.space.formats) + 2 * len(recipe.space.widths))
-        work += choices * want.rows * want.length * (layout.parameters / 2)
-    step = 0.0
-    if job.steps.tune is not None:  # the original forward, the compressed one forward and back, and their heads
-        step = 4.0 * job.steps.tune.batch * job.steps.tune.length * layout.parameters
-        work += job.steps.tune.steps * step
-    if job.objective is not None and recipe.measure:
-        goal = job.objective
-        judged = recipe.calibration.held_out * recipe.measure.length * layout.parameters
-        asked = len(goal.tasks) * (goal.documents or TASK_DOCUMENTS) * TASK_TOKENS * layout.parameters
-        applied = tokens * layout.blocks * block if goal.steps else 0
-        search = job.steps.search
-        tried = search.optimiser.trials + (search.optimiser.smaller if search.engine == "bayes" else 0)
-        work += tried * (judged + asked + applied + goal.steps * step)
-    config = job.steps.search
-    if isinstance(
-        config, MaskTraining
-    ):  # forward, twice if checkpointed, and back, for two error_model twice, and the head
-        runs = 3.0 + config.checkpointing + (config.error_model != "expected") + (config.loss == "kl")
-        work += runs * config.steps * config.batch * config.length * layout.parameters
-    elif isinstance(config, shares.Config):
-        tried = 4 * layout.blocks * len(config.factors)
-        work += tried * config.rows * config.length * layout.parameters
-    if job.calibration == "self":
-        tokens += recipe.calibration.training * recipe.calibration.length
-        work += 10.0 * tokens * layout.parameters  # decoding reads all weights for few rows
-    rounding = sum(w.cols for w in layout.weights.values()) * 2e-4  # seconds, one column after the other
-    return work / speed + rounding * (trials + (len(recipe.space.formats) if recipe.space else 0))
+class _Stages:
+    """The stages of a job, as they are counted one after the other."""
 
+    def __init__(self, job: Job, limit: int, opened: int) -> None:
+        self.job, self.opened, self.there = job, opened, There(job, limit)
+        self.effort = job.steps.method.effort(problem_of(job, limit), job.steps.search)
+        self.costs = Costs(job, Pieces(job), self.effort)
+        self.holds = Footprint(job, self.effort, limit)
+        self.found: dict[str, StageEstimate] = {}
 
-def _products_per_second() -> float:
-    """Multiplications a second of a bf16 matrix product."""
-    a, b = torch.zeros(1024, 1024, dtype=torch.bfloat16), torch.zeros(1024, 1024, dtype=torch.bfloat16)
-    with fast_bf16():
-        a @ b
-        started = time.perf_counter()
-        for _ in range(5):
-            a @ b
-        return 5 * 1024**3 / (time.perf_counter() - started)
+    def _add(
+        self, stage: str, seconds: Callable[[], float], held: Callable[[], int], *, cached: bool = False, runs: int = 1
+    ) -> None:
+        before, nbytes = self.found.get(stage), 0 if cached else HEAP + held()
+        self.found[stage] = StageEstimate(
+            stage=stage, cached=cached and (before is None or before.cached),
+            runs=runs + (before.runs if before else 0),
+            seconds=(0.0 if cached else runs * seconds()) + (before.seconds if before else 0.0),
+            peak_rss_nbytes=max(self.opened + nbytes, before.peak_rss_nbytes if before else 0),
+        )  # fmt: skip
+
+    def prepare(self) -> None:
+        """What every budget shares."""
+        job, costs, holds, there = self.job, self.costs, self.holds, self.there
+        if not job.needs_text:
+            return
+        if job.calibration == "self":
+            self._add("text", costs.text, holds.text, cached=there.text is not None)
+        if job.needs_moments:
+            self._add("moments", costs.moments, holds.moments, cached=there.moments)
+        if job.steps.criterion is not None:
+            self._add("ranking", costs.ranking, holds.ranking, cached=there.prepared is not None)
+
+    def search(self) -> None:
+        """The plan, and the stages inside its search."""
+        job, costs, holds, effort = self.job, self.costs, self.holds, self.effort
+        if self.there.found is not None:
+            self._add("plan", lambda: 0.0, lambda: 0, cached=True)
+            return
+        if effort.importance:
+            self._add("importance", costs.importance, holds.importance, cached=self.there.importance)
+        if effort.background is not None:
+            self._damage()
+        trained = job.objective is not None and job.objective.steps > 0
+        inside = [holds.masked()]
+        if effort.damage_rounds or effort.assembled or (effort.trials and not trained):
+            inside.append(holds.measuring(damage=effort.damage_rounds > 0))
+        applied = effort.applied + (effort.trials if trained else 0)
+        if applied:
+            self._add("applied", costs.applied, holds.applied, runs=applied)
+            inside.append(holds.applied())
+        if job.objective is not None and trained:
+            self._recover(config_of(job, job.objective.steps), effort.trials)
+            inside.append(holds.pairs())
+        if isinstance(job.steps.search, MaskedSearch):
+            want = job.recipe.calibration
+            rows = job.steps.search.compared((want.training or want.rows) * (want.length // job.steps.search.length))
+            tokens = want.held_out * want.length + rows * job.steps.search.length
+            self._add("teacher", lambda: costs.teacher(tokens), lambda: holds.teacher(tokens))
+        self._add("plan", costs.plan, lambda: max(inside))
+
+    def _damage(self) -> None:
+        assert self.effort.background is not None
+        left, count = self.there.damage(self.effort.background)
+        rounds = self.effort.damage_rounds
+        share = (len(left) + (rounds - 1) * count) / (rounds * count)
+        self._add(
+            "damage", lambda: self.costs.damage(left, share) if left else 0.0,
+            lambda: self.holds.measuring(damage=True), runs=rounds,
+        )  # fmt: skip
+
+    def finish(self) -> None:
+        """The found plan applied, unless the search has done that, and its pairs trained."""
+        tune = self.job.steps.tune
+        if not self.effort.applied or self.there.found is not None:
+            self._add("applied", self.costs.applied, self.holds.applied, cached=self.there.applied)
+        if tune is not None:
+            self._recover(tune, 1, cached=self.there.pairs)
+
+    def _recover(self, config: Tuning, runs: int, *, cached: bool = False) -> None:
+        want = self.job.recipe.calibration
+        rows = min(config.steps * config.batch, (want.training or want.rows) * max(1, want.length // config.length))
+        tokens = (rows * config.length if config.loss == "distill" else 0) + want.report * want.length
+        if "teacher" not in self.found:
+            self._add("teacher", lambda: self.costs.teacher(tokens), lambda: self.holds.teacher(tokens), cached=cached)
+        self._add("pairs", lambda: self.costs.pairs(config), self.holds.pairs, cached=cached, runs=runs)

@@ -120,11 +120,7 @@ class ModelOracle:
         job, layout = self.job, self.job.layout
         assert self.text.damage is not None
         probe = self._probe_of_damage()
-        key = DamageKey(
-            moments=moments_key(job, self.text).digest, candidates=candidates_key(job, self.prepared).digest,
-            background=background.model_dump(mode="json"), kept=kept_members(self.prepared, background.widths),
-            tokens=self.text.damage.digest,
-        )  # fmt: skip
+        key = damage_key(job, self.prepared, background)
         with job.runner.store(key, "damage of each choice" + (f", round {number + 1}" if number else "")) as work:
             found = measure(
                 probe, layout, self.candidates, job.space, background, work.folder / "journal.jsonl", job.model,
@@ -256,6 +252,18 @@ class ModelOracle:
         if not known:
             job.runner.forget(stage)
         return model, found
+
+
+def damage_key(job: Job, prepared: Prepared, background: Background) -> DamageKey:
+    """The key of the damage of choices in a background."""
+    text = prepared.text
+    assert text is not None
+    assert text.damage is not None
+    return DamageKey(
+        moments=moments_key(job, text).digest, candidates=candidates_key(job, prepared).digest,
+        background=background.model_dump(mode="json"), kept=kept_members(prepared, background.widths),
+        tokens=text.damage.digest,
+    )  # fmt: skip
 
 
 def problem_of(job: Job, budget_nbytes: int, oracle: ModelOracle | None = None, state: Path | None = None) -> Problem:

@@ -1,6 +1,6 @@
 """What a job makes of the model before any budget is asked for: moments, rankings, importance of layers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,11 @@ def moments_key(job: Job, text: Text) -> MomentsKey:
 
 def moments(job: Job, text: Text) -> Stats | None:
     """Second moments of the dense model's inputs, where any step reads them."""
-    if not job.needs_moments:
-        return None
+    return job.runner.run(moments_stage(job, text)) if job.needs_moments else None
+
+
+def moments_stage(job: Job, text: Text) -> Stage[Stats]:
+    """The stage that collects them."""
     tokens = text.fit.tokens
 
     def make(work: Work) -> None:
@@ -62,13 +65,20 @@ def moments(job: Job, text: Text) -> Stats | None:
     def load(folder: Path) -> Stats:
         return Stats(folder, tokens.numel())
 
-    return job.runner.run(Stage(key=moments_key(job, text), title="statistics", make=make, load=load))
+    return Stage(key=moments_key(job, text), title="statistics", make=make, load=load)
 
 
 def rank(job: Job, text: Text, stats: Stats | None) -> Rankings:
     """For each dim, its indices, the one to keep longest first; empty where nothing is cut."""
     if job.steps.criterion is None:
         return {}
+    found = job.runner.run(ranking_stage(job, text, stats))
+    return {dim: tuple(order) for dim, order in found.items()}
+
+
+def ranking_stage(job: Job, text: Text, stats: Stats | None) -> Stage[dict[str, list[int]]]:
+    """The stage that ranks."""
+    assert job.steps.criterion is not None
     module, config = job.steps.criterion
 
     def make(work: Work) -> None:
@@ -80,12 +90,16 @@ def rank(job: Job, text: Text, stats: Stats | None) -> Rankings:
         save_json(work.folder / "ranking.json", found)
 
     key = RankingKey(moments=moments_key(job, text).digest, criterion=plain(job.recipe.criterion))
-    found = _json(job, key, "ranking of channels and heads", make, "ranking.json")
-    return {dim: tuple(order) for dim, order in found.items()}
+    return _json(key, "ranking of channels and heads", make, "ranking.json")
 
 
 def layer_importance(job: Job, prepared: Prepared) -> dict[str, float]:
     """The importance of each block and sub-block of the pruned model to the task."""
+    return job.runner.run(importance_stage(job, prepared))
+
+
+def importance_stage(job: Job, prepared: Prepared) -> Stage[dict[str, float]]:
+    """The stage that finds it."""
     text = prepared.text
     assert text is not None
     assert job.steps.importance is not None
@@ -105,8 +119,7 @@ def layer_importance(job: Job, prepared: Prepared) -> dict[str, float]:
         importance=plain(job.recipe.importance),
         kept=kept_members(prepared, job.space.kept),
     )
-    found: dict[str, float] = _json(job, key, "importance of each layer", make, "importance.json")
-    return found
+    return _json(key, "importance of each layer", make, "importance.json")
 
 
 def kept_members(prepared: Prepared, widths: Mapping[str, int]) -> dict[str, list[int]]:
@@ -114,11 +127,11 @@ def kept_members(prepared: Prepared, widths: Mapping[str, int]) -> dict[str, lis
     return {dim: sorted(prepared.rankings[dim][:width]) for dim, width in widths.items()}
 
 
-def _json(job: Job, key: StageKey, title: str, make: Any, name: str) -> Any:  # noqa: ANN401
+def _json(key: StageKey, title: str, make: Callable[[Work], None], name: str) -> Stage[Any]:
     def load(folder: Path) -> Any:  # noqa: ANN401
         return load_json(folder / name)
 
-    return job.runner.run(Stage(key=key, title=title, make=make, load=load))
+    return Stage(key=key, title=title, make=make, load=load)
 
 
 def _pruned(job: Job, prepared: Prepared, index: int) -> nn.Module:

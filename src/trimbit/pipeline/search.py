@@ -30,6 +30,11 @@ def search(job: Job, prepared: Prepared, budget_nbytes: int) -> Found:
     Raises:
         BudgetError: if the budget is not feasible.
     """
+    return job.runner.run(search_stage(job, prepared, budget_nbytes))
+
+
+def search_stage(job: Job, prepared: Prepared, budget_nbytes: int) -> Stage[Found]:
+    """The stage that finds it."""
 
     def make(work: Work) -> None:
         with ModelOracle(job, prepared) as oracle:
@@ -45,7 +50,7 @@ def search(job: Job, prepared: Prepared, budget_nbytes: int) -> Found:
     def load(folder: Path) -> Found:
         return Found.model_validate_json(json.dumps(load_json(folder / "found.json")))
 
-    return job.runner.run(Stage(key=_key(job, prepared, budget_nbytes), title="search", make=make, load=load))
+    return Stage(key=_key(job, prepared, budget_nbytes), title="search", make=make, load=load)
 
 
 def require_within(plan: Plan, layout: Layout, budget_nbytes: int) -> None:

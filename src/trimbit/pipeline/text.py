@@ -51,7 +51,7 @@ def text_of(job: Job) -> Text:
     """
     want, rows, tokenizer = job.recipe.calibration, rows_of(job), job.checkpoint.tokenizer()
     if job.calibration == "self":
-        found = _sampled(job, tokenizer, rows, want.length)
+        found = job.runner.run(sampled_stage(job, tokenizer))
     else:
         found = from_file(Path(job.calibration), tokenizer, rows=rows, length=want.length, seed=job.seed)
     counts = (want.rows, want.training, want.held_out, damage_rows(job), want.report)
@@ -62,8 +62,9 @@ def text_of(job: Job) -> Text:
     return Text(fit=fit, train=train if want.training else fit, choose=choose, damage=pieces, report=report)
 
 
-def _sampled(job: Job, tokenizer: Any, rows: int, length: int) -> TokenSet:  # noqa: ANN401
-    """Text that the model itself has written."""
+def sampled_stage(job: Job, tokenizer: Any) -> Stage[TokenSet]:  # noqa: ANN401
+    """The stage of text that the model itself has written."""
+    rows, length = rows_of(job), job.recipe.calibration.length
 
     def make(work: Work) -> None:
         model = InMemoryModel(job.original).model
@@ -81,4 +82,4 @@ def _sampled(job: Job, tokenizer: Any, rows: int, length: int) -> TokenSet:  # n
         weights=job.model.weights_hash, config=job.model.config_hash, tokenizer=tokenizer_digest(tokenizer),
         compute=job.recipe.compute, rows=rows, length=length, seed=job.seed, threads=job.threads,
     )  # fmt: skip
-    return job.runner.run(Stage(key=key, title="text sampled from the model", make=make, load=load))
+    return Stage(key=key, title="text sampled from the model", make=make, load=load)

@@ -24,7 +24,7 @@ class StageRecord(Schema):
     stage: str
     key: str  # content key of the result
     cached: bool  # taken from the cache
-    seconds: float
+    seconds: float  # without those of the stages that ran inside it
     peak_rss_nbytes: int  # of the process while the stage ran
 
 

@@ -22,6 +22,7 @@ from trimbit.schema.plan import ModelRef, Plan, Provenance, Rotation
 from trimbit.schema.precision import Precision, Run, row_nbytes
 from trimbit.schema.recipe import Measure
 from trimbit.schema.space import Space
+from trimbit.search.effort import NOTHING, Effort
 
 NO_CHOICE = "the budget is so near the smallest one that it leaves no choice: {}"
 C = TypeVar("C", bound=Schema)
@@ -239,6 +240,14 @@ class DefaultNbytes(Protocol[In]):
         """Bytes."""
 
 
+@runtime_checkable
+class Cost(Protocol[In]):
+    """What a search will ask for, told from a problem for sizes alone."""
+
+    def __call__(self, problem: Problem, config: In) -> Effort:
+        """Count."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SearchMethod(Generic[C]):
     """What a module in `search/methods/` offers, as `METHOD`; mypy checks each field against the module's `Config`."""
@@ -247,6 +256,7 @@ class SearchMethod(Generic[C]):
     config: type[C]
     search: Search[C]
     require_feasible: RequireFeasible[C]
+    cost: Cost[C] | None = None  # None: it asks the oracle for nothing
     default_nbytes: DefaultNbytes[C] | None = None  # None: a budget is required
     needs: tuple[str, ...] = ()  # fields of the recipe
     reads_moments: bool = False  # wants to know the channels
@@ -254,6 +264,10 @@ class SearchMethod(Generic[C]):
     draws: bool = False  # its result comes with a picture
     objective: Callable[[C], Objective] | None = None  # of a search by whole plans
     result_fields: Callable[[C], dict[str, Any]] | None = None  # fields that decide the result; None: all
+
+    def effort(self, problem: Problem, config: C) -> Effort:
+        """What a search will ask for."""
+        return self.cost(problem, config) if self.cost else NOTHING
 
     def fields(self, config: C) -> dict[str, Any]:
         """What of a configuration decides the result, for a content key."""

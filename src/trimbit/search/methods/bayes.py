@@ -14,6 +14,7 @@ from trimbit.errors import RecipeError
 from trimbit.schema.base import Schema
 from trimbit.schema.found import Found, Tried
 from trimbit.schema.objective import Objective, Outcome
+from trimbit.search.effort import Effort
 from trimbit.search.methods import importance
 from trimbit.search.problem import NO_CHOICE, Problem, SearchMethod
 from trimbit.search.solvers.bayes import Config as Optimiser
@@ -101,6 +102,12 @@ def search(problem: Problem, config: Config) -> Found:
     )
 
 
+def cost(problem: Problem, config: Config) -> Effort:
+    """Trials of whole plans, those for the Pareto set included."""
+    more = config.optimiser.smaller if config.engine == "bayes" else 0
+    return Effort(trials=config.optimiser.trials + more, importance=problem.importance)
+
+
 def result_fields(config: Config) -> dict[str, Any]:
     """What of the configuration decides the plan; the number of processes does not."""
     return config.model_dump(mode="json", exclude={"objective": {"workers"}})
@@ -123,6 +130,7 @@ METHOD = SearchMethod(
     config=Config,
     search=search,
     require_feasible=require_feasible,
+    cost=cost,
     default_nbytes=default_nbytes,
     needs=("space", "measure"),
     draws=True,

@@ -15,6 +15,7 @@ from pydantic import Field
 from trimbit.errors import RecipeError
 from trimbit.schema.base import Schema
 from trimbit.schema.found import Found
+from trimbit.search.effort import Effort
 from trimbit.search.problem import NO_CHOICE, Problem, SearchMethod
 from trimbit.search.solvers.knapsack import Config as Solver
 from trimbit.search.solvers.knapsack import Solution, knapsack
@@ -65,6 +66,11 @@ def search(problem: Problem, config: Config) -> Found:
     return Found(plan=found.plan(solved.picked, "bits by importance"), gap=solved.gap)
 
 
+def cost(problem: Problem, config: Config) -> Effort:
+    """The importance of each layer."""
+    return Effort(importance=True)
+
+
 def allocate(found: Variables, importance: Mapping[str, float]) -> Solution | None:
     """A level for each variable; None if the lowest ones leave no room."""
     layer_nbytes: Counter[str] = Counter()
@@ -87,6 +93,7 @@ METHOD = SearchMethod(
     config=Config,
     search=search,
     require_feasible=require_feasible,
+    cost=cost,
     default_nbytes=default_nbytes,
     needs=("space", "importance"),
 )

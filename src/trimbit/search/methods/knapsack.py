@@ -30,6 +30,7 @@ from trimbit.schema.measurements import Background, Measurements
 from trimbit.schema.plan import Plan
 from trimbit.schema.precision import Int, Precision, Run
 from trimbit.schema.structure import Structure
+from trimbit.search.effort import Effort
 from trimbit.search.methods import uniform
 from trimbit.search.problem import NO_CHOICE, Problem, SearchMethod
 from trimbit.search.solvers import knapsack as solver
@@ -37,6 +38,7 @@ from trimbit.search.solvers.knapsack import knapsack
 
 Uniform = uniform.Config
 NO_PRUNING = "knapsack, no pruning"
+CUT = 0.1  # ours: of the sub-blocks, those whose cut a further plan asks for in a format not measured
 NEAR_LOSSLESS = Int(bits=6, group=64, symmetric=False)  # errors that are measured one at a time add up best
 
 
@@ -111,6 +113,23 @@ def best_of(problem: Problem, config: Config, damage: Measurements) -> Found:
         finalists = [problem.smallest().with_provenance(notes=(NO_CHOICE.format("the smallest plan"),))]
     best, applied = problem.best(sorted(finalists, key=_predicted))
     return Found(plan=best, tried=(*tried, *applied), gap=gaps.get(best.content))
+
+
+def cost(problem: Problem, config: Config) -> Effort:
+    """The damage of every choice in each round, and the plans that are then tried."""
+    assert problem.measure is not None, "the knapsack needs measurements"
+    rounds, around = problem.measure.rounds, background(problem, config)
+    prunes = any(len(allowed_widths(problem.layout, unit, problem.space)) > 1 for unit in problem.layout.units.values())
+    pruned = len(config.pruning_costs) if prunes else 0  # but for the dearest they tend to prune
+    kinds = (pruned > 0) + (config.no_pruning or not prunes)
+    own = Effort() if config.uniform is None else uniform.cost(problem, config.uniform)
+    finalists = kinds + (config.uniform is not None)
+    applied = rounds * finalists if problem.measure.apply_finalists else 0
+    return Effort(
+        damage_rounds=rounds, background=around, solved=rounds * (len(config.pruning_costs) + config.no_pruning),
+        assembled=rounds * ((pruned if pruned > 1 else 0) + own.assembled), cut=rounds * CUT * pruned,
+        formats=own.formats, tables=own.tables, applied=applied,
+    )  # fmt: skip
 
 
 def _predicted(plan: Plan) -> float:
@@ -257,6 +276,7 @@ METHOD = SearchMethod(
     config=Config,
     search=search,
     require_feasible=require_feasible,
+    cost=cost,
     needs=("space", "measure"),
     measures_damage=True,
 )

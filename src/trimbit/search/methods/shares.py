@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from trimbit.schema.found import Found
+from trimbit.search.effort import Effort
 from trimbit.search.problem import Problem, SearchMethod
 from trimbit.search.two_formats.config import ErrorModels, MaskedSearch
 from trimbit.search.two_formats.tiles import TileProblem, as_masks, default_nbytes, require_feasible
@@ -35,6 +36,14 @@ class Config(MaskedSearch):
 def result_fields(config: Config) -> dict[str, Any]:
     """What of the configuration decides the measurements."""
     return config.model_dump(mode="json", exclude={"dense"})
+
+
+def cost(problem: Problem, config: Config) -> Effort:
+    """Rows under masks: each share of each site, from the site's block on, which is half of the model in the mean."""
+    sites = TileProblem(problem, config)
+    base = sites.uniform_within_budget
+    changes = sum(len(_menu(site, config, sites, base)) - 1 for site in base)
+    return Effort(masked_rows=config.rows * (1 + changes // 2), formats=(config.low, config.high))
 
 
 def search(problem: Problem, config: Config) -> Found:
@@ -79,6 +88,7 @@ METHOD = SearchMethod(
     config=Config,
     search=search,
     require_feasible=require_feasible,
+    cost=cost,
     default_nbytes=default_nbytes,
     reads_moments=True,
     result_fields=result_fields,

@@ -15,6 +15,7 @@ from trimbit.schema.base import Schema
 from trimbit.schema.found import Found
 from trimbit.schema.plan import Plan
 from trimbit.schema.precision import BF16, Binary, Int, Precision, Run
+from trimbit.search.effort import Effort
 from trimbit.search.problem import Problem, SearchMethod
 
 GROUP: Literal[128] = 128  # code (Aaronhuang-778/SliM-LLM): channels
@@ -51,6 +52,12 @@ def require_feasible(problem: Problem, config: Config) -> None:
         if problem.layout.readers(weight.site) and weight.cols < 2 * GROUP:
             raise RecipeError(f"weight {name} has {weight.cols} input channels, fewer than two groups of {GROUP}")
     problem.require_feasible(_uniform(problem, config))
+
+
+def cost(problem: Problem, config: Config) -> Effort:
+    """Every weight is rounded once for each number of groups that may move."""
+    blocks = [weight for weight in problem.layout.weights.values() if problem.layout.readers(weight.site)]
+    return Effort(rounded=sum((w.cols // GROUP // 2 + 1) * w.rows * w.cols for w in blocks))
 
 
 def search(problem: Problem, config: Config) -> Found:
@@ -118,6 +125,7 @@ METHOD = SearchMethod(
     config=Config,
     search=search,
     require_feasible=require_feasible,
+    cost=cost,
     default_nbytes=default_nbytes,
     reads_moments=True,
 )

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from trimbit.jobs.state import load_state, require_finite, save_state
 from trimbit.schema.found import Found
+from trimbit.search.effort import Effort
 from trimbit.search.problem import Problem, SearchMethod
 from trimbit.search.two_formats.tiles import TileProblem, default_nbytes, require_feasible
 from trimbit.search.two_formats.training import Config, Training
@@ -33,6 +34,11 @@ ADVICE = "Lower search.learning_rate to retrain from scratch"
 def result_fields(config: Config) -> dict[str, Any]:
     """What of the configuration decides the masks; on a GPU, `replayed` does, too."""
     return config.model_dump(mode="json", exclude={"save_every", "checkpointing", "dense"})
+
+
+def cost(problem: Problem, config: Config) -> Effort:
+    """Gradients of the masks, a batch of rows a step."""
+    return Effort(mask_steps=config.steps, formats=(config.low, config.high))
 
 
 def search(problem: Problem, config: Config) -> Found:
@@ -105,6 +111,7 @@ METHOD = SearchMethod(
     config=Config,
     search=search,
     require_feasible=require_feasible,
+    cost=cost,
     default_nbytes=default_nbytes,
     reads_moments=True,
     draws=True,

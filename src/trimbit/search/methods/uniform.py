@@ -6,6 +6,7 @@ from trimbit.schema.base import Schema
 from trimbit.schema.found import Found
 from trimbit.schema.plan import Plan
 from trimbit.schema.precision import Int, Precision
+from trimbit.search.effort import Effort
 from trimbit.search.problem import Problem, SearchMethod
 
 MENU = tuple(Int(bits=bits, group=group, symmetric=False) for bits in range(2, 9) for group in (32, 64, 128, None))
@@ -34,9 +35,27 @@ def search(problem: Problem, config: Config) -> Found:
         BudgetError: if none fits; names the smallest feasible budget.
     """
     require_feasible(problem, config)
-    fitting = [plan for plan in _by_size(problem, config) if plan.found_by.nbytes <= problem.budget_nbytes]
-    best, tried = problem.best_estimated(fitting[-config.tries :][::-1])
+    best, tried = problem.best_estimated(_largest(problem, config))
     return Found(plan=best, tried=tried)
+
+
+def cost(problem: Problem, config: Config) -> Effort:
+    """The largest formats that fit are put together and measured, where there are several."""
+    plans = _largest(problem, config)
+    if problem.measure is None or len(plans) < 2:
+        return Effort()
+    formats = dict.fromkeys(run.precision for plan in plans for runs in plan.weights.values() for run in runs)
+    return Effort(
+        assembled=len(plans),
+        formats=tuple(p for p in formats if p not in problem.space.formats),
+        tables=tuple(p for p in formats if p not in problem.space.embedding_formats),
+    )
+
+
+def _largest(problem: Problem, config: Config) -> list[Plan]:
+    """Of the formats that fit, the largest, from the largest on."""
+    fitting = [plan for plan in _by_size(problem, config) if plan.found_by.nbytes <= problem.budget_nbytes]
+    return fitting[-config.tries :][::-1]
 
 
 def _by_size(problem: Problem, config: Config) -> list[Plan]:
@@ -46,4 +65,4 @@ def _by_size(problem: Problem, config: Config) -> list[Plan]:
     )
 
 
-METHOD = SearchMethod(paper="baseline", config=Config, search=search, require_feasible=require_feasible)
+METHOD = SearchMethod(paper="baseline", config=Config, search=search, require_feasible=require_feasible, cost=cost)

@@ -1,0 +1,254 @@
+"""Seconds of each stage of a job: how often its pieces run, times what they take."""
+
+from collections.abc import Iterable, Sequence
+
+from trimbit.calibrate.sample import BATCH, SEGMENTS
+from trimbit.measure.choices import allowed_widths
+from trimbit.measure.damage import Change
+from trimbit.model.layout import Unit, Weight
+from trimbit.pipeline.job import Job
+from trimbit.pipeline.text import rows_of
+from trimbit.pipeline.timing import Pieces
+from trimbit.recover.tune import Config as Tuning
+from trimbit.schema.precision import Int, Precision
+from trimbit.search.effort import Effort
+from trimbit.search.two_formats.config import MaskedSearch, MaskTraining
+
+CUT = 0.1  # ours: of the sub-blocks, those that a plan is expected to cut where it may
+NORMS = 0.1  # ours: of a pass, what norms that are run again for every site of a half add
+PROPOSAL = 0.5  # ours: seconds in which the Gaussian process is fitted and proposes a plan
+PLAIN = Int(bits=4, group=64, symmetric=False)  # where no recipe says in which formats
+DOCUMENTS, DOCUMENT_TOKENS = 2000, 200  # ours: of a task without a limit, and of a document's prompts and choices
+
+
+class Costs:
+    """Seconds of the stages of one job."""
+
+    def __init__(self, job: Job, pieces: Pieces, effort: Effort) -> None:
+        self.job, self.pieces, self.effort, self.layout = job, pieces, effort, job.layout
+        self.want, self.measure = job.recipe.calibration, job.recipe.measure
+        self.block = [w for w in self.layout.weights.values() if self.layout.units[w.unit].block == 0]
+        self.tables = [w for w in self.layout.weights.values() if self.layout.units[w.unit].block is None]
+        self.cuttable = [unit for unit in self.layout.units.values() if unit.block == 0 and unit.dim is not None]
+
+    # --- pieces together ---
+
+    @property
+    def fit_tokens(self) -> int:
+        """Tokens that everything is fitted to."""
+        return self.want.rows * self.want.length if self.job.needs_moments else 0
+
+    def _sites(self, weights: Iterable[Weight]) -> list[list[Weight]]:
+        sites: dict[str, list[Weight]] = {}
+        for weight in weights:
+            sites.setdefault(weight.site, []).append(weight)
+        return list(sites.values())
+
+    def _elements(self, weights: Iterable[Weight]) -> int:
+        return sum(weight.rows * weight.cols for weight in weights)
+
+    def _sweep(self, tokens: int) -> float:
+        """All blocks, streamed, over some tokens."""
+        return self.layout.blocks * (self.pieces.load() + tokens * self.pieces.streamed(self.want.length))
+
+    def _model(self) -> float:
+        """The whole model into memory."""
+        return self.layout.blocks * self.pieces.load()
+
+    def _grams(self, tokens: int) -> float:
+        return sum((tokens * self.pieces.gram(site[0].cols) for site in self._sites(self.block)), 0.0)
+
+    def _compressed(self, weights: Sequence[Weight], formats: Sequence[Precision]) -> float:
+        """Weights of one site in all formats: in one call, but for those with a low-rank pair."""
+        if not formats:
+            return 0.0
+        if self.job.rank and weights[0] not in self.tables:
+            return sum(self.pieces.compress(w.cols, w.rows * w.cols, (p,)) for w in weights for p in formats)
+        return self.pieces.compress(weights[0].cols, self._elements(weights) * len(formats), tuple(formats))
+
+    def _candidates(self, formats: Sequence[Precision], tables: Sequence[Precision]) -> float:
+        """Candidates of all weights: those of the blocks in `formats`, of the embedding and the head in `tables`."""
+        own = sum(self._compressed(site, formats) for site in self._sites(self.block))
+        return self.layout.blocks * own + sum(self._compressed([w], [p]) for w in self.tables for p in tables)
+
+    def _cut(self, unit: Unit, width: int, precision: Precision, ridges: int = 1) -> float:
+        """What a cut sub-block writes with, refitted and compressed."""
+        assert unit.out_weight is not None
+        weight = self.layout.weights[unit.out_weight]
+        fitted = self.pieces.refit(unit, width, ridges) if self.job.steps.repair is not None else 0.0
+        cols = self.layout.weight_shape(weight, width)[1]
+        return fitted + self.pieces.compress(weight.cols, weight.rows * cols, (precision,))
+
+    def _forward(self, rows: int, length: int) -> float:
+        return self.layout.blocks * rows * length * self.pieces.in_memory(rows, length)
+
+    @property
+    def _format(self) -> Precision:
+        """Some format of the job's: what is done in each takes about as long."""
+        formats = self.job.space.formats or self.effort.formats
+        return formats[len(formats) // 2] if formats else getattr(self.job.steps.search, "blocks", PLAIN)
+
+    @property
+    def _table_format(self) -> Precision:
+        """Likewise of the embedding and the head."""
+        formats = self.job.space.embedding_formats or self.effort.tables
+        return formats[len(formats) // 2] if formats else getattr(self.job.steps.search, "embedding", PLAIN)
+
+    def _installed(self) -> float:
+        """All candidates of a plan, put into the model."""
+        elements = self.layout.blocks * self._elements(self.block) + self._elements(self.tables)
+        return elements * self.pieces.dequantize(self._format)
+
+    def _assembled(self) -> float:
+        """A plan put together from candidates, and measured."""
+        assert self.measure is not None
+        rows, length = self.want.held_out, self.measure.length
+        ends = rows * length * (2 * self.pieces.logits() + self.pieces.divergence())
+        return self._installed() + self._forward(rows, length) + ends
+
+    # --- stages ---
+
+    def text(self) -> float:
+        """Tokens one after the other; before each segment of a row, what was there is read."""
+        rows, length = rows_of(self.job), self.want.length
+        total, step = self._model(), -(-length // SEGMENTS)
+        for first in range(0, rows, BATCH):
+            own = min(BATCH, rows - first)
+            drawn, reading = self.pieces.sampling(own, length)
+            again = sum(max(start - 1, 0) for start in range(0, length, step))
+            total += length * drawn + own * again * reading
+        return total
+
+    def moments(self) -> float:
+        """A sweep with a look at each site."""
+        tokens = self.fit_tokens
+        return self._sweep(tokens) + self.layout.blocks * self._grams(tokens) + tokens * self.pieces.gram(
+            self.layout.sizes["hidden"]
+        )  # fmt: skip
+
+    def ranking(self) -> float:
+        """Scores of every dim; for gradients a sweep there and back."""
+        assert self.job.steps.criterion is not None
+        module, config = self.job.steps.criterion
+        total = self.layout.blocks * self.pieces.score()
+        if module.READS == "gradients":
+            tokens = config.samples * config.length
+            each = self.pieces.streamed(config.length) + self.pieces.gradient(1, config.length, weights=True)
+            total += self.layout.blocks * (2 * self.pieces.load() + tokens * each)
+            total += tokens * self.pieces.head_gradient()
+        return total
+
+    def importance(self) -> float:
+        """Two sweeps, the predictions, and the information of three increments a block."""
+        tokens = self.want.rows * self.want.length
+        told = 3 * self.layout.blocks * tokens * self.pieces.information()
+        return 2 * self._sweep(tokens) + tokens * self.pieces.logits() + told
+
+    def damage(self, changes: Sequence[Change], share: float) -> float:
+        """Each change of a round that is not known yet, from its block on; `share` of the candidates is not there."""
+        assert self.measure is not None
+        rows, length = self.measure.rows, self.measure.length
+        ends = rows * length * (self.pieces.logits() + self.pieces.divergence())
+        forward, element = self._forward(rows, length), self.pieces.dequantize(self._format)
+        background = self._installed() + 2 * forward + ends
+        total = sum(
+            self._elements(self.layout.weights[name] for name in change.unit.weights) * element
+            + forward * (1 - (change.unit.block or 0) / self.layout.blocks)
+            + ends
+            for change in changes
+        )
+        space, around = self.job.space, self.effort.background
+        tables = space.embedding_formats
+        others = () if around is None else (p for p in around.formats.values() if p not in tables)
+        made = self._candidates(list(dict.fromkeys((*space.formats, *others))), tables)
+        for unit in self.cuttable:
+            widths = (w for w in allowed_widths(self.layout, unit, space) if 0 < w < unit.size)
+            made += self.layout.blocks * sum(self._cut(unit, width, self._format) for width in widths)
+        return background + total + share * made
+
+    def plan(self) -> float:
+        """What the search itself does, beside the stages that it asks for."""
+        effort, total = self.effort, 0.0
+        judged = effort.assembled + (effort.trials if self.job.objective and not self.job.objective.steps else 0)
+        if judged or effort.damage_rounds:
+            assert self.measure is not None
+            total += self._model() + self._forward(self.want.held_out, self.measure.length)
+        if effort.damage_rounds and self.measure is not None:
+            rows, length = self.measure.rows, self.measure.length
+            total += self._forward(rows, length) + rows * length * self.pieces.logits()
+        formats = effort.formats if effort.trials == 0 else (*effort.formats, *self.job.space.formats)
+        tables = effort.tables if effort.trials == 0 else self.job.space.embedding_formats[:1]
+        if judged:
+            total += judged * self._assembled()
+        total += self._candidates(formats, tables)
+        if effort.cut:
+            total += effort.cut * self.layout.blocks * sum(
+                self._cut(unit, unit.size // 2 or 1, self._format) for unit in self.cuttable
+            )  # fmt: skip
+        if effort.trials:
+            total += effort.trials * (PROPOSAL + self._tasks())
+        return total + effort.solved * self.pieces.solve() + self._masked() + self._rounded()
+
+    def _tasks(self) -> float:
+        goal = self.job.objective
+        if goal is None or not goal.tasks:
+            return 0.0
+        documents = len(goal.tasks) * (goal.documents or DOCUMENTS)
+        each = self.layout.blocks * self.pieces.in_memory(1, DOCUMENT_TOKENS) + self.pieces.logits()
+        return documents * DOCUMENT_TOKENS * each
+
+    def _masked(self) -> float:
+        """Rows run under masks; a layer adds to its product one of the same size, to round or to draw errors."""
+        config = self.job.steps.search
+        if not isinstance(config, MaskedSearch) or not (self.effort.mask_steps or self.effort.masked_rows):
+            return 0.0
+        length, blocks = config.length, self.layout.blocks
+        there = 2 * blocks * self.pieces.in_memory(1, length)
+        total = self.effort.masked_rows * length * (there + 2 * self.pieces.logits() + self.pieces.divergence())
+        if isinstance(config, MaskTraining):
+            back = 2 * blocks * self.pieces.gradient(1, length, weights=False) + (there if config.checkpointing else 0)
+            ends = self.pieces.head_gradient() + (self.pieces.logits() if config.loss == "kl" else 0)
+            total += self.effort.mask_steps * config.batch * length * (back + ends)
+        return total
+
+    def _rounded(self) -> float:
+        return self.effort.rounded * self.pieces.rounding() if self.effort.rounded else 0.0
+
+    def applied(self) -> float:
+        """A plan block by block: each half on both paths, its sites seen, its weights compressed."""
+        tokens, held = self.fit_tokens, (self.want.held_out + self.want.report) * self.want.length
+        if not self.job.needs_text:
+            held = 0
+        cut = self._cut_share
+        passes = (1 + NORMS + cut) * tokens + 2 * held
+        own = sum(self._compressed(site, [self._format]) for site in self._sites(self.block))
+        ridges = len(self.job.steps.repair.ridges) if self.job.steps.repair is not None else 0
+        refits = sum(self.pieces.refit(u, u.size // 2 or 1, ridges) for u in self.cuttable) if cut and ridges else 0.0
+        blocks = self._sweep(round(passes)) + self.layout.blocks * (self._grams(tokens) + own + cut * refits)
+        ends = held * (2 * self.pieces.logits() + self.pieces.divergence()) if held else 0.0
+        return blocks + self._candidates((), [self._table_format]) + ends
+
+    @property
+    def _cut_share(self) -> float:
+        """Of the sub-blocks, those that a plan cuts and refits."""
+        space = self.job.space
+        if self.job.steps.repair is None or not self.cuttable:
+            return 0.0
+        if space.kept:
+            return len(space.kept) / (len(self.cuttable) * self.layout.blocks)
+        return CUT if any(len(allowed_widths(self.layout, unit, space)) > 1 for unit in self.cuttable) else 0.0
+
+    def teacher(self, tokens: int) -> float:
+        """The original's outputs for some tokens."""
+        return self._sweep(tokens)
+
+    def pairs(self, config: Tuning) -> float:
+        """Steps of recovery through packed weights, which are unpacked there and back."""
+        length, blocks = config.length, self.layout.blocks
+        each = blocks * self.pieces.gradient(config.micro, length, weights=False) + self.pieces.head_gradient()
+        each += blocks * self.pieces.in_memory(config.micro, length) if config.checkpointing else 0.0
+        each += self.pieces.logits() if config.loss == "distill" else 0.0
+        unpacked = (2 + config.checkpointing) * blocks * self._elements(self.block)
+        parts = -(-config.batch // config.micro)
+        again = parts * unpacked * self.pieces.dequantize(self._format)
+        return config.steps * (config.batch * length * each + again)

@@ -1,0 +1,95 @@
+"""What a job would find in the cache, without making anything."""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+from trimbit.jobs.journal import Journal
+from trimbit.measure.damage import Change, changes
+from trimbit.pipeline.applying import applied_stage
+from trimbit.pipeline.job import Job
+from trimbit.pipeline.oracle import damage_key
+from trimbit.pipeline.prepare import Prepared, importance_stage, moments_stage, ranking_stage
+from trimbit.pipeline.recovering import config_of, pairs_stage
+from trimbit.pipeline.search import search_stage
+from trimbit.pipeline.text import Text, sampled_stage, text_of
+from trimbit.schema.found import Found
+from trimbit.schema.measurements import Background
+
+
+class There:
+    """The results of a job's stages as far as they are known: a stage whose inputs are not there is not there."""
+
+    def __init__(self, job: Job, budget_nbytes: int) -> None:
+        self.job, self.budget_nbytes = job, budget_nbytes
+
+    @cached_property
+    def text(self) -> Text | None:
+        """The text, if no token of it has to be sampled."""
+        job = self.job
+        if not job.needs_text:
+            return None
+        there = job.calibration != "self" or job.runner.has(sampled_stage(job, job.checkpoint.tokenizer()))
+        return text_of(job) if there else None
+
+    @cached_property
+    def moments(self) -> bool:
+        """Whether the moments are there."""
+        return self.text is not None and self.job.runner.has(moments_stage(self.job, self.text))
+
+    @cached_property
+    def prepared(self) -> Prepared | None:
+        """All that is made before a budget is asked for."""
+        job, text = self.job, self.text
+        if not job.needs_text:
+            return Prepared(text=None, stats=None, rankings={})
+        if text is None or (job.needs_moments and not self.moments):
+            return None
+        stats = job.runner.run(moments_stage(job, text)) if job.needs_moments else None
+        if job.steps.criterion is None:
+            return Prepared(text=text, stats=stats, rankings={})
+        ranking = ranking_stage(job, text, stats)
+        if not job.runner.has(ranking):
+            return None
+        rankings = {dim: tuple(order) for dim, order in job.runner.run(ranking).items()}
+        return Prepared(text=text, stats=stats, rankings=rankings)
+
+    @cached_property
+    def importance(self) -> bool:
+        """Whether the importance of layers is there."""
+        return self.prepared is not None and self.job.runner.has(importance_stage(self.job, self.prepared))
+
+    @cached_property
+    def found(self) -> Found | None:
+        """The result of the search."""
+        if self.prepared is None:
+            return None
+        stage = search_stage(self.job, self.prepared, self.budget_nbytes)
+        return self.job.runner.run(stage) if self.job.runner.has(stage) else None
+
+    @cached_property
+    def applied(self) -> bool:
+        """Whether the found plan was applied."""
+        if self.prepared is None or self.found is None:
+            return False
+        return self.job.runner.has(applied_stage(self.job, self.prepared, self.found.plan, ""))
+
+    @cached_property
+    def pairs(self) -> bool:
+        """Whether the pairs of the found plan were trained."""
+        if self.prepared is None or self.found is None or not self.applied:
+            return False
+        job, plan = self.job, self.found.plan
+        own = job.runner.run(applied_stage(job, self.prepared, plan, ""))
+        return job.runner.has(pairs_stage(job, self.prepared, plan, own, config_of(job)))
+
+    def damage(self, background: Background) -> tuple[Sequence[Change], int]:
+        """The changes whose damage is not known yet, and how many there are in all."""
+        job, prepared = self.job, self.prepared
+        full = {unit.dim: tuple(range(unit.size)) for unit in job.layout.units.values() if unit.dim is not None}
+        work = changes(job.layout, job.space, background, prepared.rankings if prepared else full)
+        if prepared is None:
+            return work, len(work)
+        key = damage_key(job, prepared, background)
+        path = job.runner.cache.path(key.stage, key.digest) / "journal.jsonl"
+        known = {entry["change"] for entry in Journal(path).read()} if path.is_file() else set()
+        return [change for change in work if change.key not in known], len(work)
