@@ -110,7 +110,7 @@ def print_summary(layout: "Layout", plan: "Plan", budget_nbytes: int | None, out
 
 def _estimate(job: "Job", budget: "Budget | None") -> None:
     """What a run would take, by stage."""
-    from trimbit.pipeline.dry_run import estimate
+    from trimbit.pipeline.estimate.dry_run import estimate
     from trimbit.report.estimate_table import estimate_lines, estimate_table
 
     found = estimate(job, budget)

@@ -6,9 +6,9 @@ from trimbit.calibrate.sample import BATCH, SEGMENTS
 from trimbit.measure.choices import allowed_widths
 from trimbit.measure.damage import Change
 from trimbit.model.layout import Unit, Weight
+from trimbit.pipeline.estimate.timing import Pieces
 from trimbit.pipeline.job import Job
 from trimbit.pipeline.text import rows_of
-from trimbit.pipeline.timing import Pieces
 from trimbit.recover.tune import Config as Tuning
 from trimbit.schema.precision import Int, Precision
 from trimbit.search.effort import Effort

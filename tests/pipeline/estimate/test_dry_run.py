@@ -7,7 +7,7 @@ import qpruner_jobs
 import sessions
 from jobs import BUDGET
 from sessions import LIMIT, entries, open_session
-from trimbit.pipeline.dry_run import estimate
+from trimbit.pipeline.estimate.dry_run import estimate
 from trimbit.report.estimate_table import duration, estimate_lines, estimate_table
 from trimbit.schema.base import parse_json
 from trimbit.schema.budget import Budget

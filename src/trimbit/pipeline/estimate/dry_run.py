@@ -3,15 +3,15 @@
 from collections.abc import Callable
 
 from trimbit.jobs.hardware import resident_nbytes
-from trimbit.pipeline.costs import Costs
-from trimbit.pipeline.footprint import HEAP, Footprint
+from trimbit.pipeline.estimate.costs import Costs
+from trimbit.pipeline.estimate.footprint import HEAP, Footprint
+from trimbit.pipeline.estimate.there import There
+from trimbit.pipeline.estimate.timing import Pieces
 from trimbit.pipeline.job import Job
 from trimbit.pipeline.oracle import problem_of
 from trimbit.pipeline.preflight import preflight
 from trimbit.pipeline.recovering import config_of
 from trimbit.pipeline.text import rows_of
-from trimbit.pipeline.there import There
-from trimbit.pipeline.timing import Pieces
 from trimbit.recover.tune import Config as Tuning
 from trimbit.schema.budget import Budget
 from trimbit.schema.estimate import Estimate, StageEstimate
