@@ -55,9 +55,9 @@ fmt: venv ## Format, and fix what can be fixed
 	@$(BIN)/ruff check --quiet --fix $(SOURCES) || true
 	@$(BIN)/ruff format $(SOURCES)
 
-test: venv ## Run the tests, but for the slow ones
+test: venv ## Run the tests, but for the slow ones and for checks of shapes at run time
 	@echo '== pytest'
-	@$(BIN)/pytest -m 'not slow'
+	@$(BIN)/pytest -m 'not slow' --jaxtyping-packages=
 
 test-all: venv model ## Run all tests, also on the small real model, as CI does
 	@echo '== pytest, slow ones too'

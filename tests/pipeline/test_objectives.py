@@ -140,6 +140,7 @@ def test_choices_that_the_search_does_not_make_are_refused(job, tmp_path, overri
     assert entries(tmp_path, "*") == []
 
 
+@pytest.mark.slow
 def test_recovery_of_a_model_in_fp32(job, tmp_path):
     """The original's answers then are in fp32, too."""
     plan = compress(session(job, tmp_path / "c", "compute=float32"), None, tmp_path / "out")

@@ -165,6 +165,7 @@ def test_a_budget_below_all_lowest_names_the_smallest_and_that_one_fits(job, tmp
     assert found.found_by.nbytes == int(smallest.removesuffix("B"))
 
 
+@pytest.mark.slow
 def test_another_estimator_is_another_search(job, tmp_path, monkeypatch):
     """Its importance is another, but what was measured of a plan is not measured again."""
     session(job, "qpruner-3", cache=tmp_path).find_plan()

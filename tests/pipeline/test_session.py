@@ -121,6 +121,7 @@ def test_the_other_recipes(job, tmp_path, name):
     AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
 
 
+@pytest.mark.slow
 def test_rounds_and_compute_in_float32(job, tmp_path):
     opened = session(job, "measure.rounds=2", "compute=float32")
     assert compress(opened, Budget.parse(BUDGET), tmp_path / "out").found_by.nbytes <= LIMIT

@@ -19,7 +19,7 @@ from trimbit.trial.masked.model import MaskedModel
 
 
 @pytest.mark.parametrize("acts", [{}, ACTS], ids=["weights", "activations, too"])
-@pytest.mark.parametrize("kind", ["rtn", "expected"])
+@pytest.mark.parametrize("kind", [pytest.param("rtn", marks=pytest.mark.slow), "expected"])
 def test_the_whole_job(job, tmp_path, acts, kind):
     """Within its budget; the file is what the plan says; the packed model is near what the search saw."""
     own = recipe(error_model=kind, **acts)
@@ -79,6 +79,7 @@ def test_more_text_than_there_is_is_refused_at_once(job):
         open_session(job.model, recipe().model_copy(update={"search": search}), calibration=str(job.text), seed=3)
 
 
+@pytest.mark.slow
 def test_damage_that_is_not_finite_stops_the_search(job, tmp_path):
     search = Step(name="shares", params={"low": "int3g32", "high": "int8g32", "tile": 16, "length": 16, "rows": 2})
     made = open_session(

@@ -12,6 +12,7 @@ from trimbit.pipeline.recovering import examples_of, pairs_stage
 from trimbit.recover.tune import drawn
 
 
+@pytest.mark.slow
 def test_recovery_that_was_broken_off_goes_on(job, tmp_path, monkeypatch):
     """With dropout, in the middle of an epoch."""
     noisy = ("tune.dropout=0.3", "tune.batch=5")

@@ -26,6 +26,7 @@ def test_every_row_is_seen_once_an_epoch():
     assert epochs[0] != epochs[1]
 
 
+@pytest.mark.slow
 def test_checkpointing_changes_memory_alone(job, tmp_path):
     """The same losses, from fewer tensors kept between forward and backward."""
     losses, kept = [], []

@@ -29,6 +29,7 @@ def test_better_than_chance():
     assert sorted(gains)[1] > 0
 
 
+@pytest.mark.slow
 def test_finds_the_least_of_all():
     """A space of hundreds of points, of which a few dozen are tried."""
     box, damage = binary(4, levels=10, share=0.4)

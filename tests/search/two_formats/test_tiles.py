@@ -19,6 +19,7 @@ from trimbit.search.methods import shares, toga
 from trimbit.search.two_formats.tiles import TileProblem
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 1000), share=st.floats(0.0, 1.0), rounded=st.booleans(), sort=st.booleans())
 def test_the_budget_is_filled_by_whole_tiles_and_never_exceeded(tmp_path_factory, seed, share, rounded, sort):
