@@ -55,6 +55,7 @@ def test_shapes_are_checked():
             wrong()
 
 
+@pytest.mark.slow  # `make test` runs without these checks
 def test_the_package_is_checked():
     with pytest.raises(BeartypeCallHintViolation):
         factors("8")

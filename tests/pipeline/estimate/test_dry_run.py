@@ -39,7 +39,7 @@ JOBS = {
 }
 
 
-SLOW = {"knapsack, two rounds, text of its own", "qpruner-1", "qpruner-3", "qpruner-3, trained"}
+SLOW = {"knapsack, two rounds, text of its own", "shares", "toga", "qpruner-1", "qpruner-3", "qpruner-3, trained"}
 
 
 @pytest.mark.parametrize(
