@@ -1,6 +1,7 @@
 """Tiny random models of each family; every parameter is far enough from neutral to matter."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer
@@ -30,33 +31,31 @@ OWN = {
 }
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
-    """3 layers of width 48, 6 query heads on 3 kv heads of 8 channels, 80 mid channels."""
+def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
+    """3 layers of width 48, 6 query heads on 3 kv heads of 8 channels, 80 mid channels; `changes` of other fields."""
+    fields = {
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "intermediate_size": 80,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 256,
+        "attention_dropout": 0.0,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     shape = {} if model_type == "phi3" else {"head_dim": 8}  # phi3 has hidden / heads, also 8
-    config = AutoConfig.for_model(
-        model_type,
-        hidden_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        intermediate_size=80,
-        vocab_size=VOCAB,
-        max_position_embeddings=256,
-        attention_dropout=0.0,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        **shape,
-        **OWN.get(model_type, {}),
-    )
+    config = AutoConfig.for_model(model_type, **fields | shape | OWN.get(model_type, {}) | changes)
     # transformers refuses sdpa for gemma2: it cannot cap the attention logits
     config._attn_implementation = "eager" if model_type == "gemma2" else "sdpa"
     return config
 
 
-def tiny_model(model_type: str, seed: int = 0, tied: bool | None = None) -> PreTrainedModel:
+def tiny_model(model_type: str, seed: int = 0, tied: bool | None = None, **changes: Any) -> PreTrainedModel:
     """A float32 model in eval mode; `tied` overrides whether the family ties head and embedding."""
-    config = tiny_config(model_type)
+    config = tiny_config(model_type, **changes)
     if tied is not None:
         config.tie_word_embeddings = tied
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

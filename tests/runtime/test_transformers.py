@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from plans import make_plan, runs
+from small_models import masked_original, written_small
 from tiny import VOCAB, save_tiny, tiny_model
 from trimbit.artifact.files import is_compressed, weight_nbytes
 from trimbit.errors import ArtifactError, CheckpointError
-from trimbit.kernels.weights import dequantize
 from trimbit.model.build import build_layout
 from trimbit.model.checkpoint.open import open_checkpoint
 from trimbit.model.forward.absent import NoAttention, NoFeedForward
@@ -23,53 +23,16 @@ from trimbit.model.forward.stream import BlockStream
 from trimbit.model.resolved import resolve
 from trimbit.runtime.layers import Packed
 from trimbit.transform.apply import apply_plan
-from trimbit.transform.cut import cut_weight
 from trimbit.transform.quant import rtn
 from trimbit.transform.repair import refit
 from trimbit.transform.weight import Method
 from written import writing
 
-CUTS = {
-    "blocks.0.attn.kv": (),
-    "blocks.0.mlp.mid": tuple(range(75, 10, -2)),
-    "blocks.1.attn.kv": (2, 0),
-    "blocks.1.mlp.mid": (),
-}
-
-
-BIASES = ("model.layers.1.self_attn.o_proj", "model.layers.0.mlp.down_proj")
-
-
 CASES = {"llama": False, "qwen3": True, "gemma2": True, "gemma3_text": True, "phi3": False}  # tied
 
 
-def formats(weight, cols):
-    """Every kind of format somewhere."""
-    left = cols - 23
-    return {
-        "embed_tokens": runs((40, "int8row"), (8, "bf16")),
-        "lm_head": runs((cols, "uint6g32")),
-        "k_proj": runs((cols, "bf16")),
-        "up_proj": runs((cols, "int8g32")),
-        "o_proj": runs((cols - 9, "ternaryg32"), (9, "mbinaryg32")),
-        "v_proj": runs((cols - 1, "binaryrow"), (1, "nf4row")),
-        "down_proj": runs((20, "int7row"), (3, "bf16"), (left, "uint5g32")),
-    }.get(weight.role, runs((23, "uint8g32"), (left, "int6g32")))
-
-
-def compress(model_type, folder, plan_formats=formats, biases=BIASES):
-    """Save a tiny model, and what the plan above makes of it."""
-    save_tiny(tiny_model(model_type, tied=CASES[model_type]), folder / "original")
-    checkpoint = open_checkpoint(folder / "original")
-    layout = build_layout(checkpoint.config)
-    plan = make_plan(layout, plan_formats, CUTS, biases)
-    stream = BlockStream(checkpoint, layout, torch.float32)
-    tokens = torch.randint(VOCAB, (70, 32), generator=torch.Generator().manual_seed(3))  # more than one chunk
-    with writing(folder / "small", layout, plan) as writer:
-        apply_plan(
-            stream, plan, tokens, Method(module=rtn, config=rtn.Config()), refit.Config(), None, writer, lambda *_: None
-        )
-    return folder / "small", layout, plan
+def compress(model_type, folder, *how):
+    return written_small(tiny_model(model_type, tied=CASES[model_type]), folder, *how)[:3]
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -80,37 +43,6 @@ def small(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return compress("llama", tmp_path_factory.mktemp("llama"))
-
-
-def masked_original(folder, layout, plan):
-    """The original architecture with the stored weights scattered to where they came from, and zeros elsewhere."""
-    packed = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    state = packed.state_dict()
-    model = AutoModelForCausalLM.from_pretrained(folder.parent / "original", dtype=torch.float32)
-    for parameter in model.parameters():
-        parameter.data.copy_(parameter.data.to(torch.bfloat16))
-    for unit in resolve(plan, layout).units.values():
-        for name in unit.origin.weights:
-            full = model.get_submodule(name).weight.data
-            full.zero_()
-            if unit.dropped:
-                continue
-            if f"{name}.weight" in state:
-                dense = state[f"{name}.weight"]
-            else:
-                dense = dequantize(
-                    state[f"{name}.codes"],
-                    state[f"{name}.scales"],
-                    state.get(f"{name}.zeros"),
-                    plan.weights[name],
-                    torch.float32,
-                )
-            where = torch.arange(full.numel()).view(full.shape)
-            full.view(-1)[cut_weight(where, unit.weights[name]).flatten()] = dense.flatten()
-            if name in plan.biases:
-                assert state[f"{name}.bias"].abs().max() > 1e-4
-                model.get_submodule(name).bias = torch.nn.Parameter(state[f"{name}.bias"])
-    return model.eval()
 
 
 def tokens(length=20):
