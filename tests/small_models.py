@@ -42,12 +42,12 @@ def formats(weight, cols):
     }.get(weight.role, runs((23, "uint8g32"), (left, "int6g32")))
 
 
-def written_small(model, folder, plan_formats=formats, biases=BIASES, rows=(70, 32), held_out=None):
+def written_small(model, folder, plan_formats=formats, biases=BIASES, rows=(70, 32), held_out=None, cuts=CUTS):
     """Save a model, and what the plan above makes of it; gives the KL of each held-out row, too."""
     save_tiny(model, folder / "original")
     checkpoint = open_checkpoint(folder / "original")
     layout = build_layout(checkpoint.config)
-    plan = make_plan(layout, plan_formats, CUTS, biases)
+    plan = make_plan(layout, plan_formats, cuts, biases)
     stream, method = BlockStream(checkpoint, layout, torch.float32), Method(module=rtn, config=rtn.Config())
     tokens = torch.randint(VOCAB, rows, generator=torch.Generator().manual_seed(3))  # by default more than one chunk
     with writing(folder / "small", layout, plan) as writer:

@@ -126,7 +126,8 @@ class TrimbitForCausalLM(PreTrainedModel, GenerationMixin):
         base.tie_word_embeddings = False  # the head is a module that reads the embedding; there is nothing to tie
         base.quantization_config = {"quant_method": MODEL_TYPE, "structure": config.structure}
         architecture: Any = AutoModelForCausalLM._model_mapping[type(base)]
-        kwargs.setdefault("dtype", config.dtype or "bfloat16")
+        if kwargs.get("dtype") in {None, "auto"}:  # the type of these files, not that of the original's
+            kwargs["dtype"] = config.dtype or "bfloat16"
         model, info = architecture.from_pretrained(path, *args, config=base, output_loading_info=True, **kwargs)
         wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
         if wrong:
