@@ -73,9 +73,8 @@ def evaluate_tasks(
         NumericsError: if a log-probability is not finite.
     """
     check_tasks(names, folder, limit)
-    scores = score_tasks(
-        load_model(path, dtype), load_tokenizer(path), names, folder=folder, limit=limit, reporter=reporter
-    )
+    tokenizer = load_tokenizer(path)
+    scores = score_tasks(load_model(path, dtype), tokenizer, names, folder=folder, limit=limit, reporter=reporter)
     return TaskEvaluation(
         model=str(path), task_data=str(folder) if folder else None, task_limit=limit,
         tasks=scores, task_mean=mean_score(scores),

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from trimbit.artifact.files import is_compressed
 from trimbit.errors import ArtifactError
+from trimbit.model.checkpoint.checkpoint import first_line
 from trimbit.model.checkpoint.open import materialize, open_checkpoint
 from trimbit.model.forward.stream import build_skeleton
 
@@ -40,7 +41,15 @@ def load_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def load_tokenizer(path: Path):  # type: ignore[no-untyped-def]  # noqa: ANN201
-    """The tokenizer of an original checkpoint or a compressed directory."""
-    if is_compressed(path):
+    """The tokenizer of an original checkpoint or a compressed directory.
+
+    Raises:
+        TrimbitError: if there is none, or it cannot be read.
+    """
+    if not is_compressed(path):
+        return open_checkpoint(path).tokenizer()
+    try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    return open_checkpoint(path).tokenizer()
+    except Exception as err:
+        problem = f"no usable tokenizer ({first_line(err)})"
+        raise ArtifactError(f"{path}: {problem}; add the original's tokenizer files") from err
