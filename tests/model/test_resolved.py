@@ -4,53 +4,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
+from layouts import DTYPES, LAYOUTS, LLAMA, write
 from plans import make_plan, random_plan, runs
-from tiny import tiny_config, tiny_model
-from trimbit.artifact.writer import DTYPES as ARTIFACT_DTYPES
+from tiny import tiny_model
 from trimbit.errors import PlanError
 from trimbit.model.build import build_layout
 from trimbit.model.layout import header_bound
 from trimbit.model.resolved import join, resolve
-from trimbit.model.shards import METADATA
 from trimbit.runtime.inputs import stored_order
 from trimbit.schema.activations import ActRun
 from trimbit.transform.cut import cut_unit
 from trimbit.transform.quant import rtn
 
-DTYPES = {name: getattr(torch, kind.removeprefix("torch.")) for kind, name in ARTIFACT_DTYPES.items()}
-
-
-def layout_of(model_type, *, tied):
-    config = tiny_config(model_type)
-    config.tie_word_embeddings = tied
-    return build_layout(config)
-
-
-LAYOUTS = {
-    "llama": layout_of("llama", tied=False),
-    "tied": layout_of("llama", tied=True),
-    "qwen2": layout_of("qwen2", tied=True),
-}
-
-
-LLAMA = LAYOUTS["llama"]
-
-
 O_PROJ = "model.layers.0.self_attn.o_proj"
 
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
-
-
-def write(specs, path):
-    save_file(
-        {name: torch.zeros(spec.shape, dtype=DTYPES[spec.dtype]) for name, spec in specs.items()},
-        path,
-        metadata=METADATA,
-    )
-    return path.stat().st_size
 
 
 def test_of_every_weight_it_says_what_is_stored():

@@ -15,25 +15,32 @@ from trimbit.schema.precision import parse_precision
 from trimbit.transform.quant import rtn
 from trimbit.transform.repair.lowrank import Config as Pairs
 from trimbit.transform.weight import Method
+from trimbit.trial import candidates as module
 from trimbit.trial.candidates import CandidateWeights
 from written import collected
 
+INT4 = parse_precision("int4g32")
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_a_damaged_candidate_is_named_and_made_again(tmp_path, caplog, rank):
+
+@pytest.fixture(params=[0, 2], ids=["packed", "with pairs"])
+def candidates(request, tmp_path):
     save_tiny(tiny_model("llama").bfloat16(), tmp_path / "original")
     checkpoint = open_checkpoint(tmp_path / "original")
     stream = BlockStream(checkpoint, build_layout(checkpoint.config), torch.float32)
     rankings = {unit.dim: tuple(range(unit.size)) for unit in stream.layout.units.values() if unit.dim}
-    candidates = CandidateWeights(
+    return CandidateWeights(
         checkpoint, stream.layout, collected(stream, TOKENS, tmp_path / "stats"),
-        Method(module=rtn, config=rtn.Config(), pairs=Pairs() if rank else None), tmp_path / "kept", rankings, SPACE,
-        rank=rank,
+        Method(module=rtn, config=rtn.Config(), pairs=Pairs() if request.param else None), tmp_path / "kept", rankings,
+        SPACE, rank=request.param,
     )  # fmt: skip
-    unit = stream.layout.units["blocks.1.mlp"]
-    formats = dict.fromkeys(sites_of(stream.layout, unit), parse_precision("int4g32"))
+
+
+def test_a_damaged_candidate_is_named_and_made_again(candidates, caplog):
+    layout = candidates.layout
+    unit = layout.units["blocks.1.mlp"]
+    formats = dict.fromkeys(sites_of(layout, unit), INT4)
     made = {width: candidates.unit_state(unit, width, formats) for width in (unit.size, 32)}
-    files = sorted((tmp_path / "kept").glob("*.int4g32.*"))
+    files = sorted(candidates.folder.glob("*.int4g32.*"))
     assert files
     assert not caplog.records
     for at, file in enumerate(files):
@@ -45,3 +52,22 @@ def test_a_damaged_candidate_is_named_and_made_again(tmp_path, caplog, rank):
     for width, state in made.items():
         assert state.keys() == again[width].keys()
         assert all(torch.equal(again[width][name], tensor) for name, tensor in state.items())
+
+
+def test_what_another_process_has_made_meanwhile_is_taken(candidates, monkeypatch):
+    """Between the look that finds no file, and the making."""
+    weight = candidates.layout.weights["model.layers.1.mlp.up_proj"]
+    path = candidates._path(weight, INT4)
+    real, looks = module.load_tensors, []
+
+    def late(asked):
+        looks.append(asked)
+        if len(looks) == 1:
+            candidates._make(weight, INT4)
+            return None
+        return real(asked)
+
+    monkeypatch.setattr(module, "load_tensors", late)
+    made = candidates.compressed(weight, INT4)
+    assert looks == [path, path]
+    assert torch.equal(made.dense(), candidates.compressed(weight, INT4).dense())

@@ -43,7 +43,7 @@ def search_stage(job: Job, prepared: Prepared, budget_nbytes: int) -> Stage[Foun
         require_within(found.plan, job.layout, budget_nbytes)
         if found.gap is not None and found.gap > WIDE_GAP:
             log.warning(
-                "the solver stopped early: a plan may exist whose predicted damage is %.1f %% lower", 100 * found.gap
+                "the solver stopped early: by its own objective a plan up to %.1f %% better may exist", 100 * found.gap
             )
         save_json(work.folder / "found.json", found.model_dump(mode="json"))
 

@@ -111,7 +111,7 @@ class Run(Schema):
     predicted_kl: float | None
     chosen_kl: float | None  # on the rows that plans were chosen by
     report_kl: float | None  # on rows that nothing was fitted to or chosen by
-    gap: float | None = None  # proven relative distance of the plan's damage to the least one, where a solver proves it
+    gap: float | None = None  # how much better a plan may be by the solver's objective, as a share; None: not proven
     tried: tuple[TriedPlan, ...] = ()
     training: tuple[TrainingRecord, ...] = ()
     stages: tuple[StageRecord, ...] = ()

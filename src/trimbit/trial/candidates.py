@@ -118,6 +118,8 @@ class CandidateWeights:
             (precision, *(allowed_formats(unit, self.space) if self.space and unit.block is not None else ()))
         )
         work = [(member, p) for member in members for p in menu if not self._path(member, p).exists()]
+        if not work:  # another process has made them meanwhile
+            return
         dense = {member.name: self._dense(member) for member in members}
         made = self.method.compress(
             [dense[m.name] for m, _ in work], self.moments(weight), [m.name for m, _ in work],

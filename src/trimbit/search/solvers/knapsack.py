@@ -13,8 +13,6 @@ from scipy.sparse import csr_array
 from trimbit.errors import NumericsError
 from trimbit.schema.base import Schema
 
-INFEASIBLE = 2  # a status of `milp`
-
 
 class Config(Schema):
     """When the solver may stop."""
@@ -40,7 +38,8 @@ def knapsack(groups: list[list[tuple[int, float]]], limit: int, config: Config) 
         NumericsError: if the solver stops with nothing.
     """
     smallest = [min(range(len(group)), key=group.__getitem__) for group in groups]
-    if _nbytes(groups, smallest) > limit:
+    least = _nbytes(groups, smallest)
+    if least > limit:
         return None
     sizes = [len(group) for group in groups]
     nbytes = np.array([item[0] for group in groups for item in group], dtype=float)
@@ -50,7 +49,7 @@ def knapsack(groups: list[list[tuple[int, float]]], limit: int, config: Config) 
     unit = max(limit, 1) / 1e4  # bytes are scaled for the solver's tolerances; the sum is checked in whole bytes
     starts = np.cumsum([0, *sizes[:-1]])
     target = limit
-    while True:
+    while target >= least:
         constraints = [
             LinearConstraint(one_each, 1, 1),
             LinearConstraint(csr_array(nbytes[None] / unit), -np.inf, target / unit),
@@ -60,8 +59,6 @@ def knapsack(groups: list[list[tuple[int, float]]], limit: int, config: Config) 
             result = milp(
                 damage, integrality=np.ones(len(rows)), bounds=Bounds(0, 1), options=options, constraints=constraints
             )
-        if result.status == INFEASIBLE:  # what is left is below the solver's tolerances
-            return Solution(smallest, None)
         if result.x is None:
             raise NumericsError(
                 f"the solver of the knapsack stopped without a plan ({result.message}); allow more nodes"
@@ -71,6 +68,7 @@ def knapsack(groups: list[list[tuple[int, float]]], limit: int, config: Config) 
         if over <= 0:
             return Solution(picked, max(0.0, float(result.mip_gap)))
         target -= over  # within the solver's tolerances, but not within the limit
+    return Solution(smallest, None)  # what is left is below the solver's tolerances
 
 
 def _nbytes(groups: list[list[tuple[int, float]]], picked: list[int]) -> int:
