@@ -24,6 +24,7 @@ from trimbit.schema.found import Found
 from trimbit.schema.plan import load_plan
 from trimbit.schema.precision import parse_precision
 from trimbit.search.methods import knapsack
+from trimbit.search.solvers import knapsack as solver
 
 
 def test_within_the_budget_and_as_large_as_the_plan_says(job, compressed):
@@ -179,6 +180,21 @@ def test_a_search_that_exceeds_the_budget_is_stopped_by_the_house(job, tmp_path,
     with pytest.raises(BudgetError, match=rf"found a plan of {wide.found_by.nbytes:,} bytes for a budget of 30,000"):
         opened.compress(Budget.parse(BUDGET), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_solver_that_stops_early_is_said_and_recorded(job, tmp_path, monkeypatch, caplog):
+    real = solver.milp
+
+    def early(*args, **kwargs):
+        result = real(*args, **kwargs)
+        result.mip_gap = 0.125
+        return result
+
+    monkeypatch.setattr(solver, "milp", early)
+    opened = session(job, "measure.apply_finalists=false", "search.uniform=null", cache=tmp_path / "cache")
+    opened.compress(Budget.parse(BUDGET), tmp_path / "out")
+    assert "a plan up to 12.5 % better may exist" in caplog.text
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["gap"] == 0.125
 
 
 def test_an_existing_output_is_refused_first(job, compressed):
