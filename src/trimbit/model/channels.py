@@ -22,9 +22,8 @@ class Channels:
     keep: tuple[int, ...] | None = None  # of the unit's dim, in stored order; None: all, as they are
     rows: Mapping[str, Index] = field(default_factory=dict)
     cols: Mapping[str, Index] = field(default_factory=dict)
-    gathers: Mapping[str, Index] = field(
-        default_factory=dict
-    )  # by site: the orders that fold into no weight, as stored
+    # by site: the orders that fold into no weight, as stored
+    gathers: Mapping[str, Index] = field(default_factory=dict)
 
 
 ALL = Channels()
@@ -91,5 +90,5 @@ def _folded_rows(
 
 
 def order_dtype(count: int) -> torch.dtype:
-    """The type of a stored order of so many channels."""
+    """The type of a stored order of `count` channels."""
     return torch.int16 if count <= 2**15 else torch.int32

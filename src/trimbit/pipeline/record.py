@@ -4,7 +4,7 @@ import platform
 from importlib.metadata import version
 
 from trimbit.jobs.hardware import hardware
-from trimbit.model.resolved import resolve
+from trimbit.model.resolved import Resolved
 from trimbit.pipeline.job import Job
 from trimbit.pipeline.result import Result
 from trimbit.pipeline.text import Text
@@ -17,9 +17,9 @@ from trimbit.schema.run import Run, TextRecord, TrainingRecord, TriedPlan
 PACKAGES = ("trimbit", "torch", "transformers")
 
 
-def run_record(job: Job, result: Result, plan: Plan) -> Run:
+def run_record(job: Job, result: Result, plan: Plan, resolved: Resolved) -> Run:
     """The record of a finished job."""
-    measured, resolved = result.applied.measured, resolve(plan, job.layout)
+    measured = result.applied.measured
     return Run(
         versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         hardware=hardware(), model=job.model, parameters=job.layout.parameters, seed=job.seed,

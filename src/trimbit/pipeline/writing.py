@@ -22,8 +22,9 @@ TUNING_FILE = "tuning.json"
 
 def write(job: Job, result: Result, folder: Path) -> Plan:
     """Fill `folder` with the compressed model; returns the plan that it holds."""
+    resolved = resolve(result.found.plan, job.layout)
     plan = result.plan.with_provenance(
-        nbytes=resolve(result.found.plan, job.layout).file_nbytes, recipe=job.recipe.model_dump(mode="json"),
+        nbytes=resolved.file_nbytes, recipe=job.recipe.model_dump(mode="json"),
         calibration=Path(job.calibration).name,
         calibration_digest=digest(result.text.digests) if result.text else None, seed=job.seed,
     )  # fmt: skip
@@ -36,7 +37,7 @@ def write(job: Job, result: Result, folder: Path) -> Plan:
     _pictures(job, result, plan, folder)
     c = job.checkpoint
     write_file(folder, "README.md", model_card(c.model_id, c.license, job.layout, plan, job.calibration))
-    write_file(folder, RUN_FILE, run_record(job, result, plan).model_dump_json(indent=1) + "\n")
+    write_file(folder, RUN_FILE, run_record(job, result, plan, resolved).model_dump_json(indent=1) + "\n")
     _sidecars(job, folder)
     return plan
 

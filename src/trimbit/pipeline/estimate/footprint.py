@@ -18,7 +18,6 @@ from trimbit.trial.masked.memory import masked_nbytes
 
 FP32, FP64, BF16 = 4, 8, 2
 QUANTISING = 150_000_000  # ours: what a quantiser and the search of its grid hold beside the weights
-READING = 1  # ours: times the embedding in fp32, while it is read
 HEAP = 100_000_000  # ours: code that is loaded later, and freed memory that the allocator keeps
 
 
@@ -40,7 +39,7 @@ class Footprint:
     @property
     def _read(self) -> int:
         """While the embedding is read."""
-        return READING * FP32 * self.table
+        return FP32 * self.table
 
     @property
     def _model(self) -> int:
