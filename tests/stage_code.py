@@ -1,14 +1,14 @@
 """Digests of the code behind each stage, by which a forgotten version is noticed.
 
-`python tests/stage_code.py` writes the snapshot anew.
+`PYTHONPATH=benchmarks python tests/stage_code.py` writes the snapshot anew.
 """
 
-import ast
 import hashlib
 import json
 from pathlib import Path
 
 import trimbit
+from harness.origin import bare_code
 from trimbit.jobs.stages import StageKey
 from trimbit.pipeline import keys
 
@@ -44,14 +44,7 @@ def code_digest(*parts):
     )
     total = hashlib.sha256()
     for file in files:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-                value = body[0].value
-                if isinstance(value, ast.Constant) and isinstance(value.value, str):
-                    body[0] = ast.Pass()
-        total.update(f"{file.relative_to(ROOT)}\n{ast.unparse(tree)}".encode())
+        total.update(f"{file.relative_to(ROOT)}\n{bare_code(file)}".encode())
     return total.hexdigest()[:16]
 
 

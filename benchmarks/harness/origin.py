@@ -1,5 +1,6 @@
 """Where a figure is from: the package's code, the machine, the libraries, the text."""
 
+import ast
 import hashlib
 import platform
 from collections import Counter
@@ -26,12 +27,23 @@ def package() -> Path:
 
 
 def code_digest(folder: Path) -> str:
-    """Of the code and the recipes in a folder, 16 hex digits: names and contents."""
+    """Of the code and the recipes in a folder, 16 hex digits; docstrings, comments and layout do not count."""
     total = hashlib.sha256()
     for path in sorted(own for suffix in ("py", "yaml") for own in folder.rglob(f"*.{suffix}")):
-        total.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
-        total.update(path.read_bytes())
+        content = bare_code(path).encode() if path.suffix == ".py" else path.read_bytes()
+        total.update(f"{path.relative_to(folder).as_posix()}\0{len(content)}\0".encode())
+        total.update(content)
     return total.hexdigest()[:16]
+
+
+def bare_code(path: Path) -> str:
+    """The code of a file without docstrings, comments and layout."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            documented = ast.get_docstring(node, clean=False) is not None
+            node.body = node.body[documented:] or [ast.Pass()]
+    return ast.unparse(tree)
 
 
 def file_digest(path: Path) -> str:

@@ -115,12 +115,15 @@ def test_a_cell_may_not_hide_its_origin(tmp_path):
 
 
 def test_the_digest_changes_with_code_and_recipes_alone(tmp_path):
+    code = tmp_path / "a.py"
     (tmp_path / "recipes").mkdir()
-    (tmp_path / "a.py").write_text("x = 1", encoding="utf-8")
+    code.write_text("def f():\n    return 1\n", encoding="utf-8")
     (tmp_path / "recipes" / "own.yaml").write_text("x: 1", encoding="utf-8")
     seen = [code_digest(tmp_path)]
     (tmp_path / "__pycache__").mkdir()
     (tmp_path / "__pycache__" / "a.pyc").write_bytes(b"0")
+    assert code_digest(tmp_path) == seen[0]
+    code.write_text('"""A."""\n\ndef f():\n    """F."""\n    return (\n        1  # why\n    )\n', encoding="utf-8")
     assert code_digest(tmp_path) == seen[0]
     for change in (
         lambda: (tmp_path / "a.py").write_text("x = 2", encoding="utf-8"),

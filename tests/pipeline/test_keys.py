@@ -18,7 +18,7 @@ def test_a_change_of_the_code_raises_the_version_or_is_said_to_change_nothing(st
     known, now = json.loads(SNAPSHOT.read_text())[stage], current()[stage]
     assert now == known, (
         f"the code of stage {stage!r} was changed: if its results change, raise `version` in pipeline/keys.py; "
-        "then run `python tests/stage_code.py`"
+        "then run `PYTHONPATH=benchmarks python tests/stage_code.py`"
     )
 
 
