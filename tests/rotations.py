@@ -16,13 +16,13 @@ from trimbit.transform.apply import apply_plan
 from trimbit.transform.quant import gptq, rtn
 from trimbit.transform.repair import refit
 from trimbit.transform.rotate import RotatedStream
-from trimbit.transform.weight import Method
+from trimbit.transform.weight import WeightCompressor
 from written import collected, writing
 
 ROTATION = Rotation(seed=3)
 
 
-RTN, GPTQ = Method(module=rtn, config=rtn.Config()), Method(module=gptq, config=gptq.Config())
+RTN, GPTQ = WeightCompressor(module=rtn, config=rtn.Config()), WeightCompressor(module=gptq, config=gptq.Config())
 
 
 def sample(rows, seed):

@@ -14,7 +14,7 @@ from trimbit.transform.apply import apply_plan
 from trimbit.transform.cut import cut_weight
 from trimbit.transform.quant import rtn
 from trimbit.transform.repair import refit
-from trimbit.transform.weight import Method
+from trimbit.transform.weight import WeightCompressor
 from written import writing
 
 CUTS = {
@@ -48,7 +48,7 @@ def written_small(model, folder, plan_formats=formats, biases=BIASES, rows=(70, 
     checkpoint = open_checkpoint(folder / "original")
     layout = build_layout(checkpoint.config)
     plan = make_plan(layout, plan_formats, cuts, biases)
-    stream, method = BlockStream(checkpoint, layout, torch.float32), Method(module=rtn, config=rtn.Config())
+    stream, method = BlockStream(checkpoint, layout, torch.float32), WeightCompressor(module=rtn, config=rtn.Config())
     tokens = torch.randint(VOCAB, rows, generator=torch.Generator().manual_seed(3))  # by default more than one chunk
     with writing(folder / "small", layout, plan) as writer:
         kls = apply_plan(stream, plan, tokens, method, refit.Config(), None, writer, lambda *_: None, held_out)

@@ -66,5 +66,5 @@ def write(folder, name, rows, suffix=".jsonl"):
 
 def run(model, names, folder, limit=None, reporter=None):
     return evaluate_tasks(
-        model, tuple(names), folder=folder, limit=limit, dtype=torch.float32, reporter=reporter or Silent()
+        model, tuple(names), folder=folder, max_documents=limit, dtype=torch.float32, reporter=reporter or Silent()
     )

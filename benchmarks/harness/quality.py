@@ -48,8 +48,8 @@ def quality(
 
 def perplexity(bench: Bench, path: Path, text: str, context: int) -> float:
     """Perplexity in shorter windows of the same part of a text, in bf16 on the CPU."""
-    limit = bench.windows * bench.context // context
-    windows = evaluation_windows(bench.data / text, load_tokenizer(path), context=context, limit=limit)
+    max_windows = bench.windows * bench.context // context
+    windows = evaluation_windows(bench.data / text, load_tokenizer(path), context=context, max_windows=max_windows)
     model = load_model(path, torch.bfloat16)
     total = sum(float(score(model, final_hidden(model, window), window, None)[0]) for window in windows)
     return math.exp(total / (len(windows) * (context - 1)))
@@ -57,7 +57,7 @@ def perplexity(bench: Bench, path: Path, text: str, context: int) -> float:
 
 def _windows(bench: Bench, original: Path, text: str) -> Tensor:
     tokenizer = load_tokenizer(original)
-    return evaluation_windows(bench.data / text, tokenizer, context=bench.context, limit=bench.windows)
+    return evaluation_windows(bench.data / text, tokenizer, context=bench.context, max_windows=bench.windows)
 
 
 def _reference(bench: Bench, dense: PreTrainedModel, original: Path, windows: Tensor, text: str) -> Sequence[Tensor]:

@@ -126,7 +126,7 @@ def compare(bench: Bench, name: str, seed: int) -> Found:
 def on_test_text(bench: Bench, job: Job, seed: int) -> Callable[[Plan], float]:
     """KL of a plan on test text."""
     tokenizer = load_tokenizer(bench.original(seed))
-    windows = evaluation_windows(bench.data / TEST, tokenizer, context=CONTEXT, limit=WINDOWS)
+    windows = evaluation_windows(bench.data / TEST, tokenizer, context=CONTEXT, max_windows=WINDOWS)
     probe = KLProbe(InMemoryModel(job.stream), windows, repeated=False)
     with ModelOracle(job, prepare(job)) as oracle:
         candidates = oracle.candidates

@@ -47,7 +47,12 @@ def of_recipe(bench: Bench, own: Whole, seed: int) -> Found:
 def scores(bench: Bench, path: Path) -> Found:
     """The headline of each task in percent, with its standard error, and which documents were right."""
     found = evaluate_tasks(
-        path, tuple(SOURCES), folder=bench.data / "tasks", limit=DOCUMENTS, dtype=torch.bfloat16, reporter=Silent()
+        path,
+        tuple(SOURCES),
+        folder=bench.data / "tasks",
+        max_documents=DOCUMENTS,
+        dtype=torch.bfloat16,
+        reporter=Silent(),
     )
     mean = found.task_mean
     return {

@@ -108,15 +108,15 @@ def test_default_bos_is_what_the_tokenizer_does() -> None:
 
 def test_evaluation_windows_are_in_order(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", words(31))
-    found = texts.evaluation_windows(path, make_tokenizer(add_bos=True), context=6, limit=None)
+    found = texts.evaluation_windows(path, make_tokenizer(add_bos=True), context=6, max_windows=None)
     assert found[:, 0].tolist() == [BOS] * 6
     assert found[:, 1:].flatten().tolist() == list(range(5, 35))
-    two = texts.evaluation_windows(path, make_tokenizer(), context=6, limit=2)
+    two = texts.evaluation_windows(path, make_tokenizer(), context=6, max_windows=2)
     assert two.tolist() == [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]]
     with pytest.raises(DataError, match=r"a\.txt: 31 tokens found, 32 needed"):
-        texts.evaluation_windows(path, make_tokenizer(), context=32, limit=None)
-    with pytest.raises(DataError, match="limit is 0"):
-        texts.evaluation_windows(path, make_tokenizer(), context=6, limit=0)
+        texts.evaluation_windows(path, make_tokenizer(), context=32, max_windows=None)
+    with pytest.raises(DataError, match="max_windows is 0"):
+        texts.evaluation_windows(path, make_tokenizer(), context=6, max_windows=0)
 
 
 def test_from_file_draws_different_windows_by_seed(tmp_path: Path) -> None:

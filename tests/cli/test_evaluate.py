@@ -131,6 +131,6 @@ def test_eval_of_nothing_or_of_unknown_tasks(refused, job, task_data):
     refused("eval", job.model, "--tasks", "piqa,mmlu", words=["no task 'mmlu'", "known are boolq"])
     tasks = ["--tasks", "piqa,boolq", "--task-data", task_data]
     refused("eval", job.model, *tasks, words=[str(task_data), "boolq_superglue_validation.jsonl"])
-    refused("eval", job.model, "--tasks", "piqa", "--limit", 0, words=["limit is 0"])
+    refused("eval", job.model, "--tasks", "piqa", "--limit", 0, words=["limit of documents is 0"])
     refused("eval", job.model, "--tasks", "piqa", "--against", job.model, words=["--against", "--text FILE"])
     refused("eval", job.model, "--text", job.text, "--limit", 5, words=["--limit", "--tasks NAMES"])

@@ -33,7 +33,7 @@ def test_missing_files(job, folder, tmp_path):
     write(tmp_path, "boolq", DOCUMENTS["boolq"])
     with pytest.raises(DataError, match=r"neither arc_easy_test\.jsonl\.gz nor arc_easy_test\.jsonl, which arc_easy"):
         run(job.model, ["boolq", "arc_easy"], tmp_path)
-    with pytest.raises(DataError, match="limit is 0"):
+    with pytest.raises(DataError, match="limit of documents is 0"):
         run(job.model, ["boolq"], tmp_path, limit=0)
 
 

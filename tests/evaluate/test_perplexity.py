@@ -17,7 +17,7 @@ from trimbit.schema.budget import Budget
 def test_evaluation_against_the_original(job, compressed):
     out, plan = compressed
     found = evaluate(
-        out, job.text, context=32, limit=4, against=job.model, dtype=torch.float32, progress=lambda *_: None
+        out, job.text, context=32, max_windows=4, against=job.model, dtype=torch.float32, progress=lambda *_: None
     )
     assert math.isfinite(found.ppl)
     assert found.kl > 0
@@ -26,7 +26,7 @@ def test_evaluation_against_the_original(job, compressed):
     parameters = session(job).layout.parameters
     assert found.bits_per_weight == pytest.approx(8 * plan.found_by.nbytes / parameters)
     same = evaluate(
-        job.model, job.text, context=32, limit=4, against=job.model, dtype=torch.float32, progress=lambda *_: None
+        job.model, job.text, context=32, max_windows=4, against=job.model, dtype=torch.float32, progress=lambda *_: None
     )
     assert same.kl == pytest.approx(0, abs=1e-6)
     assert same.top1_agreement == 1
@@ -37,7 +37,7 @@ def test_evaluation_against_the_original(job, compressed):
 def test_perplexity_and_kl_equal_full_logits(job, compressed):
     out, _ = compressed
     found = evaluate(
-        out, job.text, context=50, limit=3, against=job.model, dtype=torch.float32, progress=lambda *_: None
+        out, job.text, context=50, max_windows=3, against=job.model, dtype=torch.float32, progress=lambda *_: None
     )
     ids = torch.tensor([int(word[1:]) for word in job.text.read_text().split()])[:150].view(3, 50)
     with torch.no_grad():
@@ -65,7 +65,13 @@ def test_windows_that_are_read_together(job, tmp_path, monkeypatch, together):
     monkeypatch.setattr("trimbit.evaluate.perplexity.READ_WINDOWS", together)
     monkeypatch.setattr("trimbit.evaluate.perplexity.read_hidden", reading)
     found = evaluate(
-        out, job.text, context=48, limit=4, against=job.model, dtype=torch.float32, progress=lambda *at: told.append(at)
+        out,
+        job.text,
+        context=48,
+        max_windows=4,
+        against=job.model,
+        dtype=torch.float32,
+        progress=lambda *at: told.append(at),
     )
     assert read == {1: [1, 1, 1, 1], 2: [1, 2, 1], 3: [1, 3]}[together]
     assert told == [(done, 4) for done in itertools.accumulate(read)]

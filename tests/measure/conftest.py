@@ -9,7 +9,7 @@ from trimbit.model.build import build_layout
 from trimbit.model.checkpoint.open import open_checkpoint
 from trimbit.model.forward.stream import BlockStream
 from trimbit.transform.quant import rtn
-from trimbit.transform.weight import Method
+from trimbit.transform.weight import WeightCompressor
 from trimbit.trial.candidates import CandidateWeights
 from written import collected
 
@@ -27,5 +27,5 @@ def candidates(stream, tmp_path_factory):
     folder = tmp_path_factory.mktemp("candidates")
     stats = collected(stream, TOKENS, folder / "stats")
     rankings = {unit.dim: tuple(reversed(range(unit.size))) for unit in stream.layout.units.values() if unit.dim}
-    method = Method(module=rtn, config=rtn.Config())
+    method = WeightCompressor(module=rtn, config=rtn.Config())
     return CandidateWeights(stream.checkpoint, stream.layout, stats, method, folder, rankings, SPACE)

@@ -24,7 +24,7 @@ from trimbit.schema.activations import ActInt, ActRun
 from trimbit.transform.apply import apply_plan
 from trimbit.transform.quant import gptq, rtn
 from trimbit.transform.repair import lowrank, refit
-from trimbit.transform.weight import Method
+from trimbit.transform.weight import WeightCompressor
 from written import collected, writing
 
 CUTS = {"blocks.1.attn.kv": (2, 0), "blocks.2.mlp.mid": tuple(range(0, 80, 2))}
@@ -32,7 +32,7 @@ ACTS = (
     ActRun(count=40, precision=ActInt(bits=4, group=32, clip=0.9)),
     ActRun(count=8, precision=ActInt(bits=8, group=None)),
 )
-RTN, GPTQ = Method(module=rtn, config=rtn.Config()), Method(module=gptq, config=gptq.Config())
+RTN, GPTQ = WeightCompressor(module=rtn, config=rtn.Config()), WeightCompressor(module=gptq, config=gptq.Config())
 
 
 @dataclass
@@ -173,7 +173,7 @@ def test_pairs_are_trained_on_the_inputs_that_they_are_written_for(tmp_path):
     acts = {site: (ActRun(count=len(order), precision=ActInt(bits=4, group=32)),) for site, order in orders.items()}
     ranks = {name: 4 for name, weight in layout.weights.items() if layout.readers(weight.site)}
     plan = plain.model_copy(update={"orders": orders, "acts": acts, "adapters": ranks})
-    method = Method(module=rtn, config=rtn.Config(), pairs=lowrank.Config(init="loftq", rank=4))
+    method = WeightCompressor(module=rtn, config=rtn.Config(), pairs=lowrank.Config(init="loftq", rank=4))
     small = write(tmp_path / "original", tmp_path / "small", plan, method)
     before = logits(small)
     pairs = _taken_out(small)

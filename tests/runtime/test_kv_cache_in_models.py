@@ -21,7 +21,7 @@ from trimbit.runtime.kv_cache import CountingLayer, PackedCache, cache_for, prec
 from trimbit.transform.apply import apply_plan
 from trimbit.transform.quant import rtn
 from trimbit.transform.repair import refit
-from trimbit.transform.weight import Method
+from trimbit.transform.weight import WeightCompressor
 from written import writing
 
 CUTS = {"blocks.0.attn.kv": (), "blocks.1.attn.kv": (2, 0), "blocks.2.mlp.mid": ()}
@@ -34,7 +34,7 @@ def compress(folder, model_type="llama", kv_cache=KV4):
     layout = build_layout(checkpoint.config)
     plan = make_plan(layout, lambda _, cols: runs((cols, "int8row")), CUTS).model_copy(update={"kv_cache": kv_cache})
     resolve(plan, layout)
-    stream, method = BlockStream(checkpoint, layout, torch.float32), Method(module=rtn, config=rtn.Config())
+    stream, method = BlockStream(checkpoint, layout, torch.float32), WeightCompressor(module=rtn, config=rtn.Config())
     with writing(folder / "small", layout, plan) as writer:
         apply_plan(stream, plan, tokens(2, 32), method, refit.Config(), None, writer, lambda *_: None)
     return folder / "small", layout, plan

@@ -25,7 +25,7 @@ from trimbit.runtime.layers import Packed
 from trimbit.transform.apply import apply_plan
 from trimbit.transform.quant import rtn
 from trimbit.transform.repair import refit
-from trimbit.transform.weight import Method
+from trimbit.transform.weight import WeightCompressor
 from written import writing
 
 CASES = {"llama": False, "qwen3": True, "gemma2": True, "gemma3_text": True, "phi3": False}  # tied
@@ -66,7 +66,10 @@ def test_it_still_resembles_the_original_where_nothing_is_cut(tmp_path):
     layout = build_layout(checkpoint.config)
     plan = make_plan(layout, lambda _, cols: runs((cols, "int8g32")))
     with writing(tmp_path / "small", layout, plan) as writer:
-        stream, method = BlockStream(checkpoint, layout, torch.float32), Method(module=rtn, config=rtn.Config())
+        stream, method = (
+            BlockStream(checkpoint, layout, torch.float32),
+            WeightCompressor(module=rtn, config=rtn.Config()),
+        )
         apply_plan(stream, plan, tokens(), method, refit.Config(), None, writer, lambda *_: None)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.float32)
     logits, want = model(tokens()).logits, tiny_model("llama")(tokens()).logits

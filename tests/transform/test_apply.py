@@ -20,10 +20,13 @@ from trimbit.transform.apply import apply_plan
 from trimbit.transform.block import _Job
 from trimbit.transform.quant import gptq, rtn
 from trimbit.transform.repair import refit
-from trimbit.transform.weight import Method
+from trimbit.transform.weight import WeightCompressor
 from written import collected, writing
 
-RTN, GPTQ = Method(module=rtn, config=rtn.Config(scales="mse")), Method(module=gptq, config=gptq.Config())
+RTN, GPTQ = (
+    WeightCompressor(module=rtn, config=rtn.Config(scales="mse")),
+    WeightCompressor(module=gptq, config=gptq.Config()),
+)
 CUTS = {f"blocks.{i}.mlp.mid": tuple(range(0, 80, 2)) for i in range(3)} | {"blocks.1.attn.kv": (0, 2)}
 
 
@@ -181,7 +184,7 @@ def test_a_failing_quantiser_names_the_weight(original, tmp_path):
 
     broken = ModuleType("broken")
     broken.quantize_all, broken.NEEDS_MOMENTS = quantize_all, False
-    method = Method(module=broken, config=rtn.Config())
+    method = WeightCompressor(module=broken, config=rtn.Config())
     with pytest.raises(NumericsError, match=r"^model\.layers\.0\.self_attn\.q_proj: no$"):
         run(original, tmp_path / "out", method)
     assert not (tmp_path / "out").exists()

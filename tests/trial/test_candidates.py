@@ -14,7 +14,7 @@ from trimbit.model.forward.stream import BlockStream
 from trimbit.schema.precision import parse_precision
 from trimbit.transform.quant import rtn
 from trimbit.transform.repair.lowrank import Config as Pairs
-from trimbit.transform.weight import Method
+from trimbit.transform.weight import WeightCompressor
 from trimbit.trial import candidates as module
 from trimbit.trial.candidates import CandidateWeights
 from written import collected
@@ -30,8 +30,8 @@ def candidates(request, tmp_path):
     rankings = {unit.dim: tuple(range(unit.size)) for unit in stream.layout.units.values() if unit.dim}
     return CandidateWeights(
         checkpoint, stream.layout, collected(stream, TOKENS, tmp_path / "stats"),
-        Method(module=rtn, config=rtn.Config(), pairs=Pairs() if request.param else None), tmp_path / "kept", rankings,
-        SPACE, rank=request.param,
+        WeightCompressor(module=rtn, config=rtn.Config(), pairs=Pairs() if request.param else None),
+        tmp_path / "kept", rankings, SPACE, rank=request.param,
     )  # fmt: skip
 
 

@@ -179,18 +179,18 @@ def windows(ids: Int[Tensor, " n"], length: int, *, bos: int | None) -> Int[Tens
 
 
 def evaluation_windows(
-    path: Path, tokenizer: PreTrainedTokenizerBase, *, context: int, limit: int | None
+    path: Path, tokenizer: PreTrainedTokenizerBase, *, context: int, max_windows: int | None
 ) -> Int64[Tensor, "n context"]:
-    """A file's windows of `context` tokens, in order from its start, at most `limit` of them.
+    """A file's windows of `context` tokens, in order from its start, at most `max_windows` of them.
 
     Raises:
-        DataError: if the file cannot be read or is shorter than a window, or `limit` is below 1.
+        DataError: if the file cannot be read or is shorter than a window, or `max_windows` is below 1.
     """
-    if limit is not None:
-        require_positive("limit", limit)
+    if max_windows is not None:
+        require_positive("max_windows", max_windows)
     ids = encode(read_text(path), tokenizer)
     try:
-        return windows(ids, context, bos=default_bos(tokenizer))[:limit]
+        return windows(ids, context, bos=default_bos(tokenizer))[:max_windows]
     except DataError as error:
         msg = f"{path}: {error}"
         raise DataError(msg) from error
@@ -203,7 +203,7 @@ def from_file(path: Path, tokenizer: PreTrainedTokenizerBase, *, rows: int, leng
         DataError: if the file cannot be read, or has fewer windows than `rows`.
     """
     require_positive("rows", rows)
-    found = evaluation_windows(path, tokenizer, context=length, limit=None)
+    found = evaluation_windows(path, tokenizer, context=length, max_windows=None)
     if len(found) < rows:
         msg = (
             f"{path}: {rows} rows of {length} tokens asked, the text has {len(found)}; "

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def compress(
-    model: Model, out: Out, budget: BudgetText = None, recipe: RecipeName = "knapsack",
+    model: Model, out: Out, budget_text: BudgetText = None, recipe: RecipeName = "knapsack",
     calibration: Calibration = "self", overrides: Overrides = None, seed: Seed = 0, dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """Find the best model within a budget and write it."""
@@ -27,18 +27,18 @@ def compress(
     from trimbit.pipeline.recipes import load_recipe
     from trimbit.schema.budget import Budget
 
-    limit = Budget.parse(budget) if budget is not None else None
+    budget = Budget.parse(budget_text) if budget_text is not None else None
     require_absent(out)
     job = _job(model, load_recipe(recipe, tuple(overrides or ())), calibration, seed)
     if dry_run:
-        _estimate(job, limit)
+        _estimate(job, budget)
         return
-    found = flow.compress(job, limit, out)
-    print_summary(job.layout, found, limit.nbytes(job.layout.parameters) if limit else None, out)
+    found = flow.compress(job, budget, out)
+    print_summary(job.layout, found, budget.nbytes(job.layout.parameters) if budget else None, out)
 
 
 def plan(
-    model: Model, out: Out, budget: BudgetText = None, recipe: RecipeName = "knapsack",
+    model: Model, out: Out, budget_text: BudgetText = None, recipe: RecipeName = "knapsack",
     calibration: Calibration = "self", overrides: Overrides = None, seed: Seed = 0, dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """Find the best plan within a budget and write it as JSON."""
@@ -48,15 +48,15 @@ def plan(
     from trimbit.pipeline.recipes import load_recipe
     from trimbit.schema.budget import Budget
 
-    limit = Budget.parse(budget) if budget is not None else None
+    budget = Budget.parse(budget_text) if budget_text is not None else None
     require_absent(out, file=True)
     job = _job(model, load_recipe(recipe, tuple(overrides or ())), calibration, seed)
     if dry_run:
-        _estimate(job, limit)
+        _estimate(job, budget)
         return
-    found = flow.find_plan(job, limit).plan
+    found = flow.find_plan(job, budget).plan
     save_atomically(out, lambda beside: beside.write_text(found.to_json(), encoding="utf-8"))
-    print_summary(job.layout, found, limit.nbytes(job.layout.parameters) if limit else None, out)
+    print_summary(job.layout, found, budget.nbytes(job.layout.parameters) if budget else None, out)
 
 
 def apply_command(

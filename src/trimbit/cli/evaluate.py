@@ -54,13 +54,13 @@ def eval_command(
     if text is not None:
         with reporter().stage("evaluation") as progress:
             found = evaluate(
-                model, text, context=context, limit=windows, against=against, dtype=getattr(torch, dtype),
+                model, text, context=context, max_windows=windows, against=against, dtype=getattr(torch, dtype),
                 progress=progress,
             )  # fmt: skip
     try:
         if names:
             scores = evaluate_tasks(
-                model, names, folder=task_data, limit=limit, dtype=getattr(torch, dtype), reporter=reporter()
+                model, names, folder=task_data, max_documents=limit, dtype=getattr(torch, dtype), reporter=reporter()
             )
     finally:  # if the tasks fail, what was found on the text is still printed
         if found or scores:

@@ -1,7 +1,6 @@
 """Zero-shot tasks by lm-eval: its own prompts, targets and metrics, on documents from local files or from the hub.
 
-Log-probabilities are taken in fp32. A limit takes the first documents. A prompt longer than the model's positions loses
-its start, as always in lm-eval.
+Log-probabilities are taken in fp32. A prompt longer than the model's positions loses its start, as always in lm-eval.
 """
 
 import logging
@@ -32,7 +31,7 @@ LOGITS = 2**27  # in a batch: with a vocabulary of 49,152, 2,730 tokens and 0.8 
 BATCH = 16  # at most: more pads more and is no faster
 
 
-def check_tasks(names: tuple[str, ...], folder: Path | None, limit: int | None = None) -> None:
+def check_tasks(names: tuple[str, ...], folder: Path | None, max_documents: int | None = None) -> None:
     """See that the tasks can be run, before anything else takes time.
 
     Raises:
@@ -41,8 +40,8 @@ def check_tasks(names: tuple[str, ...], folder: Path | None, limit: int | None =
     """
     if any(find_spec(package) is None for package in NEEDS):
         raise DataError("zero-shot tasks need the package lm-eval: pip install 'trimbit[eval]'")
-    if limit is not None and limit < 1:
-        raise DataError(f"limit is {limit}; must be at least 1")
+    if max_documents is not None and max_documents < 1:
+        raise DataError(f"the limit of documents is {max_documents}; must be at least 1")
     for name in names or ("",):
         if name not in SOURCES:
             raise DataError(f"no task {name!r}; known are {', '.join(SOURCES)}")
@@ -55,7 +54,7 @@ def check_tasks(names: tuple[str, ...], folder: Path | None, limit: int | None =
 
 
 def evaluate_tasks(
-    path: Path, names: tuple[str, ...], *, folder: Path | None, limit: int | None, dtype: torch.dtype,
+    path: Path, names: tuple[str, ...], *, folder: Path | None, max_documents: int | None, dtype: torch.dtype,
     reporter: Reporter,
 ) -> TaskEvaluation:  # fmt: skip
     """Run a model, original or compressed, over zero-shot tasks.
@@ -64,7 +63,7 @@ def evaluate_tasks(
         path: the model.
         names: of tasks in `SOURCES`.
         folder: the tasks' files, each .jsonl or .jsonl.gz; without one lm-eval gets its own data sets from the hub.
-        limit: documents a task, the first ones; None for all.
+        max_documents: documents a task, the first ones; None for all.
         dtype: of the model.
         reporter: gets a stage a task, which counts choices.
 
@@ -72,11 +71,13 @@ def evaluate_tasks(
         DataError: if the tasks cannot be run, see `check_tasks`, or lm-eval cannot use their data.
         NumericsError: if a log-probability is not finite.
     """
-    check_tasks(names, folder, limit)
+    check_tasks(names, folder, max_documents)
     tokenizer = load_tokenizer(path)
-    scores = score_tasks(load_model(path, dtype), tokenizer, names, folder=folder, limit=limit, reporter=reporter)
+    scores = score_tasks(
+        load_model(path, dtype), tokenizer, names, folder=folder, max_documents=max_documents, reporter=reporter
+    )
     return TaskEvaluation(
-        model=str(path), task_data=str(folder) if folder else None, task_limit=limit,
+        model=str(path), task_data=str(folder) if folder else None, task_limit=max_documents,
         tasks=scores, task_mean=mean_score(scores),
         dtype=str(dtype).removeprefix("torch."), hardware=hardware(), threads=torch.get_num_threads(),
         versions={package: version(package) for package in ("torch", "transformers", "lm_eval")},
@@ -84,23 +85,23 @@ def evaluate_tasks(
 
 
 def score_tasks(
-    model: PreTrainedModel, tokenizer: Any, names: tuple[str, ...], *, folder: Path | None, limit: int | None,  # noqa: ANN401
+    model: PreTrainedModel, tokenizer: Any, names: tuple[str, ...], *, folder: Path | None, max_documents: int | None,  # noqa: ANN401
     reporter: Reporter,
 ) -> dict[str, TaskScore]:  # fmt: skip
     """Run a model in memory over tasks; see `evaluate_tasks`."""
     from lm_eval.models.huggingface import HFLM
 
     with _quiet(), TemporaryDirectory(prefix="trimbit-tasks-") as scratch:
-        tasks = {name: _open_task(name, folder, limit, Path(scratch)) for name in names}
+        tasks = {name: _open_task(name, folder, max_documents, Path(scratch)) for name in names}
         lm = HFLM(pretrained=model, tokenizer=tokenizer, softmax_dtype="float32")
         scores = {}
         for name, task in tasks.items():
             with reporter.stage(name) as progress:
-                scores[name] = _run(lm, name, task, limit, progress)
+                scores[name] = _run(lm, name, task, max_documents, progress)
     return scores
 
 
-def _open_task(name: str, folder: Path | None, limit: int | None, scratch: Path) -> Any:  # noqa: ANN401
+def _open_task(name: str, folder: Path | None, max_documents: int | None, scratch: Path) -> Any:  # noqa: ANN401
     """lm-eval's task with its requests; only where the documents come from is ours."""
     import lm_eval.tasks
 
@@ -119,9 +120,9 @@ def _open_task(name: str, folder: Path | None, limit: int | None, scratch: Path)
     try:
         loaded = lm_eval.tasks.TaskManager(include_defaults=False).load([str(config)])
         task = loaded["tasks"][name]
-        for number, doc in task.doc_iterator(limit=limit):
+        for number, doc in task.doc_iterator(limit=max_documents):
             _check_target(task, number, doc)
-        task.build_all_requests(limit=limit)
+        task.build_all_requests(limit=max_documents)
     except Exception as err:  # what lm-eval, datasets, pyarrow and jinja raise has no common base
         advice = "" if file else "; give a folder with its file (--task-data, or search.objective.data in a recipe)"
         raise DataError(f"{file or name}: lm-eval cannot use the data: {_reason(err)}{advice}") from err
@@ -143,7 +144,7 @@ def _reason(err: BaseException) -> str:
     return f"{type(err).__name__}: {err}".splitlines()[0]
 
 
-def _run(lm: Any, name: str, task: Any, limit: int | None, progress: Progress) -> TaskScore:  # noqa: ANN401
+def _run(lm: Any, name: str, task: Any, max_documents: int | None, progress: Progress) -> TaskScore:  # noqa: ANN401
     from lm_eval.evaluator import evaluate
 
     started = time.perf_counter()
@@ -151,7 +152,7 @@ def _run(lm: Any, name: str, task: Any, limit: int | None, progress: Progress) -
     lm.batch_size_per_gpu = max(1, min(BATCH, LOGITS // (lm.model.config.vocab_size * longest)))
     lm.set_cache_hook(_Answers(name, len(task.instances), progress))
     with fast_bf16():
-        results = evaluate(lm=lm, task_dict={"tasks": {name: task}}, limit=limit, log_samples=True)
+        results = evaluate(lm=lm, task_dict={"tasks": {name: task}}, limit=max_documents, log_samples=True)
     found = results["results"][name]
     has_norm = "acc_norm,none" in found
     headline: Literal["acc", "acc_norm"] = "acc_norm" if has_norm else "acc"

@@ -36,7 +36,7 @@ READ_WINDOWS = 8  # ours: of so few tokens, read together: every read dequantise
 
 
 def evaluate(
-    path: str | Path, text: str | Path, *, context: int = 2048, limit: int | None = None,
+    path: str | Path, text: str | Path, *, context: int = 2048, max_windows: int | None = None,
     against: str | Path | None = None, dtype: torch.dtype = torch.bfloat16, progress: Progress = silent,
 ) -> Evaluation:  # fmt: skip
     """Measure perplexity, bytes, memory and speed on a text; with `against`, KL and agreement with the original.
@@ -45,7 +45,7 @@ def evaluate(
         path: an original model or a compressed directory.
         text: a .txt, .raw, .jsonl or .jsonl.gz file.
         context: tokens in a window; windows do not overlap.
-        limit: windows, from the start; None: all.
+        max_windows: windows, from the start; None: all.
         against: the original model.
         dtype: that the model is loaded in, bfloat16 or float32.
         progress: takes (windows done, all windows).
@@ -57,7 +57,7 @@ def evaluate(
     """
     path, text, against = Path(path), Path(text), Path(against) if against is not None else None
     tokenizer = load_tokenizer(path)
-    windows = evaluation_windows(text, tokenizer, context=context, limit=limit)
+    windows = evaluation_windows(text, tokenizer, context=context, max_windows=max_windows)
     config = _config(path)
     positions = getattr(config, "max_position_embeddings", context)
     if not 2 <= context <= positions:

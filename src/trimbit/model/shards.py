@@ -24,12 +24,12 @@ class TensorSpec:
         return ITEM_NBYTES[self.dtype] * prod(self.shape)
 
 
-def shards(specs: Mapping[str, TensorSpec], limit: int = MAX_SHARD_NBYTES) -> list[dict[str, TensorSpec]]:
-    """Split tensors into files of at most `limit` bytes of data, in order."""
+def shards(specs: Mapping[str, TensorSpec], max_nbytes: int = MAX_SHARD_NBYTES) -> list[dict[str, TensorSpec]]:
+    """Split tensors into files of at most `max_nbytes` bytes of data, in order."""
     files: list[dict[str, TensorSpec]] = [{}]
     size = 0
     for name, spec in specs.items():
-        if files[-1] and size + spec.nbytes > limit:
+        if files[-1] and size + spec.nbytes > max_nbytes:
             files.append({})
             size = 0
         files[-1][name] = spec

@@ -21,7 +21,7 @@ from trimbit.schema.space import Space
 from trimbit.search.ratio import kept_widths, protected
 from trimbit.search.two_formats.config import MaskedSearch
 from trimbit.transform.rotate import RotatedStream
-from trimbit.transform.weight import Method
+from trimbit.transform.weight import WeightCompressor
 from trimbit.trial.masked.memory import masked_nbytes
 
 
@@ -97,10 +97,10 @@ class Job:
         return space.model_copy(update=fixed)
 
     @property
-    def compressor(self) -> Method:
+    def compressor(self) -> WeightCompressor:
         """How a weight is compressed."""
         quant = self.steps.quant
-        return Method(module=quant.module, config=quant.config, pairs=self.steps.lowrank, seed=self.seed)
+        return WeightCompressor(module=quant.module, config=quant.config, pairs=self.steps.lowrank, seed=self.seed)
 
     @property
     def rank(self) -> int:

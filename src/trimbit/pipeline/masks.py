@@ -8,7 +8,7 @@ from trimbit.pipeline.prepare import Prepared
 from trimbit.pipeline.recovering import teacher
 from trimbit.search.two_formats.config import MaskedSearch
 from trimbit.transform.quant import gptq, rtn
-from trimbit.transform.weight import Method
+from trimbit.transform.weight import WeightCompressor
 from trimbit.trial.candidates import CandidateWeights
 from trimbit.trial.masked.layers import Layers
 from trimbit.trial.masked.model import MaskedModel
@@ -20,7 +20,7 @@ def masked_model(job: Job, prepared: Prepared, config: MaskedSearch) -> MaskedMo
     assert text is not None
     assert stats is not None
     by_quantizer = config.error_model == "quantizer"
-    method = job.compressor if by_quantizer else Method(module=rtn, config=rtn.Config(scales="mse"))
+    compressor = job.compressor if by_quantizer else WeightCompressor(module=rtn, config=rtn.Config(scales="mse"))
     sites = dict.fromkeys(w.site for w in job.layout.weights.values() if job.layout.readers(w.site))
     orders = {}
     for site in sites:
@@ -32,7 +32,7 @@ def masked_model(job: Job, prepared: Prepared, config: MaskedSearch) -> MaskedMo
         order="second_moment" if config.sort else "original",
     )  # fmt: skip
     candidates = CandidateWeights(
-        job.stream.checkpoint, job.layout, stats, method, job.runner.cache.store(key.stage, key.digest), {}, None,
+        job.stream.checkpoint, job.layout, stats, compressor, job.runner.cache.store(key.stage, key.digest), {}, None,
         orders=orders,
     )  # fmt: skip
     rows, held_out = text.train.pieces(config.length).tokens, text.choose.tokens

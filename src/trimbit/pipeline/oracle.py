@@ -229,7 +229,7 @@ class ModelOracle:
             return outcome
         folder = Path(objective.data) if objective.data else None
         scores = score_tasks(
-            model, self.job.checkpoint.tokenizer(), objective.tasks, folder=folder, limit=objective.documents,
+            model, self.job.checkpoint.tokenizer(), objective.tasks, folder=folder, max_documents=objective.documents,
             reporter=self.job.reporter,
         )  # fmt: skip
         mean = mean_score(scores)

@@ -16,7 +16,7 @@ class Effort:
     assembled: int = 0  # plans put together from candidates, and measured
     cut: float = 0.0  # of the sub-blocks of all assembled plans, those whose cut candidate is not there yet
     formats: tuple[Precision, ...] = ()  # that all weights of the blocks get candidates in, beside the space's
-    tables: tuple[Precision, ...] = ()  # likewise the embedding and the head
+    embedding_formats: tuple[Precision, ...] = ()  # likewise the embedding and the head
     applied: int = 0  # plans applied for real to compare them
     trials: int = 0  # whole plans judged by the method's objective
     importance: bool = False  # of each layer

@@ -25,20 +25,21 @@ from trimbit.model.resolved import Resolved, resolve
 from trimbit.schema.plan import Plan
 from trimbit.transform.block import _Job
 from trimbit.transform.repair import refit
-from trimbit.transform.weight import Compressed, Method, identity_moments, tied_moments
+from trimbit.transform.weight import Compressed, WeightCompressor, identity_moments, tied_moments
 
 PARTS = "parts"  # the folder of what is done
 
 
 def apply_plan(
-    stream: BlockStream, plan: Plan, tokens: Int[Tensor, "rows length"], method: Method, repair: refit.Config | None,
-    stats: Stats | None, writer: Writer, progress: Progress, held_out: Int[Tensor, "held held_length"] | None = None,
+    stream: BlockStream, plan: Plan, tokens: Int[Tensor, "rows length"], compressor: WeightCompressor,
+    repair: refit.Config | None, stats: Stats | None, writer: Writer, progress: Progress,
+    held_out: Int[Tensor, "held held_length"] | None = None,
 ) -> list[float]:  # fmt: skip
     """Write all tensors of a plan through `writer`; memory holds one block, twice, and the hidden states.
 
     What is done is kept beside the files of `writer` until the end: an interrupted application goes on from there.
 
-    `stats` give H of a tied head, whose table is quantised first because the blocks read it too; a quantiser that
+    `stats` give H of a tied head, whose embedding is quantised first because the blocks read it too; a quantiser that
     needs no moments needs no `stats`.
 
     Returns:
@@ -55,17 +56,20 @@ def apply_plan(
         raise PlanError(f"the plan's rotation is {plan.rotation}, but the model is run with {stream.rotation}")
     family = layout.family
     parts = writer.folder / PARTS
-    table = _table(stream, resolved, method, stats, parts / "table.safetensors")
+    embedding = _embedding(stream, resolved, compressor, stats, parts / "embedding.safetensors")
     blocks = [parts / f"block-{index:04d}.safetensors" for index in range(layout.blocks)]
-    carried, job = Carried(parts), _Job(stream, resolved, tokens, method, repair or refit.Config(), table, held_out)
+    carried, job = (
+        Carried(parts),
+        _Job(stream, resolved, tokens, compressor, repair or refit.Config(), embedding, held_out),
+    )
     for index in range(_resume(job, carried, blocks), layout.blocks):
         save_tensors(blocks[index], job.block(index))
         carried.save(index + 1, job.hidden)
         progress(index + 1, layout.blocks)
-    writer.add(table.tensors(family.embed))
+    writer.add(embedding.tensors(family.embed))
     for path in blocks:
         writer.add(_whole(path))
-    head = table if layout.tied else _head(job)
+    head = embedding if layout.tied else _head(job)
     if not layout.tied:
         writer.add(head.tensors(family.head))
     writer.add({name: stream.checkpoint.tensor(name).to(torch.bfloat16) for name in resolved.fixed})
@@ -77,18 +81,20 @@ def apply_plan(
     return job.damage(original, head.dense(torch.bfloat16).to(stream.compute), held_out)
 
 
-def _table(stream: BlockStream, resolved: Resolved, method: Method, stats: Stats | None, path: Path) -> Compressed:
-    """The embedding's table, compressed, and kept at `path`."""
+def _embedding(
+    stream: BlockStream, resolved: Resolved, compressor: WeightCompressor, stats: Stats | None, path: Path
+) -> Compressed:
+    """The embedding, compressed, and kept at `path`."""
     layout, name = stream.layout, stream.layout.family.embed
     runs = resolved.weights[name].runs
     if (known := load_tensors(path)) is not None:
         return Compressed.of(known[0], name, runs)
-    table = stream.checkpoint.tensor(f"{name}.weight").float()
-    moments = identity_moments(table.shape[1])
-    if layout.tied and method.needs_moments:
+    embedding = stream.checkpoint.tensor(f"{name}.weight").float()
+    moments = identity_moments(embedding.shape[1])
+    if layout.tied and compressor.needs_moments:
         assert stats is not None, "a tied head needs statistics"
         moments = tied_moments(stats.moments("head_in"))
-    (made,) = method.compress([table], moments, [name], [runs], [0])
+    (made,) = compressor.compress([embedding], moments, [name], [runs], [0])
     save_tensors(path, made.tensors(name))
     return made
 
@@ -97,8 +103,8 @@ def _head(job: _Job) -> Compressed:
     """An untied head, compressed."""
     name = job.layout.family.head
     w = job.stream.checkpoint.tensor(f"{name}.weight").float()
-    moments = job.final_moments() if job.method.needs_moments else None
-    (made,) = job.method.compress([w], moments, [name], [job.resolved.weights[name].runs], [0])
+    moments = job.final_moments() if job.compressor.needs_moments else None
+    (made,) = job.compressor.compress([w], moments, [name], [job.resolved.weights[name].runs], [0])
     return made
 
 

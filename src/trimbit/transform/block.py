@@ -19,7 +19,7 @@ from trimbit.model.layout import Unit, Weight
 from trimbit.model.resolved import Resolved, ResolvedUnit, ResolvedWeight
 from trimbit.transform.cut import cut_unit
 from trimbit.transform.repair import refit
-from trimbit.transform.weight import Compressed, Method
+from trimbit.transform.weight import Compressed, WeightCompressor
 
 HIDDEN = ("compressed", "held_compressed", "held_dense")
 
@@ -28,18 +28,18 @@ class _Job:
     """The state of one application: the hidden states of both paths."""
 
     def __init__(
-        self, stream: BlockStream, resolved: Resolved, tokens: Tensor, method: Method, repair: refit.Config,
-        table: Compressed, held_out: Tensor | None,
+        self, stream: BlockStream, resolved: Resolved, tokens: Tensor, compressor: WeightCompressor,
+        repair: refit.Config, embedding: Compressed, held_out: Tensor | None,
     ) -> None:  # fmt: skip
         self.stream = stream
         self.layout = stream.layout
         self.resolved = resolved
-        self.method = method
+        self.compressor = compressor
         self.repair = repair
         self.norm = as_stored(stream.norm)
         self.inputs: list[Tensor] = []  # of the unit's last projection, for each chunk
         self.held_dense: Chunks = embed_chunks(stream, held_out) if held_out is not None else []
-        with stream.embedding_replaced(table.dense(torch.bfloat16)):
+        with stream.embedding_replaced(embedding.dense(torch.bfloat16)):
             self.compressed: Chunks = embed_chunks(stream, tokens)
             self.held_compressed: Chunks = embed_chunks(stream, held_out) if held_out is not None else []
 
@@ -136,14 +136,14 @@ class _Job:
         self, members: Sequence[ResolvedWeight], ws: Sequence[Tensor], moments: Moments | None
     ) -> list[Compressed]:
         names, runs, ranks = zip(*((weight.name, weight.runs, weight.rank) for weight in members), strict=True)
-        return self.method.compress(ws, moments, names, runs, ranks)
+        return self.compressor.compress(ws, moments, names, runs, ranks)
 
     def _moments(
         self, index: int, weight: Weight, dense: nn.Module | None, block: nn.Module, prefix: str
     ) -> tuple[Accumulator | None, Accumulator]:
         """Moments of a site; with those of the `dense` half on the same inputs, split into train and held-out."""
         train, held = Accumulator(), Accumulator()
-        if dense is None and not self.method.needs_moments:
+        if dense is None and not self.compressor.needs_moments:
             return None, held
         relative = weight.name.removeprefix(prefix)
         left = (

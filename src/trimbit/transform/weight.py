@@ -49,7 +49,7 @@ class Compressed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Method:
+class WeightCompressor:
     """How a weight is compressed: a quantiser with its constants, and how low-rank pairs start."""
 
     module: ModuleType

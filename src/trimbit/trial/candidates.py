@@ -25,7 +25,7 @@ from trimbit.schema.base import digest
 from trimbit.schema.precision import Precision, Run
 from trimbit.schema.space import Space
 from trimbit.transform.repair import refit
-from trimbit.transform.weight import Compressed, Method, identity_moments, tied_moments
+from trimbit.transform.weight import Compressed, WeightCompressor, identity_moments, tied_moments
 
 RIDGE = refit.Config(ridges=(0.01,))  # ours; there are no held-out moments here
 
@@ -34,14 +34,14 @@ class CandidateWeights:
     """Compressed weights by unit, width and format; each is made once."""
 
     def __init__(
-        self, checkpoint: Checkpoint, layout: Layout, stats: Stats | None, method: Method, folder: Path,
+        self, checkpoint: Checkpoint, layout: Layout, stats: Stats | None, compressor: WeightCompressor, folder: Path,
         rankings: Mapping[str, tuple[int, ...]], space: Space | None, *, rank: int = 0, refits: bool = True,
         orders: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:  # fmt: skip
         self.checkpoint = checkpoint
         self.layout = layout
         self.stats = stats
-        self.method = method
+        self.compressor = compressor
         self.folder = folder
         self.rankings = rankings
         self.space = space
@@ -121,7 +121,7 @@ class CandidateWeights:
         if not work:  # another process has made them meanwhile
             return
         dense = {member.name: self._dense(member) for member in members}
-        made = self.method.compress(
+        made = self.compressor.compress(
             [dense[m.name] for m, _ in work], self.moments(weight), [m.name for m, _ in work],
             [(Run(count=m.cols, precision=p),) for m, p in work], [self._rank(m) for m, _ in work],
         )  # fmt: skip
@@ -146,7 +146,7 @@ class CandidateWeights:
 
         def make() -> None:
             w = self._dense(weight)[index]
-            (made,) = self.method.compress([w], self.moments(weight), [weight.name], [runs], [self.rank])
+            (made,) = self.compressor.compress([w], self.moments(weight), [weight.name], [runs], [self.rank])
             save_tensors(path, made.tensors(weight.name))
 
         spread = torch.zeros(weight.rows, weight.cols)
@@ -170,7 +170,7 @@ class CandidateWeights:
             if self.refits:
                 assert kept is not None
                 fitted = refit.refit(w, fitted, bias, kept, kept, RIDGE).weight
-            (made,) = self.method.compress([fitted], kept, [weight.name], [runs], [self.rank])
+            (made,) = self.compressor.compress([fitted], kept, [weight.name], [runs], [self.rank])
             new = self._bias(weight) if kept is None or not self.refits else refit.bias_for(w, made.dense(), bias, kept)
             save_tensors(path, {**made.tensors(weight.name), "bias": new.bfloat16().float()})  # as it is stored
 

@@ -20,7 +20,7 @@ from trimbit.runtime.load import load_model
 from trimbit.transform.apply import apply_plan
 from trimbit.transform.quant import rtn
 from trimbit.transform.repair import refit
-from trimbit.transform.weight import Method
+from trimbit.transform.weight import WeightCompressor
 from written import writing
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -91,7 +91,7 @@ def test_it_runs_is_packed_and_is_counted_as_transformers_has_it(tied, tmp_path)
     assert torch.equal(load_model(path, torch.float32)(TOKENS).logits, want)
     layout = build_layout(checkpoint.config)
     plan = make_plan(layout, lambda _, cols: runs((cols, "uint8g32")))
-    method = Method(module=rtn, config=rtn.Config())
+    method = WeightCompressor(module=rtn, config=rtn.Config())
     with writing(tmp_path / "small", layout, plan) as writer:
         apply_plan(
             BlockStream(checkpoint, layout, torch.float32), plan, TOKENS, method, refit.Config(), None, writer,

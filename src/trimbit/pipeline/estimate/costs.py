@@ -28,7 +28,7 @@ class Costs:
         self.job, self.pieces, self.effort, self.layout = job, pieces, effort, job.layout
         self.want, self.measure = job.recipe.calibration, job.recipe.measure
         self.block = [w for w in self.layout.weights.values() if self.layout.units[w.unit].block == 0]
-        self.tables = [w for w in self.layout.weights.values() if self.layout.units[w.unit].block is None]
+        self.ends = [w for w in self.layout.weights.values() if self.layout.units[w.unit].block is None]
         self.cuttable = [unit for unit in self.layout.units.values() if unit.block == 0 and unit.dim is not None]
 
     # --- pieces together ---
@@ -62,14 +62,14 @@ class Costs:
         """Weights of one site in all formats: in one call, but for those with a low-rank pair."""
         if not formats:
             return 0.0
-        if self.job.rank and weights[0] not in self.tables:
+        if self.job.rank and weights[0] not in self.ends:
             return sum(self.pieces.compress(w.cols, w.rows * w.cols, (p,)) for w in weights for p in formats)
         return self.pieces.compress(weights[0].cols, self._elements(weights) * len(formats), tuple(formats))
 
-    def _candidates(self, formats: Sequence[Precision], tables: Sequence[Precision]) -> float:
-        """Candidates of all weights: those of the blocks in `formats`, of the embedding and the head in `tables`."""
+    def _candidates(self, formats: Sequence[Precision], embedding_formats: Sequence[Precision]) -> float:
+        """Candidates of all weights; `embedding_formats` are those of the embedding and the head."""
         own = sum(self._compressed(site, formats) for site in self._sites(self.block))
-        return self.layout.blocks * own + sum(self._compressed([w], [p]) for w in self.tables for p in tables)
+        return self.layout.blocks * own + sum(self._compressed([w], [p]) for w in self.ends for p in embedding_formats)
 
     def _cut(self, unit: Unit, width: int, precision: Precision, ridges: int = 1) -> float:
         """What a cut sub-block writes with, refitted and compressed."""
@@ -91,12 +91,12 @@ class Costs:
     @property
     def _table_format(self) -> Precision:
         """Likewise of the embedding and the head."""
-        formats = self.job.space.embedding_formats or self.effort.tables
+        formats = self.job.space.embedding_formats or self.effort.embedding_formats
         return formats[len(formats) // 2] if formats else getattr(self.job.steps.search, "embedding", PLAIN)
 
     def _installed(self) -> float:
         """All candidates of a plan, put into the model."""
-        elements = self.layout.blocks * self._elements(self.block) + self._elements(self.tables)
+        elements = self.layout.blocks * self._elements(self.block) + self._elements(self.ends)
         return elements * self.pieces.dequantize(self._format)
 
     def _assembled(self) -> float:
@@ -158,9 +158,9 @@ class Costs:
             for change in changes
         )
         space, around = self.job.space, self.effort.background
-        tables = space.embedding_formats
-        others = () if around is None else (p for p in around.formats.values() if p not in tables)
-        made = self._candidates(list(dict.fromkeys((*space.formats, *others))), tables)
+        embedding_formats = space.embedding_formats
+        others = () if around is None else (p for p in around.formats.values() if p not in embedding_formats)
+        made = self._candidates(list(dict.fromkeys((*space.formats, *others))), embedding_formats)
         for unit in self.cuttable:
             widths = (w for w in allowed_widths(self.layout, unit, space) if 0 < w < unit.size)
             made += self.layout.blocks * sum(self._cut(unit, width, self._format) for width in widths)
@@ -177,10 +177,10 @@ class Costs:
             rows, length = self.measure.rows, self.measure.length
             total += self._forward(rows, length) + rows * length * self.pieces.logits()
         formats = effort.formats if effort.trials == 0 else (*effort.formats, *self.job.space.formats)
-        tables = effort.tables if effort.trials == 0 else self.job.space.embedding_formats[:1]
+        embedding_formats = effort.embedding_formats if effort.trials == 0 else self.job.space.embedding_formats[:1]
         if judged:
             total += judged * self._assembled()
-        total += self._candidates(formats, tables)
+        total += self._candidates(formats, embedding_formats)
         if effort.cut:
             total += effort.cut * self.layout.blocks * sum(
                 self._cut(unit, unit.size // 2 or 1, self._format) for unit in self.cuttable

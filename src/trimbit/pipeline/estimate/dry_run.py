@@ -23,16 +23,16 @@ def estimate(job: Job, budget: Budget | None) -> Estimate:
 
     Stages have the names that they will have in `run.json`, in the order of the flow; what is there is not timed.
     """
-    limit = preflight(job, budget)
+    budget_nbytes = preflight(job, budget)
     opened = resident_nbytes()
-    stages = _Stages(job, limit, opened)
+    stages = _Stages(job, budget_nbytes, opened)
     stages.prepare()
     stages.search()
     stages.finish()
     want = job.recipe.calibration
     text = f"{rows_of(job)} rows of {want.length} tokens, {job.calibration}" if job.needs_text else "none"
     return Estimate(
-        model=job.checkpoint.model_id, parameters=job.layout.parameters, budget_nbytes=limit, text=text,
+        model=job.checkpoint.model_id, parameters=job.layout.parameters, budget_nbytes=budget_nbytes, text=text,
         opened_nbytes=opened, stages=tuple(stages.found.values()),
     )  # fmt: skip
 
@@ -40,11 +40,11 @@ def estimate(job: Job, budget: Budget | None) -> Estimate:
 class _Stages:
     """The stages of a job, as they are counted one after the other."""
 
-    def __init__(self, job: Job, limit: int, opened: int) -> None:
-        self.job, self.opened, self.there = job, opened, There(job, limit)
-        self.effort = job.steps.method.effort(problem_of(job, limit), job.steps.search)
+    def __init__(self, job: Job, budget_nbytes: int, opened: int) -> None:
+        self.job, self.opened, self.there = job, opened, There(job, budget_nbytes)
+        self.effort = job.steps.method.effort(problem_of(job, budget_nbytes), job.steps.search)
         self.costs = Costs(job, Pieces(job), self.effort)
-        self.holds = Footprint(job, self.effort, limit)
+        self.holds = Footprint(job, self.effort, budget_nbytes)
         self.found: dict[str, StageEstimate] = {}
 
     def _add(

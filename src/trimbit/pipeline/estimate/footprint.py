@@ -24,22 +24,22 @@ HEAP = 100_000_000  # ours: code that is loaded later, and freed memory that the
 class Footprint:
     """Bytes that the stages of one job hold."""
 
-    def __init__(self, job: Job, effort: Effort, limit: int) -> None:
-        self.job, self.layout, self.effort, self.limit = job, job.layout, effort, limit
+    def __init__(self, job: Job, effort: Effort, budget_nbytes: int) -> None:
+        self.job, self.layout, self.effort, self.budget_nbytes = job, job.layout, effort, budget_nbytes
         sizes, want = job.layout.sizes, job.recipe.calibration
         self.hidden, self.mid, self.vocab = sizes["hidden"], sizes["mid"], sizes["vocab"]
-        self.table = self.vocab * self.hidden
+        self.embedding = self.vocab * self.hidden
         self.block = sum(w.rows * w.cols for w in self.layout.weights.values() if w.unit.startswith("blocks.0."))
         self.cols = [w.cols for w in self.layout.weights.values() if w.unit.startswith("blocks.0.")]
         self.tokens = want.rows * want.length
         self.chunk = max(CHUNK_TOKENS, want.length)
-        self.stream = BF16 * self.table * (1 if job.recipe.rotation is None else 2)  # their embedding stays
+        self.stream = BF16 * self.embedding * (1 if job.recipe.rotation is None else 2)  # their embedding stays
         self.logits = 4 * FP32 * LOGIT_TOKENS * self.vocab
 
     @property
     def _read(self) -> int:
         """While the embedding is read."""
-        return FP32 * self.table
+        return FP32 * self.embedding
 
     @property
     def _model(self) -> int:
@@ -87,16 +87,16 @@ class Footprint:
         measure, want = self.job.recipe.measure, self.job.recipe.calibration
         assert measure is not None
         choose, rows = want.held_out * measure.length, measure.rows * measure.length
-        held = self.stream + self._model + BF16 * self.table + choose * self.hidden * FP32
+        held = self.stream + self._model + BF16 * self.embedding + choose * self.hidden * FP32
         passing = self._passing(max(choose, rows if damage else 0))
         if damage:
             held += rows * (BF16 * self.vocab + (self.layout.blocks + 1) * self.hidden * FP32)
-        return held + max(passing + self.logits, self._quantising_table)
+        return held + max(passing + self.logits, self._quantising_embedding)
 
     @property
-    def _quantising_table(self) -> int:
+    def _quantising_embedding(self) -> int:
         """The embedding in fp32, its codes, and what a quantiser holds beside."""
-        return (FP32 + 3) * self.table + QUANTISING + self._factor
+        return (FP32 + 3) * self.embedding + QUANTISING + self._factor
 
     def applied(self) -> int:
         """Hidden states of both paths, a block twice and what it is fitted to; the embedding as it is compressed."""
@@ -105,8 +105,8 @@ class Footprint:
         fits = self.tokens if self.job.needs_moments else 0
         states = FP32 * self.hidden * (fits + 2 * held)
         inside = BF16 * fits * self.mid + 2 * FP32 * self.block + self._passing(self.chunk) + QUANTISING + self._factor
-        ends = 2 * BF16 * self.table + FP32 * self.table + 2 * self.logits
-        return self.stream + max(self._quantising_table, states + self.table + max(inside, ends))
+        ends = 2 * BF16 * self.embedding + FP32 * self.embedding + 2 * self.logits
+        return self.stream + max(self._quantising_embedding, states + self.embedding + max(inside, ends))
 
     def teacher(self, tokens: int) -> int:
         """Hidden states of the rows that one sweep carries, and the head."""
@@ -121,7 +121,7 @@ class Footprint:
         width = 16 * self.hidden + 8 * self.mid
         left = tune.micro * tune.length * blocks * width * BF16
         trained = 4 * FP32 * self.job.rank * sum(w.rows + w.cols for w in self.layout.weights.values())
-        return self.stream + self.limit + 2 * BF16 * self.table + left + trained + self.logits
+        return self.stream + self.budget_nbytes + 2 * BF16 * self.embedding + left + trained + self.logits
 
     def masked(self) -> int:
         """Both formats or the weights, the tables, what a row leaves for gradients, what is learnt and AdamW."""

@@ -263,8 +263,8 @@ class Pieces:
             rows = sum(self.layout.weights[name].rows for name in unit.weights)
             bits = [1 + 7 * item / ITEMS for item in range(ITEMS)]
             groups.append([(round(rows * own), draw_one.uniform(0.5, 2) * 4.0**-own) for own in bits])
-        limit = sum(group[len(group) // 2][0] for group in groups)
-        return self._once(("solve",), lambda: knapsack(groups, limit, Solver()), 1)
+        capacity = sum(group[len(group) // 2][0] for group in groups)
+        return self._once(("solve",), lambda: knapsack(groups, capacity, Solver()), 1)
 
     def information(self) -> float:
         """A sample in the information that one increment has about the prediction."""

@@ -128,7 +128,7 @@ def cost(problem: Problem, config: Config) -> Effort:
     return Effort(
         damage_rounds=rounds, background=around, solved=rounds * (len(config.pruning_costs) + config.no_pruning),
         assembled=rounds * ((pruned if pruned > 1 else 0) + own.assembled), cut=rounds * CUT * pruned,
-        formats=own.formats, tables=own.tables, applied=applied,
+        formats=own.formats, embedding_formats=own.embedding_formats, applied=applied,
     )  # fmt: skip
 
 
@@ -158,7 +158,7 @@ def require_feasible(problem: Problem, config: Config) -> None:
 def background(problem: Problem, config: Config) -> Background:
     """The plan to measure around: one format for all blocks, by default one that loses next to nothing.
 
-    A table takes the format of its menu that is nearest to its bits, but not below `embedding_bits`.
+    An embedding takes the format of its menu that is nearest to its bits, but not below `embedding_bits`.
     """
     layout = problem.layout
     blocks = config.background
@@ -166,10 +166,10 @@ def background(problem: Problem, config: Config) -> Background:
         sizes = {p: problem.uniform(p, "background").found_by.nbytes for p in problem.space.formats}
         blocks = min(sizes, key=lambda p: abs(sizes[p] - problem.budget_nbytes))
     want = max(blocks.bits, config.embedding_bits)
-    table = min(problem.space.embedding_formats, key=lambda p: (abs(p.bits - want), p.name))
+    embedding = min(problem.space.embedding_formats, key=lambda p: (abs(p.bits - want), p.name))
     formats: dict[str, Precision] = {}
     for unit in layout.units.values():
-        own = table if unit.block is None else spared_format(unit, problem.space) or blocks
+        own = embedding if unit.block is None else spared_format(unit, problem.space) or blocks
         formats |= dict.fromkeys(sites_of(layout, unit), own)
     return Background(widths=problem.space.kept, formats=formats)
 

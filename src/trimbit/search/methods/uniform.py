@@ -48,7 +48,7 @@ def cost(problem: Problem, config: Config) -> Effort:
     return Effort(
         assembled=len(plans),
         formats=tuple(p for p in formats if p not in problem.space.formats),
-        tables=tuple(p for p in formats if p not in problem.space.embedding_formats),
+        embedding_formats=tuple(p for p in formats if p not in problem.space.embedding_formats),
     )
 
 

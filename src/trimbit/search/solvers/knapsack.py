@@ -31,24 +31,24 @@ class Solution(NamedTuple):
     gap: float | None
 
 
-def knapsack(groups: list[list[tuple[int, float]]], limit: int, config: Config) -> Solution | None:
-    """One item (bytes, damage) of each group, of least total damage within `limit` bytes; None if impossible.
+def knapsack(groups: list[list[tuple[int, float]]], capacity: int, config: Config) -> Solution | None:
+    """One item (bytes, damage) of each group, of least total damage within `capacity` bytes; None if impossible.
 
     Raises:
         NumericsError: if the solver stops with nothing.
     """
     smallest = [min(range(len(group)), key=group.__getitem__) for group in groups]
     least = _nbytes(groups, smallest)
-    if least > limit:
+    if least > capacity:
         return None
     sizes = [len(group) for group in groups]
     nbytes = np.array([item[0] for group in groups for item in group], dtype=float)
     damage = np.array([item[1] for group in groups for item in group], dtype=float)
     rows = np.repeat(np.arange(len(groups)), sizes)
     one_each = csr_array((np.ones(len(rows)), (rows, np.arange(len(rows)))), shape=(len(groups), len(rows)))
-    unit = max(limit, 1) / 1e4  # bytes are scaled for the solver's tolerances; the sum is checked in whole bytes
+    unit = max(capacity, 1) / 1e4  # bytes are scaled for the solver's tolerances; the sum is checked in whole bytes
     starts = np.cumsum([0, *sizes[:-1]])
-    target = limit
+    target = capacity
     while target >= least:
         constraints = [
             LinearConstraint(one_each, 1, 1),
@@ -64,10 +64,10 @@ def knapsack(groups: list[list[tuple[int, float]]], limit: int, config: Config) 
                 f"the solver of the knapsack stopped without a plan ({result.message}); allow more nodes"
             )
         picked = [int(np.argmax(result.x[start : start + size])) for start, size in zip(starts, sizes, strict=True)]
-        over = _nbytes(groups, picked) - limit
+        over = _nbytes(groups, picked) - capacity
         if over <= 0:
             return Solution(picked, max(0.0, float(result.mip_gap)))
-        target -= over  # within the solver's tolerances, but not within the limit
+        target -= over  # within the solver's tolerances, but not within the capacity
     return Solution(smallest, None)  # what is left is below the solver's tolerances
 
 

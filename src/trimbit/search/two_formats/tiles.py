@@ -180,8 +180,8 @@ class TileProblem:
         options = {site: sorted(own) for site, own in losses.items()}
         groups = [[(self.site_nbytes(site, n), losses[site][n]) for n in own] for site, own in options.items()]
 
-        def pick(limit: int) -> dict[str, int] | None:
-            solved = knapsack.knapsack(groups, limit, knapsack.Config())
+        def pick(capacity: int) -> dict[str, int] | None:
+            solved = knapsack.knapsack(groups, capacity, knapsack.Config())
             if solved is None:
                 return None
             return {site: own[at] for (site, own), at in zip(options.items(), solved.picked, strict=True)}
@@ -198,9 +198,9 @@ class TileProblem:
         means = {site: own.values.view(-1, self.mixed.tile).mean(-1).tolist() for site, own in ranked.items()}
         queue = sorted((-mean, tile, site) for site, own in means.items() for tile, mean in enumerate(own))
 
-        def pick(limit: int) -> dict[str, int] | None:
+        def pick(capacity: int) -> dict[str, int] | None:
             tiles = dict.fromkeys(means, 0)
-            left = limit - sum(self.site_nbytes(site, 0) for site in tiles)
+            left = capacity - sum(self.site_nbytes(site, 0) for site in tiles)
             if left < 0:
                 return None
             for _, tile, site in queue:

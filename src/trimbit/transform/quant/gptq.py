@@ -88,15 +88,15 @@ def residuals(h: Float[Tensor, "cols cols"], counts: Sequence[int], config: Conf
 
 def _batches(ws: Sequence[Tensor]) -> list[list[tuple[int, slice]]]:
     """Pieces of the weights, (which, rows), in batches of at most `CHUNK` elements: bounds memory."""
-    limit = max(1, CHUNK // ws[0].shape[1])
+    max_rows = max(1, CHUNK // ws[0].shape[1])
     batches: list[list[tuple[int, slice]]] = [[]]
-    room = limit
+    room = max_rows
     for at, w in enumerate(ws):
         start = 0
         while start < w.shape[0]:
             if room == 0:
                 batches.append([])
-                room = limit
+                room = max_rows
             stop = min(w.shape[0], start + room)
             batches[-1].append((at, slice(start, stop)))
             room -= stop - start

@@ -6,15 +6,15 @@ from trimbit.search.two_formats.hypernetwork import HIDDEN
 
 
 def masked_nbytes(layout: Layout, config: MaskedSearch, itemsize: int) -> int:
-    """Both formats or the weights, the tables, what a row leaves for the backward pass, what is learnt and AdamW.
+    """Both formats or the weights, the embeddings, what a row leaves for the backward pass, what is learnt and AdamW.
 
     Args:
         layout: of the model.
         config: of the search.
         itemsize: bytes of a number that is multiplied.
     """
-    tables = sum(w.rows * w.cols for w in layout.weights.values() if not layout.readers(w.site))
-    codes = sum(w.rows * w.cols for w in layout.weights.values()) - tables
+    embeddings = sum(w.rows * w.cols for w in layout.weights.values() if not layout.readers(w.site))
+    codes = sum(w.rows * w.cols for w in layout.weights.values()) - embeddings
     two = 2 * itemsize if config.dense else (config.low.bits + config.high.bits) / 8
     expected = config.error_model == "expected"
     each, ranks = (itemsize, 2 * config.rank * itemsize) if expected else (two, 0)
@@ -25,5 +25,5 @@ def masked_nbytes(layout: Layout, config: MaskedSearch, itemsize: int) -> int:
         layout.readers(site)[0].cols for site in {w.site for w in layout.weights.values()} if layout.readers(site)
     )
     learnt = {"hypernetwork": 16 * 2 * HIDDEN, "logits": 16}.get(getattr(config, "network", ""), 0)  # with AdamW's own
-    nbytes: float = codes * each + 4 * tables + config.length * kept + (learnt + ranks) * channels
+    nbytes: float = codes * each + 4 * embeddings + config.length * kept + (learnt + ranks) * channels
     return round(nbytes)

@@ -91,8 +91,8 @@ class MaskedModel:
                     set_module(self.model, weight.name, known[-1])
             progress(index + 1, layout.blocks)
         family = layout.family
-        tables = (family.embed,) if layout.tied else (family.embed, family.head)
-        for name, dtype in ((family.final_norm, torch.float32), *((table, self.compute) for table in tables)):
+        ends = (family.embed,) if layout.tied else (family.embed, family.head)
+        for name, dtype in ((family.final_norm, torch.float32), *((end, self.compute) for end in ends)):
             materialize(self.model.get_submodule(name), checkpoint, f"{name}.", dtype)
         if layout.tied:
             self.model.tie_weights()
