@@ -26,6 +26,15 @@ def log():
     return Log()
 
 
+def test_the_time_left_counts_from_the_first_report(log):
+    """What a stage does before it counts, such as to make candidates, says nothing about the rest."""
+    with log.reporter.stage("damage") as stage:
+        log.advance(stage, 50, 0, 100)
+        log.advance(stage, 2, 1, 100)
+        log.advance(stage, 30, 2, 100)
+    assert log.lines[1:-1] == ["damage: 0 of 100 (0 %)", "damage: 2 of 100 (2 %), about 26 min left"]  # 16 s x 98
+
+
 def test_a_long_stage_speaks_every_30_seconds(log):
     with log.reporter.stage("damage") as stage:
         assert log.lines == ["damage: started"]

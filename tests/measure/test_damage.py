@@ -99,7 +99,7 @@ def test_resumes_after_a_kill(stream, candidates, measured, tmp_path):
     again, steps = Counting(candidates), []
     assert run(stream, again, journal, lambda *step: steps.append(step)) == measured
     assert again.calls == units + work - 10  # the background, and what was left
-    assert steps == [(at + 1, work) for at in range(work)]
+    assert steps == [(done, work) for done in range(10, work + 1)]
     assert len(entries(journal)) == work + 1
     third = Counting(candidates)
     assert run(stream, third, journal) == measured

@@ -49,23 +49,25 @@ def measure(
     whole = probe.whole
     journal = Journal(path)
     known: dict[str, float] = {entry["change"]: entry["damage"] for entry in journal.read()}
-    work = changes(layout, space, background, candidates.rankings)
-    if "background" not in known or any(key not in known for _, key, _, _ in work):
+    every = changes(layout, space, background, candidates.rankings)
+    missing = [change for change in every if change.key not in known]
+    if missing or "background" not in known:
         install(whole, layout, candidates, background)
         probe.refresh()
         base = probe.damage(None)
         if "background" not in known:
             journal.append({"change": "background", "damage": base})
             known["background"] = base
-        for at, (unit, key, width, formats) in enumerate(work):
-            if key not in known:
-                state = candidates.unit_state(unit, width, formats)
-                before = whole.current(tuple(state))
-                whole.install(state)
-                known[key] = probe.damage(unit.block) - base
-                whole.install(before)
-                journal.append({"change": key, "damage": known[key]})
-            progress(at + 1, len(work))
+        done = len(every) - len(missing)
+        progress(done, len(every))  # the time left is that of the choices alone
+        for at, (unit, key, width, formats) in enumerate(missing, start=done + 1):
+            state = candidates.unit_state(unit, width, formats)
+            before = whole.current(tuple(state))
+            whole.install(state)
+            known[key] = probe.damage(unit.block) - base
+            whole.install(before)
+            journal.append({"change": key, "damage": known[key]})
+            progress(at, len(every))
     return Measurements(
         model=model, data_digest=data_digest, seed=seed, background=background, background_damage=known["background"],
         rankings=dict(candidates.rankings),
