@@ -12,10 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from trimbit.calibrate.backward import back_through, inputs_of_blocks, loss_gradients
 from trimbit.jobs.progress import Progress
 from trimbit.model import axes
-from trimbit.model.forward.compute import products_in
-from trimbit.model.forward.logits import logit_slices
+from trimbit.model.forward.logits import NOTHING
 from trimbit.model.forward.stream import BlockStream
 from trimbit.model.layout import Layout, Unit
 
@@ -55,14 +55,15 @@ def sweep(
 ) -> Iterator[tuple[int, dict[str, Gradient]]]:
     """Blocks from the last to the first, with the gradients of their weights by name."""
     layout = stream.layout
-    hidden = [stream.embed(row[None]) for row in tokens]
-    inputs = []
-    for index in range(layout.blocks):
-        block = stream.load(index)
-        inputs.append(hidden)
-        hidden = [stream.run(index, block, x) for x in hidden]
-        progress(index + 1, 2 * layout.blocks)
-    upstream = _loss_gradients(stream, hidden, tokens)
+
+    def loss(at: int, part: slice, logits: Tensor) -> Tensor:
+        """Next-token cross-entropy; nothing follows the last token."""
+        follows = functional.pad(tokens[at, 1:], (0, 1), value=NOTHING)[part]
+        total = functional.cross_entropy(logits, follows, reduction="sum", ignore_index=NOTHING)
+        return total / (tokens.shape[1] - 1)
+
+    inputs, hidden = inputs_of_blocks(stream, [stream.embed(row[None]) for row in tokens], progress)
+    upstream = loss_gradients(stream, hidden, loss)
     for index in reversed(range(layout.blocks)):
         prefix = f"{layout.family.blocks}.{index}."
         block = stream.load(index).requires_grad_(requires_grad=False)
@@ -78,31 +79,9 @@ def sweep(
         for w in weights.values():
             w.requires_grad_()
         for at, x in enumerate(inputs.pop()):
-            x = x.detach().requires_grad_()
-            with torch.enable_grad(), products_in(stream.compute):
-                out = stream.forward(index, block, x)
-                grads = torch.autograd.grad(out, [x, *weights.values()], upstream[at])
-            upstream[at] = grads[0]
-            for one, grad in zip(found.values(), grads[1:], strict=True):
+            ((upstream[at], *grads),) = back_through(stream, index, block, x, [upstream[at]], weights.values)
+            for one, grad in zip(found.values(), grads, strict=True):
                 one.g.add_(grad, alpha=1 / len(tokens))
                 one.fisher.add_(grad.square_(), alpha=1 / len(tokens))
         progress(2 * layout.blocks - index, 2 * layout.blocks)
         yield index, found
-
-
-def _loss_gradients(stream: BlockStream, hidden: list[Tensor], tokens: Tensor) -> list[Tensor]:
-    """dL/dh of each sample's last hidden states; logits some tokens at a time."""
-    head, config, found = stream.head(), stream.layout.config, []
-    for row, h in zip(tokens, hidden, strict=True):
-        h = h.detach().requires_grad_()
-        with torch.enable_grad():
-            final = stream.norm(h).flatten(0, -2)
-        leaf = final.detach()[:-1].requires_grad_()
-        with torch.enable_grad(), products_in(stream.compute):
-            for part, logits in logit_slices(head, config, leaf):
-                loss = functional.cross_entropy(logits, row[1:][part], reduction="sum") / (len(row) - 1)
-                loss.backward()
-        assert leaf.grad is not None
-        last = torch.zeros_like(final[-1:])
-        found.append(torch.autograd.grad(final, h, torch.cat([leaf.grad, last]))[0])
-    return found

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from trimbit.errors import PlanError
 from trimbit.model.layout import Layout, Unit
+from trimbit.schema.base import digest
 from trimbit.schema.measurements import Background
 from trimbit.schema.plan import Plan
 from trimbit.schema.precision import Precision
@@ -47,6 +48,14 @@ def allowed_formats(unit: Unit, space: Space) -> tuple[Precision, ...]:
 def spared_format(unit: Unit, space: Space) -> Precision | None:
     """The format of a unit that is fixed before the search, if it is."""
     return space.spared_format if unit.block in space.spared else None
+
+
+def cut_name(unit: Unit, width: int, rankings: Mapping[str, tuple[int, ...]]) -> str:
+    """A name of a cut that says which members of the dim are kept."""
+    if width in {0, unit.size}:
+        return f"{unit.dim}={width}"
+    assert unit.dim is not None
+    return f"{unit.dim}={width}:{digest(sorted(rankings[unit.dim][:width]))}"
 
 
 def reference_width(unit: Unit, background: Background) -> int | None:

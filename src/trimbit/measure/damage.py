@@ -11,11 +11,10 @@ from torch import Tensor
 
 from trimbit.jobs.journal import Journal
 from trimbit.jobs.progress import Progress
-from trimbit.measure.choices import allowed_formats, allowed_widths, reference_width, sites_of
+from trimbit.measure.choices import allowed_formats, allowed_widths, cut_name, reference_width, sites_of
 from trimbit.measure.kl_probe import KLProbe
 from trimbit.model.forward.in_memory import InMemoryModel
 from trimbit.model.layout import Layout, Unit
-from trimbit.schema.base import digest
 from trimbit.schema.measurements import Background, FormatDamage, Measurements, WidthDamage
 from trimbit.schema.plan import ModelRef
 from trimbit.schema.precision import Precision
@@ -104,15 +103,7 @@ def _changes(
         found += [Change(unit, f"{site}={other.name}", width, {**base, site: other}) for other in others]
     here = background.widths.get(unit.dim or "", unit.size)
     widths = (width for width in allowed_widths(layout, unit, space) if width != here)
-    return [*found, *(Change(unit, _cut(unit, width, rankings), width, base) for width in widths)]
-
-
-def _cut(unit: Unit, width: int, rankings: Mapping[str, tuple[int, ...]]) -> str:
-    """The journal's name of a cut: which members of the dim are kept."""
-    if width in {0, unit.size}:
-        return f"{unit.dim}={width}"
-    assert unit.dim is not None
-    return f"{unit.dim}={width}:{digest(sorted(rankings[unit.dim][:width]))}"
+    return [*found, *(Change(unit, cut_name(unit, width, rankings), width, base) for width in widths)]
 
 
 def _formats(
@@ -125,7 +116,7 @@ def _formats(
     found = []
     for unit in layout.units.values():
         # the formats of a unit that the background drops were measured with it put back
-        put_back = known[_cut(unit, unit.size, rankings)] if background.widths.get(unit.dim or "") == 0 else 0.0
+        put_back = known[cut_name(unit, unit.size, rankings)] if background.widths.get(unit.dim or "") == 0 else 0.0
         for site in sites_of(layout, unit):
             for precision in dict.fromkeys((*allowed_formats(unit, space), background.formats[site])):
                 same = precision == background.formats[site]
@@ -138,7 +129,7 @@ def _widths(
     layout: Layout, space: Space, rankings: Mapping[str, tuple[int, ...]], known: Mapping[str, float]
 ) -> list[WidthDamage]:
     return [
-        WidthDamage(dim=unit.dim, width=width, damage=known.get(_cut(unit, width, rankings), 0.0))
+        WidthDamage(dim=unit.dim, width=width, damage=known.get(cut_name(unit, width, rankings), 0.0))
         for unit in layout.units.values()
         if unit.dim is not None
         for width in allowed_widths(layout, unit, space)

@@ -82,6 +82,31 @@ class DamageKey(StageKey):
     tokens: str
 
 
+class PredictedKey(StageKey):
+    """Damage of every choice, predicted."""
+
+    stage: ClassVar[str] = "predicted"
+    version: ClassVar[int] = 1
+    moments: str
+    candidates: str
+    space: dict[str, Any]
+    rankings: str
+    tokens: str
+    draws: int
+    seed: int
+
+
+class RemovalsKey(StageKey):
+    """Damage of each sub-block that is left out, measured; a store with a journal."""
+
+    stage: ClassVar[str] = "removals"
+    version: ClassVar[int] = 1
+    weights: str
+    config: str
+    tokens: str
+    compute: str
+
+
 class TeacherKey(StageKey):
     """The original's last hidden states by row of tokens; a store."""
 

@@ -18,15 +18,17 @@ from trimbit.jobs.stages import Runner
 from trimbit.measure.choices import background_of
 from trimbit.measure.damage import install, measure
 from trimbit.measure.kl_probe import KLProbe
+from trimbit.measure.removals import measure_removals, with_measured
 from trimbit.model.checkpoint.open import open_checkpoint
 from trimbit.model.forward.in_memory import InMemoryModel
 from trimbit.model.forward.logits import Divergence
 from trimbit.pipeline.applying import applied, applied_stage
 from trimbit.pipeline.candidates import candidates_key, candidates_of
+from trimbit.pipeline.damage import damage_key, predicted_stage, removals_key
 from trimbit.pipeline.job import Job, plain
-from trimbit.pipeline.keys import DamageKey, OutcomesKey, SharesKey
+from trimbit.pipeline.keys import OutcomesKey, SharesKey
 from trimbit.pipeline.masks import masked_model
-from trimbit.pipeline.prepare import Prepared, kept_members, layer_importance, moments_key, prepare
+from trimbit.pipeline.prepare import Prepared, layer_importance, moments_key, prepare
 from trimbit.pipeline.recovering import (
     config_of,
     examples_of,
@@ -118,6 +120,9 @@ class ModelOracle:
     def damage(self, background: Background, number: int) -> Measurements:
         """Damage of every choice in a background; what was measured before is reused."""
         job, layout = self.job, self.job.layout
+        assert job.recipe.measure is not None
+        if job.recipe.measure.by == "predicted":
+            return self._predicted()
         assert self.text.damage is not None
         probe = self._probe_of_damage()
         key = damage_key(job, self.prepared, background)
@@ -128,6 +133,20 @@ class ModelOracle:
             )  # fmt: skip
             save_json(work.folder / "measurements.json", found.model_dump(mode="json"))
         return found
+
+    def _predicted(self) -> Measurements:
+        """Damage of every choice, predicted in the dense model; that of whole sub-blocks is measured there."""
+        job, text = self.job, self.text
+        found = job.runner.run(predicted_stage(job, self.prepared, self.candidates))
+        if not any(one.width == 0 for one in found.widths):
+            return found
+        assert text.damage is not None
+        self.release()  # a probe is of the dense model
+        probe = self._damage_probe
+        key = removals_key(job, text.damage)
+        with job.runner.store(key, "damage of leaving out each sub-block") as work:
+            gone = measure_removals(probe, job.layout, job.space, work.folder / "journal.jsonl", work.progress)
+        return with_measured(found, gone)
 
     def _probe_of_damage(self) -> KLProbe:
         if "_choose_probe" in self.__dict__ and "_damage_probe" not in self.__dict__:
@@ -252,18 +271,6 @@ class ModelOracle:
         if not known:
             job.runner.forget(stage)
         return model, found
-
-
-def damage_key(job: Job, prepared: Prepared, background: Background) -> DamageKey:
-    """The key of the damage of choices in a background."""
-    text = prepared.text
-    assert text is not None
-    assert text.damage is not None
-    return DamageKey(
-        moments=moments_key(job, text).digest, candidates=candidates_key(job, prepared).digest,
-        background=background.model_dump(mode="json"), kept=kept_members(prepared, background.widths),
-        tokens=text.damage.digest,
-    )  # fmt: skip
 
 
 def problem_of(job: Job, budget_nbytes: int, oracle: ModelOracle | None = None, state: Path | None = None) -> Problem:

@@ -14,6 +14,7 @@ from trimbit.measure.ranking import require_samples
 from trimbit.model.checkpoint.open import open_checkpoint
 from trimbit.model.resolved import resolve
 from trimbit.model.sizes import check_kv_cache
+from trimbit.pipeline.damage import require_predictable
 from trimbit.pipeline.job import Job
 from trimbit.pipeline.oracle import problem_of
 from trimbit.pipeline.recovering import examples_of
@@ -80,6 +81,7 @@ def preflight(job: Job, budget: Budget | None, out: Path | None = None) -> int:
         if unit.block is not None:
             require_rank(job.rank, *job.layout.weight_shape(weight, job.space.kept.get(unit.dim or "")))
     require_training(job)
+    require_predictable(job)
     if job.objective is not None and job.objective.tasks:
         folder = job.objective.data
         check_tasks(job.objective.tasks, Path(folder) if folder else None, job.objective.documents)

@@ -9,6 +9,8 @@ DOES = {  # what a stage does
     "ranking": "which channels and heads go first",
     "importance": "importance of each layer",
     "damage": "damage of each choice",
+    "predicted": "damage of each choice, predicted",
+    "removals": "damage of leaving out sub-blocks",
     "plan": "search",
     "applied": "pruning, refit, quantisation",
     "teacher": "the original's outputs",

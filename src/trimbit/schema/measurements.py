@@ -1,10 +1,12 @@
-"""Measured damage of each choice of each unit: plain data, stored, and solved again for any budget."""
+"""Damage of each choice of each unit, measured or predicted: plain data, stored, and solved again for any budget."""
 
 from typing import Literal
 
 from trimbit.schema.base import Schema
 from trimbit.schema.plan import ModelRef
 from trimbit.schema.precision import Precision
+
+By = Literal["measured", "predicted"]
 
 
 class FormatDamage(Schema):
@@ -13,6 +15,7 @@ class FormatDamage(Schema):
     site: str
     precision: Precision
     damage: float
+    by: By = "measured"
 
 
 class WidthDamage(Schema):
@@ -21,6 +24,7 @@ class WidthDamage(Schema):
     dim: str
     width: int
     damage: float
+    by: By = "measured"
 
 
 class Background(Schema):

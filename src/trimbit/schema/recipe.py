@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError
 from trimbit.errors import RecipeError
 from trimbit.schema.base import Schema, first_problem
 from trimbit.schema.kv_cache import KVPrecision
+from trimbit.schema.measurements import By
 from trimbit.schema.plan import Rotation
 from trimbit.schema.space import PruneRatio, Space
 
@@ -31,8 +32,10 @@ class Calibration(Schema):
 
 
 class Measure(Schema):
-    """How damage is measured."""
+    """How the damage of choices is found."""
 
+    by: By = "measured"  # by a forward pass for each choice, or predicted by one sweep back through the model
+    draws: int = Field(default=4, ge=1)  # where it is predicted: labels that the model draws for each token
     rows: int = Field(default=3, ge=1)  # pieces of `length` tokens, of rows that nothing is fitted to
     length: int = Field(default=512, ge=16)
     # whether the last plans are applied for real to choose among them; false: a plan in seconds

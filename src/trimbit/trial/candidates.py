@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from trimbit.calibrate.moments import Moments
+from trimbit.calibrate.sensitivity import Change
 from trimbit.calibrate.stats import Stats
 from trimbit.jobs.checked import load_tensors, save_tensors
 from trimbit.jobs.progress import Progress
@@ -22,10 +23,11 @@ from trimbit.model.channels import cut_channels
 from trimbit.model.checkpoint.checkpoint import Checkpoint
 from trimbit.model.layout import Layout, Unit, Weight
 from trimbit.schema.base import digest
-from trimbit.schema.precision import Precision, Run
+from trimbit.schema.precision import BF16, Precision, Run
 from trimbit.schema.space import Space
 from trimbit.transform.repair import refit
-from trimbit.transform.weight import Compressed, WeightCompressor, identity_moments, tied_moments
+from trimbit.transform.weight import Compressed, WeightCompressor
+from trimbit.trial.moments import moments_of
 
 RIDGE = refit.Config(ridges=(0.01,))  # ours; there are no held-out moments here
 
@@ -59,14 +61,14 @@ class CandidateWeights:
             for name in names:
                 weight, precision = self.layout.weights[name], format_of(formats, site, name)
                 if name == unit.out_weight:
-                    state |= self._out_state(unit, weight, keep, precision)
+                    state |= self.out_state(unit, weight, keep, precision)
                 elif keep and self.rank:
                     state[f"{name}.weight"] = self._cut_rows(unit, weight, keep, precision)
                 else:
                     state[f"{name}.weight"] = self.compressed(weight, precision).dense(torch.bfloat16)
         return state
 
-    def _out_state(
+    def out_state(
         self, unit: Unit, weight: Weight, keep: tuple[int, ...] | None, precision: Precision
     ) -> dict[str, Tensor]:
         """The weight that writes to the residual stream, and its bias."""
@@ -78,14 +80,21 @@ class CandidateWeights:
             return {f"{name}.weight": torch.zeros(weight.rows, weight.cols), f"{name}.bias": torch.zeros(weight.rows)}
         return self._cut_columns(unit, weight, keep, precision)
 
+    def change(self, unit: Unit, width: int) -> Change:
+        """What a narrower width, refitted if asked, changes of the weight that writes to the residual stream."""
+        assert unit.dim is not None
+        assert unit.out_weight is not None
+        weight, keep = self.layout.weights[unit.out_weight], tuple(sorted(self.rankings[unit.dim][:width]))
+        state = self.out_state(unit, weight, keep, BF16)
+        return Change(
+            weight=weight.name, delta=state[f"{weight.name}.weight"].float() - self._dense(weight),
+            bias=state[f"{weight.name}.bias"] - self._bias(weight),
+        )  # fmt: skip
+
     def moments(self, weight: Weight) -> Moments | None:
         """What the quantiser is given for a weight."""
-        if self.stats is None:
-            return None
-        if weight.unit == "embed":
-            return tied_moments(self.stats.moments("head_in")) if self.layout.tied else identity_moments(weight.cols)
-        found = self.stats.moments(weight.site)
-        return found.at(self.orders[weight.site]) if weight.site in self.orders else found
+        found = moments_of(self.layout, self.stats, weight)
+        return found if found is None or weight.site not in self.orders else found.at(self.orders[weight.site])
 
     def compressed(self, weight: Weight, precision: Precision) -> Compressed:
         """The whole weight in one format."""

@@ -29,6 +29,10 @@ JOBS = {
         BUDGET,
     ),
     "knapsack, estimates alone": (lambda job: sessions.session(job, "measure.apply_finalists=false"), BUDGET),
+    "knapsack, predicted": (
+        lambda job: sessions.session(job, "measure.by=predicted", "measure.apply_finalists=false"),
+        BUDGET,
+    ),
     "uniform": (lambda job: sessions.session(job, "search={name: uniform}"), BUDGET),
     "qpruner-1": (lambda job: qpruner_jobs.session(job, "qpruner-1"), None),
     "qpruner-3": (lambda job: qpruner_jobs.session(job, "qpruner-3"), None),

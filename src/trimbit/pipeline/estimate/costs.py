@@ -10,7 +10,7 @@ from trimbit.pipeline.estimate.timing import Pieces
 from trimbit.pipeline.job import Job
 from trimbit.pipeline.text import rows_of
 from trimbit.recover.tune import Config as Tuning
-from trimbit.schema.precision import Int, Precision
+from trimbit.schema.precision import BF16, Int, Precision
 from trimbit.search.effort import Effort
 from trimbit.search.two_formats.config import MaskedSearch, MaskTraining
 
@@ -165,6 +165,31 @@ class Costs:
             widths = (w for w in allowed_widths(self.layout, unit, space) if 0 < w < unit.size)
             made += self.layout.blocks * sum(self._cut(unit, width, self._format) for width in widths)
         return background + total + share * made
+
+    def predicted(self) -> float:
+        """A sweep there and back, moments of every weight's inputs, and the errors of every format."""
+        assert self.measure is not None
+        tokens, draws, blocks = self.measure.rows * self.measure.length, self.measure.draws, self.layout.blocks
+        each = self.pieces.gradient(1, self.measure.length, weights=False)
+        each += sum(self.pieces.gram(weight.cols) for weight in self.block)
+        passes = self._sweep(tokens) + self._model() + tokens * draws * blocks * each
+        ends = tokens * draws * (self.pieces.head_gradient() + self.pieces.gram(self.layout.sizes["hidden"]))
+        space, layout = self.job.space, self.layout
+        elements = len(space.formats) * blocks * self._elements(self.block)
+        elements += len(space.embedding_formats) * self._elements(self.ends)
+        factors = sum(blocks * self.pieces.felt(site[0].cols) for site in self._sites(self.block))
+        cuts = 0.0
+        for unit in self.cuttable:
+            widths = (w for w in allowed_widths(layout, unit, space) if 0 < w < unit.size)
+            cuts += blocks * sum(self._cut(unit, width, BF16) for width in widths)
+        return passes + ends + elements * self.pieces.rounding() + factors + cuts
+
+    def removals(self, count: int) -> float:
+        """The model without each of so many sub-blocks, run on from there."""
+        assert self.measure is not None
+        rows, length = self.measure.rows, self.measure.length
+        forward, ends = self._forward(rows, length), rows * length * (self.pieces.logits() + self.pieces.divergence())
+        return count * (forward / 2 + ends)
 
     def plan(self) -> float:
         """What the search itself does, beside the stages that it asks for."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from trimbit.jobs.hardware import resident_nbytes
+from trimbit.measure.choices import allowed_widths
 from trimbit.pipeline.estimate.costs import Costs
 from trimbit.pipeline.estimate.footprint import HEAP, Footprint
 from trimbit.pipeline.estimate.there import There
@@ -100,6 +101,10 @@ class _Stages:
 
     def _damage(self) -> None:
         assert self.effort.background is not None
+        assert self.job.recipe.measure is not None
+        if self.job.recipe.measure.by == "predicted":
+            self._predicted()
+            return
         left, count = self.there.damage(self.effort.background)
         rounds = self.effort.damage_rounds
         share = (len(left) + (rounds - 1) * count) / (rounds * count)
@@ -107,6 +112,14 @@ class _Stages:
             "damage", lambda: self.costs.damage(left, share) if left else 0.0,
             lambda: self.holds.measuring(damage=True), runs=rounds,
         )  # fmt: skip
+
+    def _predicted(self) -> None:
+        job, there = self.job, self.there
+        units = [unit for unit in job.layout.units.values() if 0 in allowed_widths(job.layout, unit, job.space)]
+        self._add("predicted", self.costs.predicted, self.holds.predicted, cached=there.predicted)
+        if units:
+            missing = len(units) - there.removals
+            self._add("removals", lambda: self.costs.removals(missing), lambda: self.holds.measuring(damage=True))
 
     def finish(self) -> None:
         """The found plan applied, unless the search has done that, and its pairs trained."""

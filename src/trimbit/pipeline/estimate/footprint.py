@@ -82,6 +82,16 @@ class Footprint:
         states = FP32 * self.tokens * self.hidden
         return self.stream + self._read + 5 * states + FP32 * self.block
 
+    def predicted(self) -> int:
+        """Inputs of all blocks, gradients of each draw, a block there and back, moments of its weights' inputs."""
+        measure = self.job.recipe.measure
+        assert measure is not None
+        tokens = measure.rows * measure.length
+        states = (self.layout.blocks + 2 + measure.draws) * tokens * self.hidden * FP32
+        sums = 2 * FP32 * sum(n * n for n in self.cols)
+        back = 3 * self._passing(min(tokens, self.chunk)) + 2 * FP32 * self.block + sums
+        return self.stream + max(self._read + QUANTISING, states + max(back, self.logits))
+
     def measuring(self, *, damage: bool) -> int:
         """The model in memory, its head, and what is known of the original."""
         measure, want = self.job.recipe.measure, self.job.recipe.calibration

@@ -6,8 +6,8 @@ from functools import cached_property
 from trimbit.jobs.journal import Journal
 from trimbit.measure.damage import Change, changes
 from trimbit.pipeline.applying import applied_stage
+from trimbit.pipeline.damage import damage_key, predicted_key, removals_key
 from trimbit.pipeline.job import Job
-from trimbit.pipeline.oracle import damage_key
 from trimbit.pipeline.prepare import Prepared, importance_stage, moments_stage, ranking_stage
 from trimbit.pipeline.recovering import config_of, pairs_stage
 from trimbit.pipeline.search import search_stage
@@ -81,6 +81,23 @@ class There:
         job, plan = self.job, self.found.plan
         own = job.runner.run(applied_stage(job, self.prepared, plan, ""))
         return job.runner.has(pairs_stage(job, self.prepared, plan, own, config_of(job)))
+
+    @cached_property
+    def predicted(self) -> bool:
+        """Whether the damage of choices was predicted."""
+        if self.prepared is None:
+            return False
+        key = predicted_key(self.job, self.prepared)
+        return self.job.runner.cache.open(key.stage, key.digest) is not None
+
+    @cached_property
+    def removals(self) -> int:
+        """How many sub-blocks were left out and measured."""
+        if self.text is None or self.text.damage is None:
+            return 0
+        key = removals_key(self.job, self.text.damage)
+        path = self.job.runner.cache.path(key.stage, key.digest) / "journal.jsonl"
+        return len({entry["dim"] for entry in Journal(path).read()}) if path.is_file() else 0
 
     def damage(self, background: Background) -> tuple[Sequence[Change], int]:
         """The changes whose damage is not known yet, and how many there are in all."""

@@ -27,7 +27,7 @@ from trimbit.pipeline.job import Job
 from trimbit.schema.precision import Int, Precision, Run
 from trimbit.search.solvers.knapsack import Config as Solver
 from trimbit.search.solvers.knapsack import knapsack
-from trimbit.transform.quant import rtn
+from trimbit.transform.quant import gptq, rtn
 from trimbit.transform.repair import refit
 
 FEW, MANY = 8, 800_000  # rows, and elements, of a weight that is compressed
@@ -255,6 +255,13 @@ class Pieces:
         """An element rounded to nearest."""
         runs, w = (Run(count=ROUNDED[1], precision=Int(bits=3, group=128, symmetric=True)),), torch.randn(*ROUNDED)
         return self._once(("rounding",), lambda: rtn.quantize(w, None, runs, rtn.Config(scales="mse"))) / w.numel()
+
+    def felt(self, cols: int) -> float:
+        """What the errors of a site's columns are felt on."""
+        h, config = self._moments(cols).h, self.job.steps.quant.config
+        if not isinstance(config, gptq.Config):
+            return 0.0
+        return self._once(("felt", cols), lambda: gptq.residuals(h, [cols], config).float() @ h, 1)
 
     def solve(self) -> float:
         """A knapsack over the choices of all units, of sizes and damage as they may come."""

@@ -21,6 +21,7 @@ from trimbit.transform.quant.grid import PLAIN, TABLE, ScaleSearch, fit_grid, ne
 PAPER = "Frantar et al. 2022, arXiv:2210.17323"
 NEEDS_MOMENTS = True
 CHUNK = 2_000_000  # elements swept at a time
+LEAST_WEIGHT = 1e-12  # of a column in the squared error of a scale
 
 
 class Config(Schema):
@@ -58,7 +59,7 @@ def quantize_all(
     order, u = _factor(h, counts, config)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
     u = u.float()
-    weighting = h.diagonal().float().clamp(min=1e-12) if config.weighted_scales else None
+    weighting = h.diagonal().float().clamp(min=LEAST_WEIGHT) if config.weighted_scales else None
     pieces: list[list[QTensor]] = [[] for _ in ws]
     for batch in _batches(ws):
         parts = [ws[at][rows] for at, rows in batch]
