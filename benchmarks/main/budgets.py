@@ -36,9 +36,9 @@ def cells(bench: Bench, seed: int) -> Iterator[Cell]:
         )  # fmt: skip
 
 
-def within(bench: Bench, recipe: str, budget: str, seed: int) -> Found:
+def within(bench: Bench, recipe: str, budget: str, seed: int, overrides: tuple[str, ...] = ()) -> Found:
     """The model that a recipe makes of a budget."""
-    job, limit = bench.job(recipe, seed), Budget.parse(budget)
+    job, limit = bench.job(recipe, seed, overrides), Budget.parse(budget)
     with bench.scratch() as out:
         plan = compress(job, limit, out)
         found = run_fields(out) | quality(bench, out, bench.original(seed))

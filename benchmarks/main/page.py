@@ -1,10 +1,11 @@
-"""docs/benchmarks.md and its picture."""
+"""docs/benchmarks.md and docs/damage.md, and their pictures."""
 
 from harness.bench import DOCS
 from harness.tables import Results, between, origin_table, write_parts
-from main import background, budgets, job, rounding
+from main import background, budgets, job, predicted, rounding
 
 PAGE = DOCS / "benchmarks.md"
+DAMAGE = DOCS / "damage.md"
 
 
 def tables(results: Results) -> str:
@@ -17,4 +18,6 @@ def write(results: Results) -> None:
     """Write the page and the picture."""
     PAGE.write_text(between(PAGE.read_text(encoding="utf-8"), "tables", tables(results)), encoding="utf-8")
     write_parts(PAGE, {"origins": origin_table(results)})
+    write_parts(DAMAGE, {"tables": predicted.rows(results)})
+    predicted.draw(results, DAMAGE.with_suffix(".png"))
     budgets.draw(results, PAGE.with_name("budgets.png"))

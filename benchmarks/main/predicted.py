@@ -1,0 +1,125 @@
+"""Is predicted damage as good as measured damage?
+
+Cells: the damage of every choice of the knapsack both ways, and the models that it makes of two budgets from what is
+predicted, to be compared with those of `budgets`. The first cell measures all choices, about an hour, unless `budgets`
+has; the others take about 10 minutes. Alone: `python benchmarks/run.py main.predicted --data DATA`
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from harness.bench import TEST, TRAIN, Bench
+from harness.cells import Cell, Found, seeded
+from harness.tables import Results, table
+from main.budgets import within
+from trimbit.pipeline.oracle import ModelOracle, problem_of
+from trimbit.pipeline.prepare import prepare
+from trimbit.search.methods.knapsack import background
+
+SEEDS = (0,)
+SHARED_MINUTES = 5.0  # the sweep back, and the model without each sub-block
+RECIPE = "knapsack"
+BUDGETS = ("72MB", "45MB")
+PREDICTED = "measure.by=predicted"
+CHOICES = "predicted/choices"
+
+
+def cells(bench: Bench, seed: int) -> Iterator[Cell]:
+    """All choices, then each budget."""
+    yield Cell(key=seeded(CHOICES, seed), run=partial(compared, bench, seed), minutes=1, seed=seed)
+    for budget in BUDGETS:
+        yield Cell(
+            key=seeded(f"predicted/{RECIPE}/{budget}", seed),
+            run=partial(within, bench, RECIPE, budget, seed, (PREDICTED,)),
+            minutes=12, seed=seed, context=bench.context, texts=(bench.data / TEST, bench.data / TRAIN),
+        )  # fmt: skip
+
+
+def compared(bench: Bench, seed: int) -> Found:
+    """[kind, measured, predicted] of every choice, in nats of KL a token."""
+    found = []
+    for overrides in ((), (PREDICTED,)):
+        job = bench.job(RECIPE, seed, overrides)
+        prepared = prepare(job)
+        with ModelOracle(job, prepared) as oracle:
+            around = background(problem_of(job, 0, oracle), job.steps.search)
+            found.append(oracle.damage(around, 0))
+            full = {unit.dim: unit.size for unit in job.layout.units.values()}
+            records = {one.stage: one.seconds for one in job.runner.records.values() if not one.cached}
+    measured, predicted = found
+    formats = {(one.site, one.precision.name): one.damage for one in predicted.formats}
+    choices = [
+        (one.precision.name, one.damage, formats[one.site, one.precision.name])
+        for one in measured.formats
+        if (one.site, one.precision.name) in formats and one.damage != 0
+    ]
+    widths = {(one.dim, one.width): one.damage for one in predicted.widths if one.by == "predicted"}
+    choices += [
+        (_cut(one.dim, one.width / full[one.dim]), one.damage, widths[one.dim, one.width])
+        for one in measured.widths
+        if (one.dim, one.width) in widths and one.width != full[one.dim]
+    ]
+    return {"choices": choices, "stage_seconds": records}
+
+
+def _cut(dim: str, share: float) -> str:
+    """The kind of a cut, such as `mid 1/2`."""
+    return f"{dim.rsplit('.', 1)[1]} {share:.2f}"
+
+
+def rows(results: Results) -> list[str]:
+    """Agreement by kind of choice, and quality by budget."""
+    cell = results.get(CHOICES)
+    if cell is None:
+        return []
+    by: dict[str, list[list[Any]]] = {}
+    for choice in cell["choices"]:
+        by.setdefault(choice[0], []).append(choice)
+    lines = [[kind, *_agreement(own)] for kind, own in sorted(by.items())]
+    lines.append(["all", *_agreement(cell["choices"])])
+    found = table(
+        ["kind", "choices", "rank correlation", "of logarithms", "sum, predicted / measured"], lines, tight=True
+    )
+    quality = []
+    for budget in BUDGETS:
+        for key, name in ((f"budget/{RECIPE}/{budget}", "measured"), (f"predicted/{RECIPE}/{budget}", "predicted")):
+            own = results.get(key)
+            if own is not None:
+                cut = str(len(own["cut"]))
+                quality.append([budget, name, f"{own['ppl@2048']:.2f}", f"{own['kl']:.3f}", own["method"], cut])
+    heads = ["budget", "damage", "ppl@2048", "KL", "chosen", "sub-blocks cut"]
+    return [*found, "", *table(heads, quality, tight=True)]
+
+
+def _agreement(choices: list[list[Any]]) -> list[str]:
+    _, measured, predicted = (np.array(own) for own in zip(*choices, strict=True))
+    both = (measured > 0) & (predicted > 0)
+    logs = np.corrcoef(np.log(measured[both]), np.log(predicted[both]))[0, 1]
+    rank = spearmanr(measured, predicted).statistic
+    return [str(len(choices)), f"{rank:.3f}", f"{logs:.3f}", f"{predicted.sum() / measured.sum():.2f}"]
+
+
+def draw(results: Results, path: Path) -> None:
+    """Predicted against measured damage, a point a choice, on logarithmic axes."""
+    from matplotlib import pyplot
+
+    cell = results.get(CHOICES)
+    if cell is None:
+        return
+    figure, axes = pyplot.subplots(figsize=(6, 5.4), layout="constrained")
+    for kind in sorted({choice[0] for choice in cell["choices"]}):
+        points = [choice[1:] for choice in cell["choices"] if choice[0] == kind and min(choice[1:]) > 0]
+        axes.scatter([own for own, _ in points], [own for _, own in points], s=8, label=kind)
+    axes.plot([1e-5, 10], [1e-5, 10], color="grey", linewidth=0.8)
+    axes.set(
+        xscale="log", yscale="log", xlabel="measured, nats a token", ylabel="predicted", title="Damage of each choice"
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
