@@ -18,8 +18,7 @@ def stages(out):
 
 def test_a_forward_pass_is_run_for_whole_sub_blocks_alone(job, tmp_path, monkeypatch):
     monkeypatch.setenv("TRIMBIT_CACHE", str(tmp_path / "cache"))
-    made = session(job, PREDICTED)
-    plan = made.compress(Budget.parse(BUDGET), tmp_path / "one")
+    plan = session(job, PREDICTED).compress(Budget.parse(BUDGET), tmp_path / "one")
     found = stages(tmp_path / "one")
     assert {"predicted", "removals"} <= found.keys()
     assert "damage" not in found
@@ -27,9 +26,7 @@ def test_a_forward_pass_is_run_for_whole_sub_blocks_alone(job, tmp_path, monkeyp
     session(job, PREDICTED).compress(Budget.parse("0.5x"), tmp_path / "two")
     again = stages(tmp_path / "two")
     assert again["predicted"]["cached"]
-    (journal,) = (tmp_path / "cache" / "removals").glob("*/journal.jsonl")
-    lines = [line for line in journal.read_text().splitlines() if line]
-    assert len(lines) == sum(unit.dim is not None for unit in made.layout.units.values())
+    assert again["removals"]["cached"]
 
 
 @pytest.mark.parametrize(

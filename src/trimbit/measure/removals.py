@@ -1,40 +1,83 @@
-"""The damage of leaving out each sub-block, measured: the second order says too little of so large a change."""
+"""The damage of leaving out each sub-block, measured: the second order says too little of so large a change.
+
+One sweep over the blocks carries the dense model's hidden states and those of every model that lacks one sub-block so
+far, so that no more than one block is in memory.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
-from trimbit.jobs.journal import Journal
+from trimbit.jobs.carried import Carried
 from trimbit.jobs.progress import Progress
 from trimbit.measure.choices import allowed_widths
-from trimbit.measure.kl_probe import KLProbe
-from trimbit.model.layout import Layout
+from trimbit.model.forward.compute import computing
+from trimbit.model.forward.halves import only_half
+from trimbit.model.forward.logits import kl, logit_slices
+from trimbit.model.forward.stream import BlockStream, Chunks, embed_chunks
+from trimbit.model.layout import Layout, Unit
 from trimbit.schema.measurements import Measurements
 from trimbit.schema.space import Space
 
+DENSE = "dense"
+
+
+def removable(layout: Layout, space: Space) -> list[Unit]:
+    """The sub-blocks that may go."""
+    return [unit for unit in layout.units.values() if 0 in allowed_widths(layout, unit, space)]
+
 
 def measure_removals(
-    probe: KLProbe, layout: Layout, space: Space, path: Path, progress: Progress
-) -> dict[str, float]:  # fmt: skip
-    """KL of the dense model without each sub-block that may go, by its dim; kept in the journal at `path`."""
-    journal = Journal(path)
-    known: dict[str, float] = {entry["dim"]: entry["damage"] for entry in journal.read()}
-    units = [unit for unit in layout.units.values() if 0 in allowed_widths(layout, unit, space)]
-    missing = [unit for unit in units if unit.dim not in known]
-    for done, unit in enumerate(missing, start=len(units) - len(missing) + 1):
-        assert unit.dim is not None
-        names = (f"{unit.out_weight}.weight", f"{unit.out_weight}.bias")
-        before = probe.whole.current(names)
-        probe.whole.install({name: torch.zeros_like(own) for name, own in before.items()})
-        known[unit.dim] = probe.damage(unit.block)
-        probe.whole.install(before)
-        journal.append({"dim": unit.dim, "damage": known[unit.dim]})
-        progress(done, len(units))
-    return known
+    stream: BlockStream, tokens: Int[Tensor, "rows length"], space: Space, folder: Path, progress: Progress
+) -> dict[str, float]:
+    """KL of the dense model without each sub-block that may go, by its dim, in nats a token.
+
+    A sweep that was interrupted goes on from the block that it had reached, kept in `folder`.
+    """
+    layout, carried = stream.layout, Carried(folder)
+    done, hidden = 0, {DENSE: embed_chunks(stream, tokens)}
+    if (known := carried.load()) is not None:
+        done, hidden = known
+    units = removable(layout, space)
+    for index in range(done, layout.blocks):
+        block = stream.load(index)
+        lacking: dict[str, Chunks] = {}
+        for number, unit in enumerate(units):
+            if unit.block == index:
+                others = [own for own in layout.units.values() if own.block == index and own is not unit]
+                states = hidden[DENSE]
+                for other in others:
+                    with only_half(block, layout, other):
+                        states = [stream.run(index, block, x) for x in states]
+                lacking[str(number)] = list(states)
+        hidden = {name: [stream.run(index, block, x) for x in states] for name, states in hidden.items()} | lacking
+        carried.save(index + 1, hidden)
+        progress(index + 1, layout.blocks)
+    damage = _divergences(stream, hidden, tokens.numel())
+    carried.finish()
+    return {unit.dim: damage[str(number)] for number, unit in enumerate(units) if unit.dim is not None}
 
 
-def with_measured(found: Measurements, removals: Mapping[str, float]) -> Measurements:
+def _divergences(stream: BlockStream, hidden: Mapping[str, Chunks], tokens: int) -> dict[str, float]:
+    """KL of each model to the dense one, logits of some tokens and one model at a time."""
+    head, config = stream.head(), stream.layout.config
+    total = dict.fromkeys((name for name in hidden if name != DENSE), 0.0)
+    for at, dense in enumerate(hidden[DENSE]):
+        with computing(stream.compute):
+            slices = {
+                name: logit_slices(head, config, stream.final_norm(hidden[name][at]).flatten(0, -2)) for name in total
+            }
+            for _, logits in logit_slices(head, config, stream.final_norm(dense).flatten(0, -2)):
+                log_p = torch.log_softmax(logits, -1)
+                for name, others in slices.items():
+                    total[name] += kl(log_p, torch.log_softmax(next(others)[1], -1))
+    return {name: own / tokens for name, own in total.items()}
+
+
+def with_measured(found: Measurements, removals: dict[str, float]) -> Measurements:
     """Predicted damage with that of whole sub-blocks as measured."""
     widths = (
         one.model_copy(update={"damage": removals[one.dim], "by": "measured"}) if one.width == 0 else one

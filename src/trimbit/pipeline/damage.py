@@ -3,15 +3,16 @@
 import json
 from pathlib import Path
 
-from trimbit.calibrate.text import TokenSet
 from trimbit.errors import RecipeError
 from trimbit.jobs.checked import load_json, save_json
 from trimbit.jobs.stages import Stage, Work
 from trimbit.measure.predict import predict
+from trimbit.measure.removals import measure_removals, removable
 from trimbit.pipeline.candidates import candidates_key
 from trimbit.pipeline.job import Job
 from trimbit.pipeline.keys import DamageKey, PredictedKey, RemovalsKey
 from trimbit.pipeline.prepare import Prepared, kept_members, moments_key
+from trimbit.pipeline.text import Text
 from trimbit.schema.base import digest
 from trimbit.schema.measurements import Background, Measurements
 from trimbit.transform.quant import gptq, rtn
@@ -48,11 +49,27 @@ def damage_key(job: Job, prepared: Prepared, background: Background) -> DamageKe
     )  # fmt: skip
 
 
-def removals_key(job: Job, tokens: TokenSet) -> RemovalsKey:
-    """The key of the damage of leaving out sub-blocks."""
-    return RemovalsKey(
+def removals_stage(job: Job, text: Text) -> Stage[dict[str, float]] | None:
+    """The stage that measures the model without each sub-block; None: all of them stay."""
+    dims = [unit.dim for unit in removable(job.layout, job.space) if unit.dim is not None]
+    if not dims:
+        return None
+    assert text.damage is not None
+    tokens = text.damage
+    key = RemovalsKey(
         weights=job.model.weights_hash, config=job.model.config_hash, tokens=tokens.digest, compute=job.recipe.compute,
+        dims=dims,
     )  # fmt: skip
+
+    def make(work: Work) -> None:
+        found = measure_removals(job.stream, tokens.tokens, job.space, work.folder, work.progress)
+        save_json(work.folder / "removals.json", found)
+
+    def load(folder: Path) -> dict[str, float]:
+        found: dict[str, float] = load_json(folder / "removals.json")
+        return found
+
+    return Stage(key=key, title="damage of leaving out each sub-block", make=make, load=load)
 
 
 def predicted_key(job: Job, prepared: Prepared) -> PredictedKey:

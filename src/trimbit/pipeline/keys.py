@@ -97,7 +97,7 @@ class PredictedKey(StageKey):
 
 
 class RemovalsKey(StageKey):
-    """Damage of each sub-block that is left out, measured; a store with a journal."""
+    """Damage of leaving out each sub-block that may go, measured."""
 
     stage: ClassVar[str] = "removals"
     version: ClassVar[int] = 1
@@ -105,6 +105,7 @@ class RemovalsKey(StageKey):
     config: str
     tokens: str
     compute: str
+    dims: list[str]
 
 
 class TeacherKey(StageKey):

@@ -18,13 +18,13 @@ from trimbit.jobs.stages import Runner
 from trimbit.measure.choices import background_of
 from trimbit.measure.damage import install, measure
 from trimbit.measure.kl_probe import KLProbe
-from trimbit.measure.removals import measure_removals, with_measured
+from trimbit.measure.removals import with_measured
 from trimbit.model.checkpoint.open import open_checkpoint
 from trimbit.model.forward.in_memory import InMemoryModel
 from trimbit.model.forward.logits import Divergence
 from trimbit.pipeline.applying import applied, applied_stage
 from trimbit.pipeline.candidates import candidates_key, candidates_of
-from trimbit.pipeline.damage import damage_key, predicted_stage, removals_key
+from trimbit.pipeline.damage import damage_key, predicted_stage, removals_stage
 from trimbit.pipeline.job import Job, plain
 from trimbit.pipeline.keys import OutcomesKey, SharesKey
 from trimbit.pipeline.masks import masked_model
@@ -136,17 +136,10 @@ class ModelOracle:
 
     def _predicted(self) -> Measurements:
         """Damage of every choice, predicted in the dense model; that of whole sub-blocks is measured there."""
-        job, text = self.job, self.text
+        job = self.job
         found = job.runner.run(predicted_stage(job, self.prepared, self.candidates))
-        if not any(one.width == 0 for one in found.widths):
-            return found
-        assert text.damage is not None
-        self.release()  # a probe is of the dense model
-        probe = self._damage_probe
-        key = removals_key(job, text.damage)
-        with job.runner.store(key, "damage of leaving out each sub-block") as work:
-            gone = measure_removals(probe, job.layout, job.space, work.folder / "journal.jsonl", work.progress)
-        return with_measured(found, gone)
+        removals = removals_stage(job, self.text)
+        return found if removals is None else with_measured(found, job.runner.run(removals))
 
     def _probe_of_damage(self) -> KLProbe:
         if "_choose_probe" in self.__dict__ and "_damage_probe" not in self.__dict__:

@@ -58,10 +58,8 @@ def apply_plan(
     parts = writer.folder / PARTS
     embedding = _embedding(stream, resolved, compressor, stats, parts / "embedding.safetensors")
     blocks = [parts / f"block-{index:04d}.safetensors" for index in range(layout.blocks)]
-    carried, job = (
-        Carried(parts),
-        _Job(stream, resolved, tokens, compressor, repair or refit.Config(), embedding, held_out),
-    )
+    carried = Carried(parts)
+    job = _Job(stream, resolved, tokens, compressor, repair or refit.Config(), embedding, held_out)
     for index in range(_resume(job, carried, blocks), layout.blocks):
         save_tensors(blocks[index], job.block(index))
         carried.save(index + 1, job.hidden)

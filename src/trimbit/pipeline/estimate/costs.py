@@ -185,11 +185,12 @@ class Costs:
         return passes + ends + elements * self.pieces.rounding() + factors + cuts
 
     def removals(self, count: int) -> float:
-        """The model without each of so many sub-blocks, run on from there."""
+        """The model without each of `count` sub-blocks, run on from there."""
         assert self.measure is not None
-        rows, length = self.measure.rows, self.measure.length
-        forward, ends = self._forward(rows, length), rows * length * (self.pieces.logits() + self.pieces.divergence())
-        return count * (forward / 2 + ends)
+        tokens, length = self.measure.rows * self.measure.length, self.measure.length
+        passes = self.layout.blocks * tokens * (1 + count / 2) * self.pieces.streamed(length)
+        ends = tokens * (self.pieces.logits() + count * (self.pieces.logits() + self.pieces.divergence()))
+        return self._model() + passes + ends
 
     def plan(self) -> float:
         """What the search itself does, beside the stages that it asks for."""

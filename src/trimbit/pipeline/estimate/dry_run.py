@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from trimbit.jobs.hardware import resident_nbytes
-from trimbit.measure.choices import allowed_widths
+from trimbit.measure.removals import removable
 from trimbit.pipeline.estimate.costs import Costs
 from trimbit.pipeline.estimate.footprint import HEAP, Footprint
 from trimbit.pipeline.estimate.there import There
@@ -115,11 +115,12 @@ class _Stages:
 
     def _predicted(self) -> None:
         job, there = self.job, self.there
-        units = [unit for unit in job.layout.units.values() if 0 in allowed_widths(job.layout, unit, job.space)]
         self._add("predicted", self.costs.predicted, self.holds.predicted, cached=there.predicted)
-        if units:
-            missing = len(units) - there.removals
-            self._add("removals", lambda: self.costs.removals(missing), lambda: self.holds.measuring(damage=True))
+        if count := len(removable(job.layout, job.space)):
+            self._add(
+                "removals", lambda: self.costs.removals(count), lambda: self.holds.removals(count),
+                cached=there.removals,
+            )  # fmt: skip
 
     def finish(self) -> None:
         """The found plan applied, unless the search has done that, and its pairs trained."""

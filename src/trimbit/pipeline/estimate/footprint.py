@@ -92,6 +92,15 @@ class Footprint:
         back = 3 * self._passing(min(tokens, self.chunk)) + 2 * FP32 * self.block + sums
         return self.stream + max(self._read + QUANTISING, states + max(back, self.logits))
 
+    def removals(self, count: int) -> int:
+        """Hidden states of every model that lacks a sub-block, twice when they are saved, and a block."""
+        measure = self.job.recipe.measure
+        assert measure is not None
+        tokens = measure.rows * measure.length
+        states = 2 * (count + 1) * tokens * self.hidden * FP32
+        passing = max(self._passing(min(tokens, self.chunk)) + FP32 * self.block, self.logits + self._read)
+        return self.stream + states + passing
+
     def measuring(self, *, damage: bool) -> int:
         """The model in memory, its head, and what is known of the original."""
         measure, want = self.job.recipe.measure, self.job.recipe.calibration

@@ -6,7 +6,7 @@ from functools import cached_property
 from trimbit.jobs.journal import Journal
 from trimbit.measure.damage import Change, changes
 from trimbit.pipeline.applying import applied_stage
-from trimbit.pipeline.damage import damage_key, predicted_key, removals_key
+from trimbit.pipeline.damage import damage_key, predicted_key, removals_stage
 from trimbit.pipeline.job import Job
 from trimbit.pipeline.prepare import Prepared, importance_stage, moments_stage, ranking_stage
 from trimbit.pipeline.recovering import config_of, pairs_stage
@@ -91,13 +91,12 @@ class There:
         return self.job.runner.cache.open(key.stage, key.digest) is not None
 
     @cached_property
-    def removals(self) -> int:
-        """How many sub-blocks were left out and measured."""
+    def removals(self) -> bool:
+        """Whether the model was measured without each sub-block."""
         if self.text is None or self.text.damage is None:
-            return 0
-        key = removals_key(self.job, self.text.damage)
-        path = self.job.runner.cache.path(key.stage, key.digest) / "journal.jsonl"
-        return len({entry["dim"] for entry in Journal(path).read()}) if path.is_file() else 0
+            return False
+        stage = removals_stage(self.job, self.text)
+        return stage is not None and self.job.runner.has(stage)
 
     def damage(self, background: Background) -> tuple[Sequence[Change], int]:
         """The changes whose damage is not known yet, and how many there are in all."""
