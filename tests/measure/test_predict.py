@@ -5,6 +5,7 @@ from scipy.stats import spearmanr
 
 from measured import INT2, INT4, INT8, REF, SPACE, TOKENS
 from trimbit.jobs import carried
+from trimbit.measure import predict as predict_module
 from trimbit.measure.choices import allowed_formats, allowed_widths, sites_of
 from trimbit.measure.damage import measure
 from trimbit.measure.kl_probe import KLProbe
@@ -114,3 +115,16 @@ def test_a_space_that_keeps_all_sub_blocks(stream, tmp_path):
     space = SPACE.model_copy(update={"widths": (1.0, 0.5), "prune_kv_groups": False})
     assert removable(stream.layout, space) == []
     assert measure_removals(stream, TOKENS, space, tmp_path, lambda *_: None) == {}
+
+
+def test_some_rows_stand_for_all(stream, candidates, predicted, monkeypatch):
+    monkeypatch.setattr(predict_module, "ROWS", 24)
+    errors = ExpectedErrors(stream.checkpoint, stream.layout, candidates.stats, rtn.Config())
+    args = (candidates.change, candidates.rankings, REF, "digest", lambda *_: None)
+    some = predict(stream, TOKENS, 32, 0, SPACE, errors, *args)
+    for one, all_ in zip(some.formats, predicted.formats, strict=True):
+        assert one.damage == pytest.approx(all_.damage, rel=0.3)
+    assert some.formats != predicted.formats
+    assert sum(one.damage for one in some.formats) == pytest.approx(
+        sum(one.damage for one in predicted.formats), rel=0.05
+    )

@@ -10,7 +10,6 @@ from trimbit.model.checkpoint.open import open_checkpoint
 from trimbit.model.forward.stream import BlockStream
 from trimbit.schema.precision import BF16, Run, parse_precision
 from trimbit.transform.quant import gptq, rtn
-from trimbit.trial import expected
 from trimbit.trial.expected import ExpectedErrors
 from trimbit.trial.moments import moments_of
 from written import collected
@@ -41,17 +40,16 @@ def test_are_about_those_that_are_made(opened, name, precision, module):
     w = checkpoint.tensor(f"{name}.weight").float()
     made = module.quantize(w, moments, (Run(count=w.shape[1], precision=fmt),), config).dequantize() - w
     real = torch.linalg.vecdot(made @ moments.h, made)
-    found = errors.of_rows(name, fmt, errors.felt(name, moments.h)[:, None])[:, 0]
+    found = errors.of_rows(name, torch.arange(len(w)), fmt, errors.felt(name, moments.h)[:, None])[:, 0]
     assert found.shape == real.shape
     assert float(found.sum()) == pytest.approx(float(real.sum()), rel=0.35)
 
 
-def test_in_pieces_and_in_bf16(opened, monkeypatch):
+def test_some_rows_and_bf16(opened):
     checkpoint, layout, stats = opened
     errors, fmt = ExpectedErrors(checkpoint, layout, stats, gptq.Config()), parse_precision("int3g32")
-    felt = torch.rand(layout.weights[NAME].cols, 2)
-    whole = errors.of_rows(NAME, fmt, felt)
-    monkeypatch.setattr(expected, "CHUNK", 3 * layout.weights[NAME].cols)
-    torch.testing.assert_close(errors.of_rows(NAME, fmt, felt), whole)
+    rows, felt = torch.arange(layout.weights[NAME].rows), torch.rand(layout.weights[NAME].cols, 2)
+    whole = errors.of_rows(NAME, rows, fmt, felt)
+    torch.testing.assert_close(errors.of_rows(NAME, rows[5:9], fmt, felt), whole[5:9])
     assert whole.shape == (layout.weights[NAME].rows, 2)
-    assert not errors.of_rows(NAME, BF16, felt).any()  # the weights are of bf16
+    assert not errors.of_rows(NAME, rows, BF16, felt).any()  # the weights are of bf16

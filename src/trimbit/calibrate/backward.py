@@ -14,8 +14,8 @@ from trimbit.model.forward.compute import products_in
 from trimbit.model.forward.logits import logit_slices
 from trimbit.model.forward.stream import BlockStream, Chunks
 
-# the loss, summed over some of a chunk's tokens: the chunk's index, which of its tokens, and their logits
-Loss = Callable[[int, slice, Tensor], Tensor]
+# losses, each summed over some of a chunk's tokens: the chunk's index, which of its tokens, and their logits
+Losses = Callable[[int, slice, Tensor], Sequence[Tensor]]
 
 
 def inputs_of_blocks(stream: BlockStream, hidden: Chunks, progress: Progress) -> tuple[list[Chunks], Chunks]:
@@ -35,19 +35,22 @@ def inputs_of_blocks(stream: BlockStream, hidden: Chunks, progress: Progress) ->
     return inputs, hidden
 
 
-def loss_gradients(stream: BlockStream, hidden: Chunks, loss: Loss) -> Chunks:
-    """dL/dh of the last hidden states; logits of some tokens at a time."""
+def loss_gradients(stream: BlockStream, hidden: Chunks, losses: Losses) -> list[list[Tensor]]:
+    """By chunk, the gradient of each loss at the last hidden states; logits of some tokens at a time."""
     head, config, found = stream.head(), stream.layout.config, []
     for at, h in enumerate(hidden):
         h = h.detach().requires_grad_()
         with torch.enable_grad():
             final = stream.norm(h)
         leaf = final.detach().flatten(0, -2).requires_grad_()
+        sums: list[Tensor] = []
         with torch.enable_grad(), products_in(stream.compute):
             for part, logits in logit_slices(head, config, leaf):
-                loss(at, part, logits).backward()
-        assert leaf.grad is not None
-        found.append(torch.autograd.grad(final, h, leaf.grad.view_as(final))[0])
+                each = losses(at, part, logits)
+                sums = sums or [torch.zeros_like(leaf) for _ in each]
+                for number, (loss, total) in enumerate(zip(each, sums, strict=True), start=1):
+                    total += torch.autograd.grad(loss, leaf, retain_graph=number < len(each))[0]
+        found.append([torch.autograd.grad(final, h, own.view_as(final), retain_graph=True)[0] for own in sums])
     return found
 
 

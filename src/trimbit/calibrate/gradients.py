@@ -56,14 +56,14 @@ def sweep(
     """Blocks from the last to the first, with the gradients of their weights by name."""
     layout = stream.layout
 
-    def loss(at: int, part: slice, logits: Tensor) -> Tensor:
+    def losses(at: int, part: slice, logits: Tensor) -> list[Tensor]:
         """Next-token cross-entropy; nothing follows the last token."""
         follows = functional.pad(tokens[at, 1:], (0, 1), value=NOTHING)[part]
         total = functional.cross_entropy(logits, follows, reduction="sum", ignore_index=NOTHING)
-        return total / (tokens.shape[1] - 1)
+        return [total / (tokens.shape[1] - 1)]
 
     inputs, hidden = inputs_of_blocks(stream, [stream.embed(row[None]) for row in tokens], progress)
-    upstream = loss_gradients(stream, hidden, loss)
+    upstream = [own for (own,) in loss_gradients(stream, hidden, losses)]
     for index in reversed(range(layout.blocks)):
         prefix = f"{layout.family.blocks}.{index}."
         block = stream.load(index).requires_grad_(requires_grad=False)

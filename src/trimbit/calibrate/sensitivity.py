@@ -41,6 +41,10 @@ class Change:
     delta: Float[Tensor, "rows cols"]
     bias: Float[Tensor, " rows"]
 
+    def error(self, x: Float[Tensor, "tokens cols"]) -> Float[Tensor, "tokens rows"]:
+        """What it adds to the output."""
+        return x @ self.delta.T + self.bias
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sensitivities:
@@ -50,30 +54,34 @@ class Sensitivities:
     changes: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
 class _Sums:
-    """Sums over tokens of a weight."""
+    """Sums over tokens of a weight: first the gradients of each draw, then the inputs of the same tokens."""
 
-    tokens: int = 0
-    total: float = 0.0
-    rows: Tensor | None = None
-    h: Tensor | None = None
+    def __init__(self, rows: int, cols: int) -> None:
+        self.count = 0  # gradients of a token
+        self.rows = torch.zeros(rows)
+        self.h = torch.zeros(cols, cols)
+        self.total = 0.0
+        self._weight: Tensor | None = None  # of the tokens whose inputs are still to come
 
-    def add(self, x: Float[Tensor, "tokens cols"], squared: Float[Tensor, "tokens rows"]) -> None:
-        """Add some tokens' inputs and squared gradients."""
-        weight = squared.sum(1)
+    def add_squares(self, squares: Float[Tensor, "tokens rows"]) -> None:
+        """Add some tokens' squared gradients."""
+        self.count += len(squares)
+        self.rows += squares.sum(0)
+        weight = squares.sum(1)
+        self._weight = weight if self._weight is None else self._weight.add_(weight)
+
+    def add_inputs(self, x: Float[Tensor, "tokens cols"]) -> None:
+        """Add the inputs of these tokens, each by its weight."""
+        assert self._weight is not None
         with torch.autocast(x.device.type, enabled=False):  # sums are of fp32
-            rows, h = squared.sum(0), (x * weight[:, None]).T @ x
-        self.tokens += len(x)
-        self.total += float(weight.sum())
-        self.rows = rows if self.rows is None else self.rows.add_(rows)
-        self.h = h if self.h is None else self.h.add_(h)
+            self.h += (x * self._weight[:, None]).T @ x
+        self.total += float(self._weight.sum())
+        self._weight = None
 
     def mean(self, name: str) -> Sensitivity:
         """The means over tokens."""
-        assert self.rows is not None
-        assert self.h is not None
-        found = Sensitivity(rows=self.rows / self.tokens, h=self.h / max(self.total, torch.finfo(torch.float32).tiny))
+        found = Sensitivity(rows=self.rows / self.count, h=self.h / max(self.total, torch.finfo(torch.float32).tiny))
         if not bool(found.rows.isfinite().all() and found.h.isfinite().all()):
             raise NumericsError(f"the gradients of {name} are not finite: the model overflows on this text")
         return found
@@ -99,34 +107,43 @@ def sweep(
     layout, generator = stream.layout, torch.Generator().manual_seed(seed)
     embedded = embed_chunks(stream, tokens)
     inputs, hidden = inputs_of_blocks(stream, embedded, progress)
-    normed, head = [stream.final_norm(h).flatten(0, -2) for h in hidden], _Sums()
+    normed = [stream.final_norm(h).flatten(0, -2) for h in hidden]
+    head = _Sums(layout.sizes["vocab"], layout.sizes["hidden"])
 
-    def loss(at: int, part: slice, logits: Tensor) -> Tensor:
+    def losses(at: int, part: slice, logits: Tensor) -> list[Tensor]:
         """Cross-entropy of labels that the model itself draws."""
         p = torch.softmax(logits.detach(), -1)
-        labels = torch.multinomial(p, 1, generator=generator)[:, 0]
-        head.add(normed[at][part], p * (1 - p))
-        return functional.cross_entropy(logits, labels, reduction="sum")
+        labels = torch.multinomial(p, draws, replacement=True, generator=generator)
+        head.add_squares(p * (1 - p))  # what the squared gradient is expected to be
+        head.add_inputs(normed[at][part])
+        return [functional.cross_entropy(logits, own, reduction="sum") for own in labels.T]
 
-    upstreams = [list(each) for each in zip(*(loss_gradients(stream, hidden, loss) for _ in range(draws)), strict=True)]
+    upstreams = loss_gradients(stream, hidden, losses)
     yield Sensitivities(weights={layout.family.head: head.mean(layout.family.head)})
     for index in reversed(range(layout.blocks)):
         block, own = stream.load(index).requires_grad_(requires_grad=False), changes(index)
         with _Outputs(_modules(stream, index, block)) as seen:
-            sums, of_changes = {name: _Sums() for name in seen.modules}, dict.fromkeys(own, 0.0)
+            sums = {name: _Sums(layout.weights[name].rows, layout.weights[name].cols) for name in seen.modules}
+            squares = dict.fromkeys(own, 0.0)
             for at, x in enumerate(inputs.pop()):
+                errors: dict[str, Tensor] = {}
                 passes = back_through(stream, index, block, x, tuple(upstreams[at]), seen.outputs)
                 for draw, (back, *grads) in enumerate(passes):
                     upstreams[at][draw] = back
-                    gradients = dict(zip(seen.inputs, (grad.flatten(0, -2).float() for grad in grads), strict=True))
+                    gradients = {
+                        name: grad.flatten(0, -2).float() for name, grad in zip(seen.inputs, grads, strict=True)
+                    }
                     for name, g in gradients.items():
-                        sums[name].add(seen.inputs[name], g.square())
-                    for key, change in own.items():
-                        error = seen.inputs[change.weight] @ change.delta.T + change.bias
-                        along = torch.linalg.vecdot(error, gradients[change.weight])
-                        of_changes[key] += float(along.square().sum()) / (2 * draws * tokens.numel())
+                        sums[name].add_squares(g.square())
+                    errors = errors or {key: change.error(seen.inputs[change.weight]) for key, change in own.items()}
+                    for key, error in errors.items():
+                        along = torch.linalg.vecdot(error, gradients[own[key].weight])
+                        squares[key] += float(along.square().sum())
+                for name, read in seen.inputs.items():
+                    sums[name].add_inputs(read)
+        found = {key: square / (2 * draws * tokens.numel()) for key, square in squares.items()}
         progress(2 * layout.blocks - index, 2 * layout.blocks)
-        yield Sensitivities(weights={name: total.mean(name) for name, total in sums.items()}, changes=of_changes)
+        yield Sensitivities(weights={name: total.mean(name) for name, total in sums.items()}, changes=found)
     squared = [back.square() for each in upstreams for back in each]
     read = torch.cat([own.flatten() for own in tokens.split(len(embedded[0])) for _ in range(draws)])
     yield Sensitivities(weights={layout.family.embed: _lookup(read, squared, layout.sizes["vocab"])})

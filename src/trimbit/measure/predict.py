@@ -4,7 +4,8 @@ Damage is the KL to second order (`calibrate.sensitivity`): of a format, for the
 to leave; of a width, for what the cut and its refit change. Both are of the dense model, whatever else is chosen.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -21,15 +22,17 @@ from trimbit.schema.plan import ModelRef
 from trimbit.schema.precision import BF16, Precision
 from trimbit.schema.space import Space
 
+ROWS = 256  # ours: of a weight, those whose errors are looked at; the rest is like them
+
 
 @runtime_checkable
 class Errors(Protocol):
     """Errors that a quantiser is expected to leave."""
 
     def of_rows(
-        self, name: str, precision: Precision, felt: Float[Tensor, "cols places"]
-    ) -> Float[Tensor, "rows places"]:
-        """The expected squared error of each row's output, where that of each column counts as `felt` in each place."""
+        self, name: str, rows: Int[Tensor, " some"], precision: Precision, felt: Float[Tensor, "cols places"]
+    ) -> Float[Tensor, "some places"]:
+        """The expected squared error of some rows' output, where that of each column counts as `felt` in each place."""
 
     def felt(self, name: str, h: Float[Tensor, "cols cols"]) -> Float[Tensor, " cols"]:
         """The mean square of what an error in each column is felt on, where the inputs' second moment is `h`."""
@@ -88,11 +91,9 @@ def _formats(
 ) -> Iterator[FormatDamage]:
     """Of the sites of a sub-block: the sum over the weights that read each."""
     for site, names in sites_of(stream.layout, unit).items():
-        felt = {name: errors.felt(name, found.weights[name].h) for name in names}
+        read = [_Rows.of(name, [found.weights[name]], errors) for name in names]
         for precision in allowed_formats(unit, space):
-            damage = sum(
-                _damage([found.weights[name]], errors.of_rows(name, precision, felt[name][:, None])) for name in names
-            )
+            damage = sum(own.damage(precision, errors) for own in read)
             yield FormatDamage(site=site, precision=precision, damage=damage, by="predicted")
 
 
@@ -102,12 +103,35 @@ def _of_end(
     """Of the embedding or the head; where they are one weight, its errors are felt in both places."""
     family, (name,) = stream.layout.family, unit.weights
     places = [ends[family.embed], ends[family.head]] if stream.layout.tied else [ends[name]]
-    felt = torch.stack([errors.felt(name, own.h) for own in places], dim=1)
+    read = _Rows.of(name, places, errors)
     for precision in allowed_formats(unit, space):
-        damage = _damage(places, errors.of_rows(name, precision, felt))
-        yield FormatDamage(site=unit.name, precision=precision, damage=damage, by="predicted")
+        yield FormatDamage(
+            site=unit.name, precision=precision, damage=read.damage(precision, errors), by="predicted"
+        )  # fmt: skip
 
 
-def _damage(places: list[Sensitivity], errors: Float[Tensor, "rows places"]) -> float:
-    """1/2 sum_i b_i E[e_i^2], summed over the places where a weight's errors are felt."""
-    return float(sum(own.rows @ error for own, error in zip(places, errors.T, strict=True))) / 2
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rows:
+    """Some rows of a weight, which stand for all of them."""
+
+    name: str
+    index: Int[Tensor, " some"]
+    weights: Float[Tensor, "some places"]  # by which their errors count in each place
+    felt: Float[Tensor, "cols places"]
+
+    @classmethod
+    def of(cls, name: str, places: Sequence[Sensitivity], errors: Errors) -> "_Rows":
+        """All rows, or of more than `ROWS` so many at even steps through the sum of their sensitivities."""
+        b, felt = torch.stack([own.rows for own in places], 1), [errors.felt(name, own.h) for own in places]
+        index, weights = torch.arange(len(b)), b
+        if len(b) > ROWS:
+            share = (b / b.sum(0).clamp(min=torch.finfo(b.dtype).tiny)).mean(1)
+            steps = (torch.arange(ROWS) + 0.5) / ROWS * share.sum()
+            found = torch.searchsorted(share.cumsum(0), steps).clamp(max=len(b) - 1)
+            index, counts = found.unique(return_counts=True)
+            weights = b[index] * (counts / (ROWS * share[index]))[:, None]
+        return cls(name=name, index=index, weights=weights, felt=torch.stack(felt, 1))
+
+    def damage(self, precision: Precision, errors: Errors) -> float:
+        """1/2 sum_i b_i E[e_i^2], summed over the places where the weight's errors are felt."""
+        return float((self.weights * errors.of_rows(self.name, self.index, precision, self.felt)).sum()) / 2

@@ -16,7 +16,7 @@ from trimbit.jobs.progress import Progress
 from trimbit.measure.choices import allowed_widths
 from trimbit.model.forward.compute import computing
 from trimbit.model.forward.halves import only_half
-from trimbit.model.forward.logits import kl, logit_slices
+from trimbit.model.forward.logits import LOGIT_TOKENS, kl, logit_slices
 from trimbit.model.forward.stream import BlockStream, Chunks, embed_chunks
 from trimbit.model.layout import Layout, Unit
 from trimbit.schema.measurements import Measurements
@@ -65,15 +65,18 @@ def _divergences(stream: BlockStream, hidden: Mapping[str, Chunks], tokens: int)
     """KL of each model to the dense one, logits of some tokens and one model at a time."""
     head, config = stream.head(), stream.layout.config
     total = dict.fromkeys((name for name in hidden if name != DENSE), 0.0)
-    for at, dense in enumerate(hidden[DENSE]):
+
+    def log_softmax(x: Tensor) -> Tensor:
+        ((_, logits),) = logit_slices(head, config, x)
+        return torch.log_softmax(logits, -1)
+
+    for at in range(len(hidden[DENSE])):
+        normed = {name: stream.final_norm(states[at]).flatten(0, -2) for name, states in hidden.items()}
         with computing(stream.compute):
-            slices = {
-                name: logit_slices(head, config, stream.final_norm(hidden[name][at]).flatten(0, -2)) for name in total
-            }
-            for _, logits in logit_slices(head, config, stream.final_norm(dense).flatten(0, -2)):
-                log_p = torch.log_softmax(logits, -1)
-                for name, others in slices.items():
-                    total[name] += kl(log_p, torch.log_softmax(next(others)[1], -1))
+            for part in torch.arange(len(normed[DENSE])).split(LOGIT_TOKENS):
+                log_p = log_softmax(normed[DENSE][part])
+                for name in total:
+                    total[name] += kl(log_p, log_softmax(normed[name][part]))
     return {name: own / tokens for name, own in total.items()}
 
 

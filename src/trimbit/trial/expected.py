@@ -6,7 +6,7 @@ that of rounding it to nearest, and it is felt on what the later columns do not 
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from trimbit.calibrate.moments import Moments
@@ -17,8 +17,6 @@ from trimbit.schema.precision import Precision, Run
 from trimbit.transform.quant import gptq, rtn
 from trimbit.transform.quant.grid import fit_grid
 from trimbit.trial.moments import moments_of
-
-CHUNK = 2_000_000  # elements rounded at a time: bounds memory
 
 
 class ExpectedErrors:
@@ -35,18 +33,14 @@ class ExpectedErrors:
         self._residual: tuple[str, Tensor] | None = None  # of the last site
 
     def of_rows(
-        self, name: str, precision: Precision, felt: Float[Tensor, "cols places"]
-    ) -> Float[Tensor, "rows places"]:
-        """The expected squared error of each row's output, where that of each column counts as `felt` in each place."""
-        w, weighting = self.checkpoint.tensor(f"{name}.weight"), None
+        self, name: str, rows: Int[Tensor, " some"], precision: Precision, felt: Float[Tensor, "cols places"]
+    ) -> Float[Tensor, "some places"]:
+        """The expected squared error of some rows' output, where that of each column counts as `felt` in each place."""
+        w, weighting = self.checkpoint.tensor(f"{name}.weight")[rows].float(), None
         if isinstance(self.config, gptq.Config) and self.config.weighted_scales:
             weighting = self._moments(name).h.diagonal().clamp(min=gptq.LEAST_WEIGHT)
-        runs, found = (Run(count=w.shape[1], precision=precision),), []
-        for part in w.split(max(1, CHUNK // w.shape[1])):
-            rows = part.float()
-            grid = fit_grid(rows, runs, self.config.scales, weighting)
-            found.append(rtn.rounding_errors(rows, grid).square_() @ felt)
-        return torch.cat(found)
+        grid = fit_grid(w, (Run(count=w.shape[1], precision=precision),), self.config.scales, weighting)
+        return rtn.rounding_errors(w, grid).square_() @ felt
 
     def felt(self, name: str, h: Float[Tensor, "cols cols"]) -> Float[Tensor, " cols"]:
         """The mean square of what an error in each column is felt on, where the inputs' second moment is `h`."""

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from trimbit.calibrate.sample import BATCH, SEGMENTS
 from trimbit.measure.choices import allowed_widths
 from trimbit.measure.damage import Change
+from trimbit.measure.predict import ROWS
 from trimbit.model.layout import Unit, Weight
 from trimbit.pipeline.estimate.timing import Pieces
 from trimbit.pipeline.job import Job
@@ -170,13 +171,13 @@ class Costs:
         """A sweep there and back, moments of every weight's inputs, and the errors of every format."""
         assert self.measure is not None
         tokens, draws, blocks = self.measure.rows * self.measure.length, self.measure.draws, self.layout.blocks
-        each = self.pieces.gradient(1, self.measure.length, weights=False)
+        each = draws * self.pieces.gradient(1, self.measure.length, weights=False)
         each += sum(self.pieces.gram(weight.cols) for weight in self.block)
-        passes = self._sweep(tokens) + self._model() + tokens * draws * blocks * each
-        ends = tokens * draws * (self.pieces.head_gradient() + self.pieces.gram(self.layout.sizes["hidden"]))
+        passes = self._sweep(tokens) + self._model() + tokens * blocks * each
+        ends = tokens * (draws * self.pieces.head_gradient() + self.pieces.gram(self.layout.sizes["hidden"]))
         space, layout = self.job.space, self.layout
-        elements = len(space.formats) * blocks * self._elements(self.block)
-        elements += len(space.embedding_formats) * self._elements(self.ends)
+        elements = len(space.formats) * blocks * sum(min(w.rows, ROWS) * w.cols for w in self.block)
+        elements += len(space.embedding_formats) * sum(min(w.rows, ROWS) * w.cols for w in self.ends)
         factors = sum(blocks * self.pieces.felt(site[0].cols) for site in self._sites(self.block))
         cuts = 0.0
         for unit in self.cuttable:
