@@ -137,5 +137,5 @@ def test_plans_and_recipes_that_do_not_go_with_a_rotation_are_refused(job, tmp_p
         session(job, search=fixed, rotation=None).write(plan, tmp_path / "out")
     with pytest.raises(RecipeError, match="`rotation` mixes the channels that a `criterion` would rank and cut"):
         session(job, search=fixed, criterion=Step(name="activation"))
-    with pytest.raises(RecipeError, match="`tune` does not train pairs beside rotated inputs"):
+    with pytest.raises(RecipeError, match="`tune` cannot train low-rank pairs on rotated inputs"):
         session(job, search=fixed, lowrank=Step(name="lowrank"), tune=Step(name="tune"))

@@ -162,7 +162,7 @@ def _check_recipe(job: Job) -> None:
     if recipe.rotation is not None and recipe.criterion is not None:
         raise RecipeError("`rotation` mixes the channels that a `criterion` would rank and cut: leave out one of them")
     if recipe.rotation is not None and recipe.tune is not None:
-        raise RecipeError("`tune` does not train pairs beside rotated inputs: leave out it or `rotation`")
+        raise RecipeError("`tune` cannot train low-rank pairs on rotated inputs: leave out `tune` or `rotation`")
     for name in method.needs:
         if getattr(recipe, name) is None:
             raise RecipeError(f"search {recipe.search.name} needs a `{name}` in the recipe")

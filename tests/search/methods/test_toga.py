@@ -134,12 +134,12 @@ def test_whole_tiles_learn_where_one_channel_is_worth_a_tile(tmp_path, network):
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"budget": "projection", "offset": 3.0}, "offset goes with budget=penalty alone"),
-        ({"budget": "projection", "budget_weight": 6.0}, "budget_weight goes with budget=penalty alone"),
-        ({"optimizer": "sgd", "budget": "projection", "weight_decay": 0.1}, "goes with optimizer=adamw alone"),
-        ({"optimizer": "sgd"}, "goes with budget=projection alone"),
-        ({"error_model": "expected", "dense": True}, "error_model=expected rounds no weight"),
-        ({"residual_rank": 4}, "residual_rank is of errors as expected"),
+        ({"budget": "projection", "offset": 3.0}, "`offset` needs budget=penalty"),
+        ({"budget": "projection", "budget_weight": 6.0}, "`budget_weight` needs budget=penalty"),
+        ({"optimizer": "sgd", "budget": "projection", "weight_decay": 0.1}, "needs optimizer=adamw"),
+        ({"optimizer": "sgd"}, "needs budget=projection"),
+        ({"error_model": "expected", "dense": True}, "error_model=expected rounds none"),
+        ({"residual_rank": 4}, "`residual_rank` needs error_model=expected"),
     ],
 )
 def test_what_would_be_ignored_is_refused(fields, says):

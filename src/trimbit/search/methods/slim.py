@@ -47,7 +47,7 @@ def require_feasible(problem: Problem, config: Config) -> None:
         RecipeError: if something is pruned before, or a weight has fewer than two groups.
     """
     if problem.space.kept:
-        raise RecipeError("bits of groups go with whole models alone: leave `prune` out of the recipe")
+        raise RecipeError("bits by groups of channels need the whole model: leave `prune` out of the recipe")
     for name, weight in problem.layout.weights.items():
         if problem.layout.readers(weight.site) and weight.cols < 2 * GROUP:
             raise RecipeError(f"weight {name} has {weight.cols} input channels, fewer than two groups of {GROUP}")

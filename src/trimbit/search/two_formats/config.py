@@ -41,9 +41,9 @@ class MaskedSearch(TwoFormats):
     @model_validator(mode="after")
     def _check_dense(self) -> "MaskedSearch":
         if self.dense and self.error_model == "expected":
-            raise ValueError("dense is of what is rounded, and error_model=expected rounds no weight")
+            raise ValueError("`dense` keeps rounded weights, but error_model=expected rounds none: leave it out")
         if self.residual_rank is not None and self.error_model != "expected":
-            raise ValueError("residual_rank is of errors as expected: it goes with error_model=expected alone")
+            raise ValueError("`residual_rank` needs error_model=expected")
         return self
 
     @property

@@ -41,7 +41,7 @@ class TileProblem:
     def __post_init__(self) -> None:
         low, high = self.mixed.low, self.mixed.high
         if self.problem.space.kept:
-            raise RecipeError("two formats in a weight go with whole models alone: leave `prune` out of the recipe")
+            raise RecipeError("two formats in a weight need the whole model: leave `prune` out of the recipe")
         if low.bits >= high.bits:
             raise RecipeError(f"the high format {high.name} must have more bits than the low one, {low.name}")
         for site, channels in self.channels.items():

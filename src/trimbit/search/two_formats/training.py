@@ -44,13 +44,13 @@ class Config(MaskTraining):
     @model_validator(mode="after")
     def _check_what_goes_together(self) -> "Config":
         if self.budget == "projection" and self.offset is not None:
-            raise ValueError("projection moves all logits to the budget: an offset goes with budget=penalty alone")
+            raise ValueError("projection moves all logits to the budget: `offset` needs budget=penalty")
         if self.budget == "projection" and self.budget_weight is not None:
-            raise ValueError("projection has no weight: budget_weight goes with budget=penalty alone")
+            raise ValueError("projection has no weight: `budget_weight` needs budget=penalty")
         if self.optimizer == "sgd" and self.weight_decay is not None:
-            raise ValueError("sgd does not decay: weight_decay goes with optimizer=adamw alone")
+            raise ValueError("sgd does not decay weights: `weight_decay` needs optimizer=adamw")
         if self.optimizer == "sgd" and self.budget == "penalty":
-            raise ValueError("sgd scales a penalty away with the gradient: it goes with budget=projection alone")
+            raise ValueError("sgd normalises the gradient, penalty included: it needs budget=projection")
         return self
 
     @property
