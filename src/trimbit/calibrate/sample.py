@@ -15,10 +15,11 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from trimbit.calibrate.text import TokenSet, encode, require_positive
 from trimbit.errors import DataError, NumericsError
 from trimbit.jobs.checked import load_tensors, save_tensors
+from trimbit.model.forward.attention import grouped
 from trimbit.model.forward.hf_names import CACHE
 
 BATCH = 32  # rows that are sampled together
-SEGMENTS = 4  # of each row: an interrupted run loses no more than one
+SEGMENTS = 2  # of each row: an interrupted run loses no more than one, but each begins by reading the row again
 PREFILL_TOKENS = 64  # of a row, read together
 _SENTINEL = "TRIMBIT-USER-TURN"
 
@@ -58,7 +59,8 @@ def sample_self(
             if progress is not None:
                 progress(before + steps, -(-rows // batch) * length)
 
-        _segment(model, states[own], tokens[own], start, min(start + step, length), generator, report)
+        with grouped(model):
+            _segment(model, states[own], tokens[own], start, min(start + step, length), generator, report)
         if path is not None:
             rest = {"segments": str(at + 1), "rows": json.dumps([row.to_json() for row in states])}
             save_tensors(path, {"tokens": tokens}, rest)
@@ -104,7 +106,9 @@ def draw(
         bad = int((~logits.isfinite()).sum())
         msg = f"{bad} of {logits.numel()} logits are not finite while sampling; check the weights"
         raise NumericsError(msg)
-    drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+    below = logits.softmax(-1).cumsum(-1)  # one number a row in place of one a token of the vocabulary
+    point = torch.rand(len(below), 1, generator=generator, device=below.device) * below[:, -1:]
+    drawn = torch.searchsorted(below, point, right=True).clamp_(max=below.shape[1] - 1)
     return drawn[:, 0].tolist(), out[CACHE]
 
 

@@ -10,7 +10,7 @@ from trimbit.jobs.progress import Reporter
 from trimbit.jobs.stages import Runner
 from trimbit.model.build import build_layout
 from trimbit.model.checkpoint.checkpoint import Checkpoint
-from trimbit.model.forward.compute import fastest_device
+from trimbit.model.forward.compute import fastest_device, native
 from trimbit.model.forward.stream import BlockStream
 from trimbit.model.layout import Layout
 from trimbit.pipeline.steps import Steps, open_steps
@@ -75,6 +75,12 @@ class Job:
     def original(self) -> BlockStream:
         """The dense model as it is, block by block."""
         return BlockStream(self.checkpoint, self.layout, self.compute)
+
+    @cached_property
+    def sampled(self) -> BlockStream:
+        """The dense model in the type that the CPU multiplies fastest, to sample text from."""
+        fast = native(self.compute, "cpu")
+        return self.original if fast is self.compute else BlockStream(self.checkpoint, self.layout, fast)
 
     @cached_property
     def stream(self) -> BlockStream:

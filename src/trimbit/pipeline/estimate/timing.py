@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from trimbit.calibrate.gradients import Gradient, coupled
 from trimbit.calibrate.moments import Accumulator, Moments
 from trimbit.calibrate.sample import PREFILL_TOKENS, draw, read
 from trimbit.measure.criteria.mutual_information import information
 from trimbit.model.checkpoint.open import materialize
+from trimbit.model.forward.attention import grouped
 from trimbit.model.forward.compute import computing, products_in
 from trimbit.model.forward.logits import LOGIT_TOKENS, Head, kl, logit_slices, loss_gradient
 from trimbit.model.forward.stream import CHUNK_TOKENS, block_arguments, build_skeleton, run_block
@@ -190,7 +192,7 @@ class Pieces:
         return self._known[("draw", rows, length)], self._known[key]
 
     def _sampled(self, rows: int, length: int) -> tuple[float, float]:
-        original, family = self.job.original, self.layout.family
+        original, family = self.job.sampled, self.layout.family
         model = build_skeleton(original.checkpoint.config, original.compute)
         decoder, some = model.get_decoder(), min(SAMPLED_BLOCKS, self.layout.blocks)
         blocks = decoder.layers[:some]
@@ -201,6 +203,12 @@ class Pieces:
         else:
             materialize(model.get_submodule(family.head), original.checkpoint, f"{family.head}.", original.compute)
         original.go_online(model)
+        with grouped(model):
+            return self._drawn(model, blocks, rows, length)
+
+    def _drawn(self, model: PreTrainedModel, blocks: nn.ModuleList, rows: int, length: int) -> tuple[float, float]:
+        """Of a model of some blocks, and without them."""
+        decoder, some = model.get_decoder(), len(blocks)
         column, generator = torch.zeros(rows, dtype=torch.long), torch.Generator().manual_seed(0)
         part = torch.zeros(min(rows, READ_ROWS), min(PREFILL_TOKENS, length), dtype=torch.long)
         decoder.layers = nn.ModuleList()
