@@ -44,7 +44,7 @@ def loss_gradients(stream: BlockStream, hidden: Chunks, losses: Losses) -> list[
             final = stream.norm(h)
         leaf = final.detach().flatten(0, -2).requires_grad_()
         sums: list[Tensor] = []
-        with torch.enable_grad(), products_in(stream.compute):
+        with torch.enable_grad(), products_in(stream.compute, stream.device.type):
             for part, logits in logit_slices(head, config, leaf):
                 each = losses(at, part, logits)
                 sums = sums or [torch.zeros_like(leaf) for _ in each]
@@ -60,10 +60,10 @@ def back_through(
 ) -> Iterator[tuple[Tensor, ...]]:  # fmt: skip
     """For each gradient of a block's output, that of its input, and those of the tensors that `wanted` names then."""
     x = x.detach().requires_grad_()
-    with torch.enable_grad(), products_in(stream.compute):
+    with torch.enable_grad(), products_in(stream.compute, stream.device.type):
         out = stream.forward(index, block, x)
         sources = [x, *wanted()]
     for number, upstream in enumerate(upstreams, start=1):
-        with products_in(stream.compute):
+        with products_in(stream.compute, stream.device.type):
             found = torch.autograd.grad(out, sources, upstream, retain_graph=number < len(upstreams))
         yield found

@@ -58,7 +58,7 @@ def sweep(
 
     def losses(at: int, part: slice, logits: Tensor) -> list[Tensor]:
         """Next-token cross-entropy; nothing follows the last token."""
-        follows = functional.pad(tokens[at, 1:], (0, 1), value=NOTHING)[part]
+        follows = functional.pad(tokens[at, 1:], (0, 1), value=NOTHING)[part].to(logits.device)
         total = functional.cross_entropy(logits, follows, reduction="sum", ignore_index=NOTHING)
         return [total / (tokens.shape[1] - 1)]
 

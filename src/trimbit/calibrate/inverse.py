@@ -10,7 +10,7 @@ from trimbit.errors import NumericsError
 def damped(h: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:
     """H + damping * mean(diag H) * I."""
     mean = h.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    return h + damping * mean * torch.eye(h.shape[0], dtype=h.dtype)
+    return h + damping * mean * torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
 
 
 def damped_inverse(h: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -42,12 +41,12 @@ class Accumulator:
         """Add the inputs of some tokens, rounded to bf16 as a bf16 layer reads them, whatever the model computes in."""
         self.count += x.shape[0]
         x = _as_read(x)
-        self._sum("h", lambda: torch.zeros(x.shape[1], x.shape[1])).add_(x.T @ x)
-        self._sum("mean", lambda: torch.zeros(x.shape[1])).add_(x.sum(0))
+        self._sum("h", lambda: x.new_zeros(x.shape[1], x.shape[1])).add_(x.T @ x)
+        self._sum("mean", lambda: x.new_zeros(x.shape[1])).add_(x.sum(0))
         if dense is not None:
             dense = _as_read(dense)
-            self._sum("cross", lambda: torch.zeros(dense.shape[1], x.shape[1])).add_(dense.T @ x)
-            self._sum("dense_mean", lambda: torch.zeros(dense.shape[1])).add_(dense.sum(0))
+            self._sum("cross", lambda: x.new_zeros(dense.shape[1], x.shape[1])).add_(dense.T @ x)
+            self._sum("dense_mean", lambda: x.new_zeros(dense.shape[1])).add_(dense.sum(0))
 
     def _sum(self, name: str, zero: Callable[[], Tensor]) -> Tensor:
         if name not in self.sums:

@@ -43,7 +43,7 @@ class Change:
 
     def error(self, x: Float[Tensor, "tokens cols"]) -> Float[Tensor, "tokens rows"]:
         """What it adds to the output."""
-        return x @ self.delta.T + self.bias
+        return x @ self.delta.to(x.device).T + self.bias.to(x.device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,10 +57,10 @@ class Sensitivities:
 class _Sums:
     """Sums over tokens of a weight: first the gradients of each draw, then the inputs of the same tokens."""
 
-    def __init__(self, rows: int, cols: int) -> None:
+    def __init__(self, rows: int, cols: int, device: torch.device) -> None:
         self.count = 0  # gradients of a token
-        self.rows = torch.zeros(rows)
-        self.h = torch.zeros(cols, cols)
+        self.rows = torch.zeros(rows, device=device)
+        self.h = torch.zeros(cols, cols, device=device)
         self.total = 0.0
         self._weight: Tensor | None = None  # of the tokens whose inputs are still to come
 
@@ -108,12 +108,14 @@ def sweep(
     embedded = embed_chunks(stream, tokens)
     inputs, hidden = inputs_of_blocks(stream, embedded, progress)
     normed = [stream.final_norm(h).flatten(0, -2) for h in hidden]
-    head = _Sums(layout.sizes["vocab"], layout.sizes["hidden"])
+    head = _Sums(layout.sizes["vocab"], layout.sizes["hidden"], stream.device)
 
     def losses(at: int, part: slice, logits: Tensor) -> list[Tensor]:
         """Cross-entropy of labels that the model itself draws."""
         p = torch.softmax(logits.detach(), -1)
-        labels = torch.multinomial(p, draws, replacement=True, generator=generator)
+        below = p.cumsum(-1)
+        points = torch.rand(len(p), draws, generator=generator).to(p.device) * below[:, -1:]
+        labels = torch.searchsorted(below, points, right=True).clamp_(max=p.shape[1] - 1)
         head.add_squares(p * (1 - p))  # what the squared gradient is expected to be
         head.add_inputs(normed[at][part])
         return [functional.cross_entropy(logits, own, reduction="sum") for own in labels.T]
@@ -123,7 +125,8 @@ def sweep(
     for index in reversed(range(layout.blocks)):
         block, own = stream.load(index).requires_grad_(requires_grad=False), changes(index)
         with _Outputs(_modules(stream, index, block)) as seen:
-            sums = {name: _Sums(layout.weights[name].rows, layout.weights[name].cols) for name in seen.modules}
+            weights = (layout.weights[name] for name in seen.modules)
+            sums = {weight.name: _Sums(weight.rows, weight.cols, stream.device) for weight in weights}
             squares = dict.fromkeys(own, 0.0)
             for at, x in enumerate(inputs.pop()):
                 errors: dict[str, Tensor] = {}
@@ -145,7 +148,7 @@ def sweep(
         progress(2 * layout.blocks - index, 2 * layout.blocks)
         yield Sensitivities(weights={name: total.mean(name) for name, total in sums.items()}, changes=found)
     squared = [back.square() for each in upstreams for back in each]
-    read = torch.cat([own.flatten() for own in tokens.split(len(embedded[0])) for _ in range(draws)])
+    read = torch.cat([own.flatten() for own in tokens.split(len(embedded[0])) for _ in range(draws)]).to(stream.device)
     yield Sensitivities(weights={layout.family.embed: _lookup(read, squared, layout.sizes["vocab"])})
 
 
@@ -191,6 +194,6 @@ def _lookup(
 ) -> Sensitivity:
     """Of the embedding: which rows are read, and where; a row's error is felt as it is, so H is diagonal."""
     g2 = torch.cat([own.flatten(0, -2) for own in squared]).float()
-    rows = torch.zeros(vocab).index_add_(0, tokens, g2.sum(1)) / len(g2)
+    rows = g2.new_zeros(vocab).index_add_(0, tokens, g2.sum(1)) / len(g2)
     columns = g2.sum(0)
     return Sensitivity(rows=rows, h=torch.diag(columns / columns.sum().clamp(min=torch.finfo(torch.float32).tiny)))

@@ -45,7 +45,7 @@ def collect(stream: BlockStream, tokens: Int[Tensor, "rows length"], folder: Pat
     layout, carried = stream.layout, Carried(folder)
     done, hidden = 0, embed_chunks(stream, tokens)
     if (known := carried.load()) is not None:
-        done, hidden = known[0], known[1]["hidden"]
+        done, hidden = known[0], [own.to(stream.device) for own in known[1]["hidden"]]
     for index in range(done, layout.blocks):
         block = stream.load(index)
         sites = stream.site_modules(index, block)
@@ -69,5 +69,5 @@ def _store(path: Path, sums: Mapping[str, Accumulator]) -> None:
     tensors: dict[str, Tensor] = {}
     for site, total in sums.items():
         moments = total.moments()
-        tensors |= {f"{site}.h": moments.h, f"{site}.mean": moments.mean}
+        tensors |= {f"{site}.h": moments.h.cpu(), f"{site}.mean": moments.mean.cpu()}
     save_atomically(path, lambda temporary: save_file(tensors, temporary))

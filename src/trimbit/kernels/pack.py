@@ -45,13 +45,13 @@ def pack_digits(codes: UInt8[Tensor, "rows n"], base: int, per_byte: int) -> UIn
     """Pack codes below `base`, base^per_byte <= 256; the digits after a row's last code are zero."""
     rows, n = codes.shape
     padded = torch.nn.functional.pad(codes, (0, -n % per_byte)).view(rows, -(-n // per_byte), per_byte)
-    worth = torch.tensor([base**place for place in range(per_byte)], dtype=torch.uint8)
+    worth = (base ** torch.arange(per_byte, device=codes.device)).to(torch.uint8)
     return (padded * worth).sum(-1, dtype=torch.uint8)
 
 
 def digits(base: int, per_byte: int, device: torch.device) -> Int64[Tensor, "256 per_byte"]:
     """The digits of each byte; of bytes that `pack_digits` never gives, those of the byte modulo base^per_byte."""
-    worth = torch.tensor([base**place for place in range(per_byte)], device=device)
+    worth = base ** torch.arange(per_byte, device=device)
     return torch.arange(256, device=device)[:, None] // worth % base
 
 

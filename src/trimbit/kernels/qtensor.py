@@ -55,7 +55,7 @@ class QTensor:
     def of(cls, tensors: Mapping[str, Tensor], runs: tuple[Run, ...]) -> "QTensor":
         """The inverse of `tensors`."""
         if (weight := tensors.get("weight")) is not None:
-            empty = torch.empty(weight.shape[0], 0, dtype=torch.float16)
+            empty = torch.empty(weight.shape[0], 0, dtype=torch.float16, device=weight.device)
             return cls(codes=weight.view(torch.uint8), scales=empty, zeros=None, runs=runs)
         return cls(codes=tensors["codes"], scales=tensors["scales"], zeros=tensors.get("zeros"), runs=runs)
 
@@ -91,7 +91,9 @@ def pack_columns(
     kept = [scale.to(torch.float16) for scale in scales if scale is not None]
     return QTensor(
         codes=torch.cat(code_parts, dim=1),
-        scales=torch.cat(kept, dim=1) if kept else torch.empty(codes.shape[0], 0, dtype=torch.float16),
+        scales=torch.cat(kept, dim=1)
+        if kept
+        else torch.empty(codes.shape[0], 0, dtype=torch.float16, device=codes.device),
         zeros=torch.cat(zero_parts, dim=1) if zero_parts else None,
         runs=runs,
     )

@@ -123,10 +123,10 @@ class _Rows:
     def of(cls, name: str, places: Sequence[Sensitivity], errors: Errors) -> "_Rows":
         """All rows, or of more than `ROWS` so many at even steps through the sum of their sensitivities."""
         b, felt = torch.stack([own.rows for own in places], 1), [errors.felt(name, own.h) for own in places]
-        index, weights = torch.arange(len(b)), b
+        index, weights = torch.arange(len(b), device=b.device), b
         if len(b) > ROWS:
             share = (b / b.sum(0).clamp(min=torch.finfo(b.dtype).tiny)).mean(1)
-            steps = (torch.arange(ROWS) + 0.5) / ROWS * share.sum()
+            steps = (torch.arange(ROWS, device=b.device) + 0.5) / ROWS * share.sum()
             found = torch.searchsorted(share.cumsum(0), steps).clamp(max=len(b) - 1)
             index, counts = found.unique(return_counts=True)
             weights = b[index] * (counts / (ROWS * share[index]))[:, None]

@@ -40,7 +40,7 @@ def measure_removals(
     layout, carried = stream.layout, Carried(folder)
     done, hidden = 0, {DENSE: embed_chunks(stream, tokens)}
     if (known := carried.load()) is not None:
-        done, hidden = known
+        done, hidden = known[0], {name: [own.to(stream.device) for own in states] for name, states in known[1].items()}
     units = removable(layout, space)
     for index in range(done, layout.blocks):
         block = stream.load(index)
@@ -72,7 +72,7 @@ def _divergences(stream: BlockStream, hidden: Mapping[str, Chunks], tokens: int)
 
     for at in range(len(hidden[DENSE])):
         normed = {name: stream.final_norm(states[at]).flatten(0, -2) for name, states in hidden.items()}
-        with computing(stream.compute):
+        with computing(stream.compute, stream.device.type):
             for part in torch.arange(len(normed[DENSE])).split(LOGIT_TOKENS):
                 log_p = log_softmax(normed[DENSE][part])
                 for name in total:

@@ -111,5 +111,5 @@ def identity_moments(n: int) -> Moments:
 def tied_moments(head: Moments) -> Moments:
     """The moments of a tied table (ours): the head's inputs, and with equal weight the lookup."""
     scale = head.h.diagonal().mean()
-    eye = torch.eye(head.h.shape[0])
+    eye = torch.eye(head.h.shape[0], device=head.h.device)
     return Moments(count=head.count, h=head.h / scale + eye, mean=head.mean)

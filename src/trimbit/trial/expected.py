@@ -36,9 +36,9 @@ class ExpectedErrors:
         self, name: str, rows: Int[Tensor, " some"], precision: Precision, felt: Float[Tensor, "cols places"]
     ) -> Float[Tensor, "some places"]:
         """The expected squared error of some rows' output, where that of each column counts as `felt` in each place."""
-        w, weighting = self.checkpoint.tensor(f"{name}.weight")[rows].float(), None
+        w, weighting = self.checkpoint.tensor(f"{name}.weight")[rows.cpu()].to(felt.device, torch.float32), None
         if isinstance(self.config, gptq.Config) and self.config.weighted_scales:
-            weighting = self._moments(name).h.diagonal().clamp(min=gptq.LEAST_WEIGHT)
+            weighting = self._moments(name).h.diagonal().clamp(min=gptq.LEAST_WEIGHT).to(felt.device)
         grid = fit_grid(w, (Run(count=w.shape[1], precision=precision),), self.config.scales, weighting)
         return rtn.rounding_errors(w, grid).square_() @ felt
 
@@ -49,7 +49,7 @@ class ExpectedErrors:
         site = self.layout.weights[name].site
         if self._residual is None or self._residual[0] != site:
             moments = self._moments(name)
-            self._residual = site, gptq.residuals(moments.h, [len(moments.h)], self.config).to(h.dtype)
+            self._residual = site, gptq.residuals(moments.h.to(h.device), [len(moments.h)], self.config).to(h.dtype)
         residual = self._residual[1]
         found: Tensor = torch.linalg.vecdot(residual @ h, residual)
         return found

@@ -24,6 +24,7 @@ from trimbit.model.forward.logits import Head
 from trimbit.model.layout import Layout
 from trimbit.schema.plan import Rotation
 
+CPU = torch.device("cpu")
 CHUNK_TOKENS = 2048  # tokens run at a time: bounds activations
 Chunks = list[Float[Tensor, "_ length hidden"]]  # the last may have fewer rows
 
@@ -95,28 +96,39 @@ class BlockStream:
 
     rotation: Rotation | None = None  # of its channels
 
-    def __init__(self, checkpoint: Checkpoint, layout: Layout, compute: torch.dtype = torch.bfloat16) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, layout: Layout, compute: torch.dtype = torch.bfloat16,
+        device: torch.device = CPU,
+    ) -> None:  # fmt: skip
+        """`device` holds the embedding, the final norm and whatever block is there."""
         self.checkpoint = checkpoint
         self.layout = layout
         self.compute = compute
+        self.device = device
         self.skeleton = build_skeleton(checkpoint.config, compute)
         family = layout.family
         self._embed = self.skeleton.get_submodule(family.embed)
         self.norm = self.skeleton.get_submodule(family.final_norm)
         materialize(self._embed, checkpoint, family.embed + ".", torch.bfloat16)
         materialize(self.norm, checkpoint, family.final_norm + ".", torch.float32)
+        self._embed.to(device)
+        self.norm.to(device)
+        for module in self.skeleton.modules():  # RoPE's
+            for name, buffer in module.named_buffers(recurse=False):
+                if not buffer.is_meta:
+                    module._buffers[name] = buffer.to(device)
         self._arguments: dict[tuple[int, int, torch.device], list[dict[str, Any]]] = {}
 
     def embed(self, tokens: Int[Tensor, "rows length"]) -> Float[Tensor, "rows length hidden"]:
         """The first block's input."""
         with torch.no_grad():
-            return self._embed(tokens).float()  # type: ignore[no-any-return]
+            return self._embed(tokens.to(self.device)).float()  # type: ignore[no-any-return]
 
     @contextmanager
     def embedding_replaced(self, table: Float[Tensor, "vocab hidden"]) -> Iterator[None]:
         """Embed with another table."""
         original = self._embed.weight
-        self._embed.weight = nn.Parameter(table, requires_grad=False)
+        self._embed.weight = nn.Parameter(table.to(self.device), requires_grad=False)
         try:
             yield
         finally:
@@ -130,7 +142,7 @@ class BlockStream:
     def head(self) -> Head:
         """The dense head, in the type that the model computes in."""
         name = self.layout.family.embed if self.layout.tied else self.layout.family.head
-        return partial(functional.linear, weight=self.checkpoint.tensor(f"{name}.weight").to(self.compute))
+        return partial(functional.linear, weight=self.checkpoint.tensor(f"{name}.weight").to(self.device, self.compute))
 
     def load(self, index: int) -> nn.Module:
         """A fresh copy of a block with its weights in fp32."""
@@ -140,7 +152,7 @@ class BlockStream:
             fresh = block(self.skeleton.config, index)
         materialize(fresh, self.checkpoint, prefix + ".", torch.float32)
         self.go_online(fresh, prefix + ".")
-        return fresh.eval()
+        return fresh.eval().to(self.device)
 
     def go_online(self, root: nn.Module, prefix: str = "") -> None:
         """Give a module with this model's weights what is computed between them, where that is not its own forward.

@@ -57,7 +57,7 @@ def quantize_all(
     if any([run.count for run in other] != counts for other in runs):  # columns go in another order
         return [quantize(w, moments, own, config) for w, own in zip(ws, runs, strict=True)]
     order, u = _factor(h, counts, config)
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     u = u.float()
     weighting = h.diagonal().float().clamp(min=LEAST_WEIGHT) if config.weighted_scales else None
     pieces: list[list[QTensor]] = [[] for _ in ws]
@@ -107,7 +107,7 @@ def _batches(ws: Sequence[Tensor]) -> list[list[tuple[int, slice]]]:
 
 def _factor(h: Tensor, counts: Sequence[int], config: Config) -> tuple[Tensor, Tensor]:
     """The order in which columns are swept, and U in that order."""
-    order = _order(h.diagonal(), counts) if config.act_order else torch.arange(len(h))
+    order = _order(h.diagonal(), counts) if config.act_order else torch.arange(len(h), device=h.device)
     return order, inverse_factor(h[order][:, order], config.damping)
 
 

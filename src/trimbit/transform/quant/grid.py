@@ -98,7 +98,7 @@ def _fit_run(
     group = precision.group or count
     pad = -count % group
     x = functional.pad(w, (0, pad), mode="replicate").view(rows, -1, group)  # the range stays; the cost is nothing
-    cost = functional.pad(torch.ones(count) if weighting is None else weighting, (0, pad)).view(1, -1, group)
+    cost = functional.pad(w.new_ones(count) if weighting is None else weighting, (0, pad)).view(1, -1, group)
     if isinstance(precision, Ternary | Binary):
         scale, zero = _solved(x, precision, search, cost)
     else:
@@ -177,7 +177,7 @@ def rounded(x: Tensor, scale: Tensor, zero: Tensor, precision: Int | NormalFloat
     """The nearest values on the grid; zero where the scale is zero."""
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)
     if isinstance(precision, NormalFloat):
-        return LEVELS[torch.bucketize(x / safe, MIDPOINTS)] * scale
+        return LEVELS.to(x.device)[torch.bucketize(x / safe, MIDPOINTS.to(x.device))] * scale
     codes = ((x / safe).round_() + zero).clamp_(0, 2**precision.bits - 1)
     return (codes - zero) * scale
 
@@ -191,6 +191,6 @@ def nearest(x: Tensor, safe: Tensor, zero: Tensor, top: Tensor, *, tables: bool)
     codes = torch.minimum(x.round().add_(zero).clamp_(min=0), top)
     levels = codes - zero
     if tables:
-        table, index = top == TABLE, torch.bucketize(x, MIDPOINTS)
-        codes, levels = torch.where(table, index.float(), codes), torch.where(table, LEVELS[index], levels)
+        table, index = top == TABLE, torch.bucketize(x, MIDPOINTS.to(x.device))
+        codes, levels = torch.where(table, index.float(), codes), torch.where(table, LEVELS.to(x.device)[index], levels)
     return codes, levels

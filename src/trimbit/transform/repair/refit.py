@@ -58,8 +58,8 @@ def refit(
     h = train.h.double() - mean.outer(mean)
     target = w @ (train.cross.double() - dense_mean.outer(mean)) - w_kept @ h
     scale = h.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    offset = torch.zeros(w.shape[0], dtype=torch.float64) if bias is None else bias.double()
-    eye = torch.eye(h.shape[0], dtype=torch.float64)
+    offset = w.new_zeros(w.shape[0], dtype=torch.float64) if bias is None else bias.double()
+    eye = torch.eye(h.shape[0], dtype=torch.float64, device=h.device)
     best: Refit | None = None
     for ridge in (None, *config.ridges):
         weight = w_kept

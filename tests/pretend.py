@@ -1,0 +1,92 @@
+"""A device that is not there: its tensors compute on the CPU, and refuse to meet tensors that are not on it.
+
+A constant or a file's tensor that was left on the CPU fails here as it would on a GPU, and results can be compared.
+"""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+
+NAME = "pretend"
+
+
+class _Module(_DummyBackendModule):
+    def get_amp_supported_dtype(self):
+        return [torch.bfloat16]
+
+
+_setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
+DEVICE = torch.device(NAME, 0)
+_ATEN = torch.ops.aten
+COPIES = {_ATEN.copy_.default}  # from one device to another
+INDEXED = {_ATEN.index.Tensor, _ATEN.index_put_.default, _ATEN.index_put.default}  # indices may be on the CPU
+
+
+class MixedDevicesError(RuntimeError):
+    """Tensors of two devices met."""
+
+
+class OnDevice(torch.Tensor):
+    """A tensor on the device; the values are those of `held`."""
+
+    @staticmethod
+    def __new__(cls, held):
+        self = torch.Tensor._make_wrapper_subclass(
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=DEVICE,
+        )
+        self.held = held
+        return self
+
+    def __repr__(self):
+        return f"OnDevice({self.held})"
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.tolist:
+            return args[0].held.tolist()
+        if func is torch.Tensor.numpy:
+            raise TypeError(f"a tensor on {NAME} has no numpy array; use Tensor.cpu()")
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return _run(func, args, kwargs or {})
+
+
+class Pretend(TorchDispatchMode):
+    """Within it the device exists."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return _run(func, args, kwargs or {})
+
+
+def _run(func, args, kwargs):
+    tensors = [one for one in tree_flatten((args, kwargs))[0] if isinstance(one, torch.Tensor)]
+    on_device = [isinstance(one, OnDevice) for one in tensors]
+    if any(on_device) and func not in COPIES:
+        first = 1 if func in INDEXED and on_device[0] else 0
+        others = [] if first else [t for t, own in zip(tensors, on_device, strict=True) if not own and t.dim() > 0]
+        if others:
+            raise MixedDevicesError(f"{func}: a tensor of shape {tuple(others[0].shape)} is on the CPU, others are not")
+    target = kwargs.get("device")
+    on = any(on_device) if target is None else torch.device(target).type == NAME
+    inner_args, inner_kwargs = tree_map_only(OnDevice, lambda one: one.held, (args, kwargs))
+    if target is not None:
+        inner_kwargs = inner_kwargs | {"device": torch.device("cpu")}
+    out = func(*inner_args, **inner_kwargs)
+    if func._schema.is_mutable and isinstance(out, torch.Tensor) and tensors and out is _held(args[0]):
+        return args[0]
+    return (
+        tree_map_only(torch.Tensor, lambda one: one if isinstance(one, OnDevice) else OnDevice(one), out) if on else out
+    )
+
+
+def _held(one):
+    return one.held if isinstance(one, OnDevice) else one
