@@ -12,11 +12,30 @@ NAME = "pretend"
 
 
 class _Module(_DummyBackendModule):
+    """Not there for those who look for an accelerator: transformers, PEFT and `fork_rng` do."""
+
+    def is_available(self):
+        return False
+
+    def device_count(self):
+        return 0
+
     def get_amp_supported_dtype(self):
         return [torch.bfloat16]
 
 
-_setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
+class _Hook(torch._C._acc.PrivateUse1Hooks):
+    def is_available(self):
+        return False
+
+    def has_primary_context(self, _index):
+        return False
+
+    def is_built(self):
+        return True
+
+
+_setup_privateuseone_for_python_backend(NAME, backend_module=_Module(), hook=_Hook())
 DEVICE = torch.device(NAME, 0)
 _ATEN = torch.ops.aten
 COPIES = {_ATEN.copy_.default}  # from one device to another

@@ -52,7 +52,7 @@ class Writer:
             have = TensorSpec(DTYPES.get(str(tensor.dtype), str(tensor.dtype)), tuple(tensor.shape))
             if self.specs.get(name) != have:
                 raise ArtifactError(f"tensor {name} is {have}, but the plan says {self.specs.get(name)}")
-            self.pending[name] = tensor.contiguous()
+            self.pending[name] = tensor.cpu().contiguous()
         while self.written < len(self.files) and self.files[self.written].keys() <= self.pending.keys():
             part = {name: self.pending.pop(name) for name in self.files[self.written]}
             self._save(part, file_name(self.written, len(self.files)))

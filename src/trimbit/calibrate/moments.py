@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -19,6 +20,11 @@ class Moments:
     mean: Float[Tensor, " n"]
     cross: Float[Tensor, "m n"] | None = None
     dense_mean: Float[Tensor, " m"] | None = None
+
+    def to(self, device: torch.device) -> "Moments":
+        """The same on a device."""
+        cross, dense_mean = (None if own is None else own.to(device) for own in (self.cross, self.dense_mean))
+        return replace(self, h=self.h.to(device), mean=self.mean.to(device), cross=cross, dense_mean=dense_mean)
 
     def at(self, index: Int[Tensor, " k"]) -> "Moments":
         """The moments of the channels `index` of x."""

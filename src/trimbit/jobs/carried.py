@@ -33,7 +33,7 @@ class Carried:
         """Keep what goes into block `done`, unless that was done a moment ago."""
         if time.monotonic() - self._saved < SECONDS:
             return
-        tensors = {f"{name}.{at:06d}": own.cpu() for name, parts in lists.items() for at, own in enumerate(parts)}
+        tensors = {f"{name}.{at:06d}": own for name, parts in lists.items() for at, own in enumerate(parts)}
         save_tensors(self.path, tensors, {"done": str(done), "names": " ".join(lists)})
         self._saved = time.monotonic()
 

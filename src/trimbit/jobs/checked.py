@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = MappingProxyType({})) -> None:
     """Write tensors and their digest; the file appears whole."""
-    whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {**metadata, "digest": _digest(whole, metadata)}
     save_atomically(path, lambda temporary: save_file(whole, temporary, header))
 

@@ -75,8 +75,8 @@ def apply_plan(
     if held_out is None:
         return []
     head_name = family.embed if layout.tied else family.head
-    original = stream.checkpoint.tensor(f"{head_name}.weight").to(stream.compute)
-    return job.damage(original, head.dense(torch.bfloat16).to(stream.compute), held_out)
+    original = stream.checkpoint.tensor(f"{head_name}.weight").to(stream.device, stream.compute)
+    return job.damage(original, head.dense(torch.bfloat16).to(stream.device, stream.compute), held_out)
 
 
 def _embedding(
@@ -87,12 +87,12 @@ def _embedding(
     runs = resolved.weights[name].runs
     if (known := load_tensors(path)) is not None:
         return Compressed.of(known[0], name, runs)
-    embedding = stream.checkpoint.tensor(f"{name}.weight").float()
+    embedding = stream.checkpoint.tensor(f"{name}.weight").to(stream.device, torch.float32)
     moments = identity_moments(embedding.shape[1])
     if layout.tied and compressor.needs_moments:
         assert stats is not None, "a tied head needs statistics"
         moments = tied_moments(stats.moments("head_in"))
-    (made,) = compressor.compress([embedding], moments, [name], [runs], [0])
+    (made,) = compressor.compress([embedding], moments.to(stream.device), [name], [runs], [0])
     save_tensors(path, made.tensors(name))
     return made
 
@@ -100,7 +100,7 @@ def _embedding(
 def _head(job: _Job) -> Compressed:
     """An untied head, compressed."""
     name = job.layout.family.head
-    w = job.stream.checkpoint.tensor(f"{name}.weight").float()
+    w = job.stream.checkpoint.tensor(f"{name}.weight").to(job.stream.device, torch.float32)
     moments = job.final_moments() if job.compressor.needs_moments else None
     (made,) = job.compressor.compress([w], moments, [name], [job.resolved.weights[name].runs], [0])
     return made
@@ -111,8 +111,8 @@ def _resume(job: _Job, carried: Carried, blocks: Sequence[Path]) -> int:
     known = carried.load()
     if known is None or any(load_tensors(path) is None for path in blocks[: known[0]]):
         return 0
-    done, job.hidden = known
-    return done
+    job.hidden = {name: [own.to(job.stream.device) for own in states] for name, states in known[1].items()}
+    return known[0]
 
 
 def _whole(path: Path) -> dict[str, Tensor]:

@@ -64,6 +64,7 @@ class _Job:
             with only_half(block, self.layout, unit.origin), only_half(dense, self.layout, unit.origin):
                 if not unit.dropped:
                     cut_unit(block, self.layout, unit, prefix)
+                    block.to(self.stream.device)  # orders, too
                     stored |= self._compress_unit(index, unit, dense, block, prefix)
                     self._advance_compressed(index, unit.origin, block, prefix)
                     self._advance(self.held_compressed, index, block)
@@ -94,7 +95,7 @@ class _Job:
                 logit_slices(partial(functional.linear, weight=weight), self.layout.config, norm(x))
                 for weight, norm, x in ((original, self.stream.norm, dense), (compressed, self.norm, own))
             )
-            with computing(self.stream.compute):
+            with computing(self.stream.compute, self.stream.device.type):
                 log_ps = (torch.log_softmax(logits, -1) for _, logits in teacher)
                 found.append(compare_logits(log_ps, student, following(tokens[None])).kl)
         return found
@@ -178,14 +179,7 @@ class _Job:
     ) -> list[Compressed]:  # fmt: skip
         assert train is not None
         w, bias = original.weight.detach(), None if original.bias is None else original.bias.detach()
-        fitted = refit.refit(
-            w,
-            linear.weight.detach(),
-            bias,
-            train.moments(),
-            held.moments(),
-            self.repair,
-        )
+        fitted = refit.refit(w, linear.weight.detach(), bias, train.moments(), held.moments(), self.repair)
         both = train.plus(held).moments()
         compressed = self._compress([weight], [fitted.weight], both)
         shift = refit.bias_for(w, compressed[0].dense(), bias, both).bfloat16().float()  # as it is stored

@@ -12,7 +12,7 @@ from trimbit.runtime.restructure import change_inputs, set_width
 def cut_weight(w: Tensor, weight: ResolvedWeight) -> Tensor:
     """The rows and columns of a weight that are stored, in their order."""
     for axis, index in enumerate((weight.rows, weight.cols)):
-        w = w if index is None else w.index_select(axis, index)
+        w = w if index is None else w.index_select(axis, index.to(w.device))
     return w
 
 

@@ -55,7 +55,8 @@ def compare_logits(
     for log_p, (part, own) in zip(log_ps, logits, strict=True):
         log_q = torch.log_softmax(own, -1)
         divergence += kl(log_p, log_q)
-        surprise += float(functional.nll_loss(log_q, after[part], reduction="sum", ignore_index=NOTHING))
+        labels = after[part].to(log_q.device)
+        surprise += float(functional.nll_loss(log_q, labels, reduction="sum", ignore_index=NOTHING))
     return Divergence(kl=divergence / len(after), nll=surprise / max(int((after != NOTHING).sum()), 1))
 
 
