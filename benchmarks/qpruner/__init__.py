@@ -2,7 +2,7 @@
 
 Model, calibration, perplexity and KL as for `main`. Recovery distils the original on instructions, 100 steps of 16 rows
 of at most 256 tokens; tasks are the first 500 documents. Results are in `results/qpruner.json`, the page is
-docs/qpruner.md.
+docs/results/qpruner.md.
 """
 
 EXPERIMENTS = ("start", "recipes", "memory", "tasks", "plans", "ranks", "noise", "estimators")

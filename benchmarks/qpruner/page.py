@@ -1,10 +1,10 @@
-"""docs/qpruner.md."""
+"""docs/results/qpruner.md."""
 
 from harness.bench import DOCS
 from harness.tables import Results, origin_table, write_parts
 from qpruner import estimators, memory, noise, plans, ranks, recipes, start, tasks
 
-PAGE = DOCS / "qpruner.md"
+PAGE = DOCS / "results" / "qpruner.md"
 
 
 def parts(results: Results) -> dict[str, list[str]]:

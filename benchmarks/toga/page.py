@@ -1,11 +1,11 @@
-"""docs/toga.md and its pictures."""
+"""docs/results/toga-q.md and its pictures."""
 
 from harness.bench import DOCS
 from harness.tables import Results, origin_table, write_parts
 from toga import agreement, cost, errors, full, kv, noise, options, ranks, settings, tiles
 from toga.plots import draw_bits, draw_masks
 
-PAGE = DOCS / "toga.md"
+PAGE = DOCS / "results" / "toga-q.md"
 
 
 def parts(results: Results) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""The pictures of docs/toga.md."""
+"""The pictures of docs/results/toga-q.md."""
 
 from pathlib import Path
 from typing import Any
