@@ -69,7 +69,7 @@ class MaskTraining(MaskedSearch):
     checkpointing: bool = True  # keep each block's input alone, and run the block again for its gradients
 
     def cuda_graphs(self, device: str) -> bool:
-        """On a GPU, where blocks do the same operations for every row and mask (`masked/replayed.py`).
+        """On a GPU, where blocks do the same operations for every row and mask (`masked/cuda_graphs.py`).
 
         Where inputs are rounded, what is done depends on the masks; what is packed is unpacked by tables of the CPU's.
         """
