@@ -27,6 +27,7 @@ RECIPE = "knapsack"
 BUDGETS = ("72MB", "45MB")
 PREDICTED = "measure.by=predicted"
 CHOICES = "predicted/choices"
+FEW = 10  # below these a kind has no correlation to speak of
 
 
 def cells(bench: Bench, seed: int) -> Iterator[Cell]:
@@ -87,16 +88,19 @@ def rows(results: Results) -> list[str]:
     )
     quality = []
     for budget in BUDGETS:
-        for key, name in ((f"budget/{RECIPE}/{budget}", "measured"), (f"predicted/{RECIPE}/{budget}", "predicted")):
-            own = results.get(key)
-            if own is not None:
-                cut = str(len(own["cut"]))
-                quality.append([budget, name, f"{own['ppl@2048']:.2f}", f"{own['kl']:.3f}", own["method"], cut])
+        keys = {"measured": f"budget/{RECIPE}/{budget}", "predicted": f"predicted/{RECIPE}/{budget}"}
+        if keys["predicted"] not in results:
+            continue
+        for name, own in ((name, results[key]) for name, key in keys.items() if key in results):
+            cut = str(len(own["cut"]))
+            quality.append([budget, name, f"{own['ppl@2048']:.2f}", f"{own['kl']:.3f}", own["method"], cut])
     heads = ["budget", "damage", "ppl@2048", "KL", "chosen", "sub-blocks cut"]
-    return [*found, "", *table(heads, quality, tight=True)]
+    return [*found, "", *table(heads, quality, tight=True)] if quality else found
 
 
 def _agreement(choices: list[list[Any]]) -> list[str]:
+    if len(choices) < FEW:
+        return [str(len(choices)), "", "", ""]
     _, measured, predicted = (np.array(own) for own in zip(*choices, strict=True))
     both = (measured > 0) & (predicted > 0)
     logs = np.corrcoef(np.log(measured[both]), np.log(predicted[both]))[0, 1]
