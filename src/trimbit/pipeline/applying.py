@@ -1,4 +1,4 @@
-"""Plans applied for real: each is a stage, whose result is a compressed directory in the cache."""
+"""Applying plans for real: a stage for each plan, which leaves a compressed directory in the cache."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ MEASURED_FILE = "measured.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Applied:
-    """A compressed directory and what it costs; None: the recipe reads no text to say so."""
+    """A compressed directory and its measured KL; None if the recipe reads no text."""
 
     folder: Path
     measured: Measured | None
@@ -62,5 +62,5 @@ def applied_stage(job: Job, prepared: Prepared, plan: Plan, title: str) -> Stage
 
 
 def applied(job: Job, prepared: Prepared, plan: Plan, title: str = "pruning, refit, quantisation") -> Applied:
-    """Apply a plan, unless that was done before."""
+    """Apply a plan, unless the result is cached."""
     return job.runner.run(applied_stage(job, prepared, plan, title))

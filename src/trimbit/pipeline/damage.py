@@ -1,4 +1,4 @@
-"""The damage of every choice: the keys of what is measured, and the stage that predicts."""
+"""The damage of every choice: the keys of measurements, and the stage that predicts it."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def require_predictable(job: Job) -> None:
     """Refuse a recipe whose damage cannot be predicted.
 
     Raises:
-        RecipeError: if it has several rounds, low-rank pairs, or a quantiser whose errors are not known beforehand.
+        RecipeError: if it has several rounds, low-rank pairs, or a quantiser whose errors cannot be predicted.
     """
     want = job.recipe.measure
     if want is None or want.by != "predicted":
@@ -87,7 +87,7 @@ def predicted_key(job: Job, prepared: Prepared) -> PredictedKey:
 
 
 def predicted_stage(job: Job, prepared: Prepared, candidates: CandidateWeights) -> Stage[Measurements]:
-    """The stage that predicts; cuts are refitted by the candidates."""
+    """The stage that predicts damage; `candidates` gives the refitted cuts."""
     text, want = prepared.text, job.recipe.measure
     assert text is not None
     assert text.damage is not None

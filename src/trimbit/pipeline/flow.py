@@ -29,7 +29,7 @@ def compress(job: Job, budget: Budget | None, out: Path) -> Plan:
 
 
 def find_plan(job: Job, budget: Budget | None) -> Found:
-    """Find the best plan within a budget; None: of the recipe's own size."""
+    """Find the best plan within a budget; without one, of the recipe's default size."""
     budget_nbytes = preflight(job, budget)
     return search(job, prepare(job), budget_nbytes)
 
@@ -38,7 +38,7 @@ def apply(job: Job, plan: Plan, out: Path) -> Plan:
     """Apply a plan and write the compressed directory; returns the plan that it holds.
 
     Raises:
-        PlanError: if the plan belongs to another model, or the recipe has no means to apply it.
+        PlanError: if the plan belongs to another model, or the recipe cannot apply it.
     """
     require_own(job, plan)
     require_training(job)

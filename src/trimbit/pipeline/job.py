@@ -1,4 +1,4 @@
-"""A job: one model, one recipe, one text, one seed, for any number of budgets; its inputs, and nothing that is made."""
+"""The inputs of a job: one model, recipe, text and seed, for any number of budgets; no results."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,13 +27,13 @@ from trimbit.trial.masked.memory import masked_nbytes
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a job is given."""
+    """The inputs of a job."""
 
     checkpoint: Checkpoint
     recipe: Recipe
     calibration: str = "self"  # or a file
     seed: int = 0
-    threads: int = field(default_factory=torch.get_num_threads)  # that text is sampled with: they decide the text
+    threads: int = field(default_factory=torch.get_num_threads)  # for sampling text, which depends on them
     runner: Runner = field(default_factory=Runner)
 
     @cached_property
@@ -43,13 +43,13 @@ class Job:
 
     @property
     def compute(self) -> torch.dtype:
-        """Of matrix products."""
+        """The dtype of matrix products."""
         dtype: torch.dtype = getattr(torch, self.recipe.compute)
         return dtype
 
     @cached_property
     def device(self) -> torch.device:
-        """Where masks are learnt and the original answers; all else runs on the CPU."""
+        """The device for mask training and the original's outputs; all else runs on the CPU."""
         config = self.steps.search
         if not isinstance(config, MaskedSearch):
             return fastest_device(4 * self.layout.parameters // self.layout.blocks)  # a block at a time
@@ -57,7 +57,7 @@ class Job:
 
     @property
     def reporter(self) -> Reporter:
-        """Where progress goes."""
+        """The reporter of progress."""
         return self.runner.reporter
 
     @cached_property
@@ -67,13 +67,13 @@ class Job:
 
     @cached_property
     def model(self) -> ModelRef:
-        """What ties plans and measurements to the model."""
+        """The reference that ties plans and measurements to the model."""
         c = self.checkpoint
         return ModelRef(id=c.model_id, config_hash=c.config_hash(), weights_hash=c.weights_hash())
 
     @cached_property
     def original(self) -> BlockStream:
-        """The dense model as it is, block by block."""
+        """The dense model without rotation, block by block."""
         return BlockStream(self.checkpoint, self.layout, self.compute)
 
     @cached_property
@@ -92,7 +92,7 @@ class Job:
 
     @cached_property
     def space(self) -> Space:
-        """What the search may choose from, with what is fixed before it."""
+        """The search space, with the widths that are fixed before the search."""
         space = self.recipe.space or Space(formats=(), embedding_formats=())
         if self.recipe.prune is None:
             return space
@@ -110,12 +110,12 @@ class Job:
 
     @property
     def rank(self) -> int:
-        """Of the low-rank pair beside each weight of the blocks; 0: none."""
+        """The rank of the low-rank pair of each weight in the blocks; 0: no pairs."""
         return self.steps.lowrank.rank if self.steps.lowrank is not None else 0
 
     @property
     def objective(self) -> Objective | None:
-        """What a search by whole plans goes by."""
+        """The objective of a search over whole plans; None for other searches."""
         method = self.steps.method
         return method.objective(self.steps.search) if method.objective else None
 

@@ -1,6 +1,6 @@
-"""The content key of every stage: all that its result depends on.
+"""The content key of every stage: everything that its result depends on.
 
-`version` is raised whenever a change of the code changes results.
+`version` is raised whenever a change to the code changes results.
 """
 
 from typing import Any, ClassVar
@@ -38,7 +38,7 @@ class MomentsKey(StageKey):
 
 
 class RankingKey(StageKey):
-    """Which channels and KV groups go first."""
+    """The order in which channels and KV groups are cut."""
 
     stage: ClassVar[str] = "ranking"
     version: ClassVar[int] = 1
@@ -65,13 +65,13 @@ class CandidatesKey(StageKey):
     quant: Plain
     repair: Plain
     lowrank: Plain
-    seed: int | None  # where pairs draw numbers
+    seed: int | None  # None without low-rank pairs
     rotation: Plain
     order: str = "original"  # of the columns
 
 
 class DamageKey(StageKey):
-    """Damage of every choice; a store with a journal, since other spaces share changes that do the same."""
+    """Damage of every choice; a store with a journal, since other search spaces share some of the changes."""
 
     stage: ClassVar[str] = "damage"
     version: ClassVar[int] = 2
@@ -136,7 +136,7 @@ class AppliedKey(StageKey):
 
 
 class PairsKey(StageKey):
-    """Low-rank pairs trained beside an applied plan."""
+    """The trained low-rank pairs of an applied plan."""
 
     stage: ClassVar[str] = "pairs"
     version: ClassVar[int] = 1
@@ -157,8 +157,8 @@ class OutcomesKey(StageKey):
     length: int
     objective: dict[str, Any]
     tasks: list[str]  # lm-eval's version and the tasks' files
-    tune: Plain  # where plans are trained before they are measured
-    rows: str | None  # that they are trained on
+    tune: Plain  # None if plans are measured without training
+    rows: str | None  # digest of the training rows
 
 
 class SharesKey(StageKey):
@@ -180,7 +180,7 @@ class PlanKey(StageKey):
     weights: str
     config: str
     text: list[str]  # digests of all rows
-    recipe: dict[str, Any]  # what of it decides the plan
+    recipe: dict[str, Any]  # its fields that affect the plan
     search: dict[str, Any]
     rankings: str
     budget_nbytes: int

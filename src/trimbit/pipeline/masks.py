@@ -1,4 +1,4 @@
-"""The model under masks of a job."""
+"""A job's model under masks."""
 
 import torch
 
@@ -43,7 +43,7 @@ def masked_model(job: Job, prepared: Prepared, config: MaskedSearch) -> MaskedMo
 
 
 def expected_gptq(job: Job) -> gptq.Config:
-    """The GPTQ whose errors a search expects: the recipe's, or the default one."""
+    """The configuration of GPTQ by which a search expects errors: the recipe's, or the default."""
     quant = job.steps.quant
     config: gptq.Config = quant.config if quant.module is gptq else gptq.Config()
     return config

@@ -1,4 +1,4 @@
-"""The oracle of a job: what choices and plans cost, by the model itself."""
+"""The oracle of a job: the damage of choices and plans, found on the model."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 
 class ModelOracle:
-    """Measures on the model; holds it in memory, or processes that hold one each, until it is released."""
+    """Measures on the model in memory, or in processes that hold a model each, until it is released."""
 
     def __init__(self, job: Job, prepared: Prepared) -> None:
         self.job, self.prepared = job, prepared
@@ -69,7 +69,7 @@ class ModelOracle:
         self._masked = None
 
     def release(self) -> None:
-        """Let go of the model in memory, and of the processes."""
+        """Free the model in memory and end the processes."""
         for name in ("_model", "_damage_probe", "_choose_probe"):
             self.__dict__.pop(name, None)
         if self._workers is not None:
@@ -147,17 +147,17 @@ class ModelOracle:
         return self._damage_probe
 
     def assembled(self, plan: Plan) -> KLProbe:
-        """The probe on the rows that plans are chosen by, with the plan's candidates in the model."""
+        """The probe on the rows for choosing between plans, with the plan's candidates in the model."""
         probe = self._choose_probe
         install(probe.whole, self.job.layout, self.candidates, background_of(plan, self.job.layout))
         return probe
 
     def estimate_kl(self, plan: Plan) -> float:
-        """KL of a plan assembled from candidates: no block makes up for the errors of others."""
+        """KL of a plan assembled from candidates: no block compensates for the errors of another."""
         return self.assembled(plan).damage(None)
 
     def apply_and_measure(self, plan: Plan) -> Measured:
-        """KL of a plan that is applied for real; it is kept, to be written if it is chosen."""
+        """KL of a plan applied for real; the result is kept, to be written if the plan is chosen."""
         self.release()
         measured = applied(self.job, self.prepared, plan, f"trial of {plan.found_by.method}").measured
         assert measured is not None
@@ -186,7 +186,7 @@ class ModelOracle:
         return kl
 
     def outcomes(self, plans: Sequence[Plan], objective: Objective) -> Iterable[tuple[int, Outcome]]:
-        """The outcome of each plan, with its index, as it becomes known; in processes if so asked."""
+        """The index and outcome of each plan, as they become known; `objective.workers` says in how many processes."""
         journal = Journal(self._outcomes_folder(objective) / "journal.jsonl")
         known = {entry["plan"]: Outcome.model_validate(entry["outcome"]) for entry in journal.read()}
         missing = [at for at, plan in enumerate(plans) if plan.content not in known]
@@ -225,7 +225,7 @@ class ModelOracle:
         yield from self._workers.each(plans)
 
     def _make_shared(self, objective: Objective) -> None:
-        """Make what all plans share, or each process would."""
+        """Make what all plans share, so that not every process makes it."""
         job = self.job
         if objective.steps:
             teacher_of(job, examples_of(job, self.text), config_of(job, objective.steps))
@@ -234,7 +234,7 @@ class ModelOracle:
                 self.candidates.make(progress)
 
     def outcome(self, plan: Plan, objective: Objective) -> Outcome:
-        """What an objective wants to know of a plan."""
+        """The figures of a plan that the objective asks for."""
         model, found = self._trained(plan, objective.steps) if objective.steps else self._untrained(plan)
         outcome = Outcome(kl=found.kl, nll=found.nll)
         if not objective.tasks:
@@ -253,7 +253,7 @@ class ModelOracle:
         return probe.whole.model, probe.divergence()
 
     def _trained(self, plan: Plan, steps: int) -> tuple[PreTrainedModel, Divergence]:
-        """The model after some steps of recovery; what is written for this is removed, a search tries many plans."""
+        """The model after some steps of recovery; its files are removed, since a search tries many plans."""
         job, prepared = self.job, self.prepared
         stage = applied_stage(job, prepared, plan, f"trial of {plan.found_by.method}")
         known = job.runner.has(stage)
@@ -267,7 +267,7 @@ class ModelOracle:
 
 
 def problem_of(job: Job, budget_nbytes: int, oracle: ModelOracle | None = None, state: Path | None = None) -> Problem:
-    """The search problem of a budget; without an oracle, for sizes alone."""
+    """The search problem of a budget; without an oracle it only serves to count bytes."""
     full = {unit.dim: tuple(range(unit.size)) for unit in job.layout.units.values() if unit.dim is not None}
     return Problem(
         layout=job.layout, model=job.model, budget_nbytes=budget_nbytes, space=job.space,
@@ -283,7 +283,7 @@ def problem_of(job: Job, budget_nbytes: int, oracle: ModelOracle | None = None, 
 def _open(
     model: Path, recipe: str, calibration: str, seed: int, cache: Path, threads: int, objective: str
 ) -> Callable[[Plan], Outcome]:
-    """What a process measures plans by."""
+    """The function by which a worker process measures plans."""
     job = Job(
         checkpoint=open_checkpoint(model), recipe=Recipe.model_validate_json(recipe), calibration=calibration,
         seed=seed, runner=Runner(Cache(cache)), threads=threads,

@@ -1,4 +1,4 @@
-"""Everything that a job needs, checked before anything long."""
+"""Checks of everything that a job needs, before any long computation."""
 
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,12 @@ def open_job(
 
     Args:
         model: a directory with config.json and safetensors, or a `.gguf` file.
-        recipe: what is done; `pipeline.recipes.load_recipe` reads one by name.
+        recipe: as read by `pipeline.recipes.load_recipe`.
         calibration: `self` (text sampled from the model) or a file.
-        seed: of everything random.
+        seed: seeds all random numbers.
         cache: where finished stages are kept; default `$TRIMBIT_CACHE` or `~/.cache/trimbit`.
         reporter: shows progress; default nothing.
-        threads: that text is sampled with; default PyTorch's.
+        threads: number of threads for sampling text; default PyTorch's.
 
     Raises:
         TrimbitError: if the model cannot be read or is not complete, or the recipe or the text is not valid.
@@ -52,17 +52,17 @@ def open_job(
     job = Job(
         checkpoint=open_checkpoint(model), recipe=recipe, calibration=calibration, seed=seed, runner=runner, **more
     )
-    job.checkpoint.tokenizer()  # of the text, and of the compressed directory
+    job.checkpoint.tokenizer()  # needed for the text and the compressed directory
     _check_recipe(job)
     _check_text(job)
     return job
 
 
 def preflight(job: Job, budget: Budget | None, out: Path | None = None) -> int:
-    """Check all that a job needs; returns the budget in bytes, or without one the recipe's own size.
+    """Check all that a job needs; returns the budget in bytes, by default the recipe's own size.
 
     Raises:
-        BudgetError: if the budget is not feasible, naming the smallest that is; or if there is none.
+        BudgetError: if the budget is not feasible, naming the smallest that is; or if it is missing and has no default.
         LayoutError: if the recipe asks for a rotation that the model's norms do not allow.
         PlanError: if the recipe asks for a cache or a rotation that the model cannot have.
         RecipeError: if low-rank pairs do not fit a weight, or an optional package is not installed.
@@ -128,10 +128,10 @@ def require_training(job: Job) -> None:
 
 
 def require_own(job: Job, plan: Plan) -> None:
-    """Refuse a plan of another model, or one that this recipe has no means to apply.
+    """Refuse a plan of another model, or one that this recipe cannot apply.
 
     Raises:
-        PlanError: saying which.
+        PlanError: saying why.
     """
     if (plan.model.config_hash, plan.model.weights_hash) != (job.model.config_hash, job.model.weights_hash):
         raise PlanError(
@@ -175,7 +175,7 @@ def _check_recipe(job: Job) -> None:
 
 
 def _check_text(job: Job) -> None:
-    """Refuse steps that ask for more text than there is, before any of it is read."""
+    """Refuse steps that ask for more text than there is, before any text is read."""
     want, measured, criterion = job.recipe.calibration, job.recipe.measure, job.steps.criterion
     positions = getattr(job.checkpoint.config, "max_position_embeddings", None)
     if job.needs_text and positions is not None and want.length > positions:

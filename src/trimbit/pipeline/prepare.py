@@ -1,4 +1,4 @@
-"""What a job makes of the model before any budget is asked for: moments, rankings, importance of layers."""
+"""What a job computes before it needs a budget: moments, rankings, importance of layers."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,15 +22,15 @@ from trimbit.transform.cut import cut_unit
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """The text, the moments of every site's inputs, and which channels go first; None, or empty, where none is read."""
+    """The text, the moments of every site's inputs, and the ranking of channels; None or empty if no step reads it."""
 
     text: Text | None
     stats: Stats | None
-    rankings: Mapping[str, tuple[int, ...]]  # dim -> its indices, the one to keep longest first
+    rankings: Mapping[str, tuple[int, ...]]  # dim -> its indices, most important first
 
     @property
     def digest(self) -> str | None:
-        """Of the whole text."""
+        """The digest of the whole text."""
         return digest(self.text.digests) if self.text is not None else None
 
 
@@ -56,7 +56,7 @@ def moments(job: Job, text: Text) -> Stats | None:
 
 
 def moments_stage(job: Job, text: Text) -> Stage[Stats]:
-    """The stage that collects them."""
+    """The stage that collects the moments."""
     tokens = text.fit.tokens
 
     def make(work: Work) -> None:
@@ -69,7 +69,7 @@ def moments_stage(job: Job, text: Text) -> Stage[Stats]:
 
 
 def rank(job: Job, text: Text, stats: Stats | None) -> Rankings:
-    """For each dim, its indices, the one to keep longest first; empty where nothing is cut."""
+    """For each dim, its indices, most important first; empty if the recipe has no criterion."""
     if job.steps.criterion is None:
         return {}
     found = job.runner.run(ranking_stage(job, text, stats))
@@ -77,7 +77,7 @@ def rank(job: Job, text: Text, stats: Stats | None) -> Rankings:
 
 
 def ranking_stage(job: Job, text: Text, stats: Stats | None) -> Stage[dict[str, list[int]]]:
-    """The stage that ranks."""
+    """The stage that ranks the indices of each dim."""
     assert job.steps.criterion is not None
     module, config = job.steps.criterion
 
@@ -99,7 +99,7 @@ def layer_importance(job: Job, prepared: Prepared) -> dict[str, float]:
 
 
 def importance_stage(job: Job, prepared: Prepared) -> Stage[dict[str, float]]:
-    """The stage that finds it."""
+    """The stage that finds the importance of layers."""
     text = prepared.text
     assert text is not None
     assert job.steps.importance is not None
@@ -135,7 +135,7 @@ def _json(key: StageKey, title: str, make: Callable[[Work], None], name: str) ->
 
 
 def _pruned(job: Job, prepared: Prepared, index: int) -> nn.Module:
-    """A block with the widths that are fixed before the search."""
+    """A block cut to the widths that are fixed before the search."""
     block = job.stream.load(index)
     for unit in job.layout.units.values():
         width = job.space.kept.get(unit.dim or "")

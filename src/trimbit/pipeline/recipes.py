@@ -24,7 +24,7 @@ def names() -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Takes 1e-5 for a number, as YAML 1.2 does."""
+    """Reads 1e-5 as a number, as YAML 1.2 does."""
 
 
 _FLOAT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
@@ -39,7 +39,7 @@ def load_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
     """Read a recipe by name or file, with overrides such as `search.pruning_costs=[1, 2]`.
 
     Raises:
-        RecipeError: if there is none, or it or an override has an unknown key or a bad value.
+        RecipeError: if there is no such recipe, or it or an override has an unknown key or a bad value.
     """
     path = Path(name)
     if path.suffix not in {".yaml", ".yml"}:
@@ -61,7 +61,7 @@ def read_recipe(fields: dict[str, Any], name: str, overrides: tuple[str, ...] = 
     for override in overrides:
         _override(fields, override)
     try:
-        return Recipe.model_validate_json(json.dumps(fields, default=str))  # a date, which YAML knows, is text
+        return Recipe.model_validate_json(json.dumps(fields, default=str))  # YAML dates become text
     except ValidationError as err:
         raise RecipeError(f"{name}: {first_problem(err)}") from err
 

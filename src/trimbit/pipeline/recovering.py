@@ -1,4 +1,4 @@
-"""Training of the low-rank pairs beside an applied plan, as a stage."""
+"""The stage that trains the low-rank pairs of an applied plan."""
 
 import json
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ from trimbit.transform.repair.lowrank import LowRank
 
 @dataclass(frozen=True, kw_only=True)
 class Recovered:
-    """Trained pairs, and how training went."""
+    """Trained pairs, and the losses and memory of their training."""
 
     pairs: dict[str, LowRank]
     losses: list[float]
@@ -56,7 +56,7 @@ def teacher(job: Job, rows: Iterable[Tensor]) -> Teacher:
 
 
 def examples_of(job: Job, text: Text | None) -> list[Example]:
-    """What recovery trains on."""
+    """The examples that recovery trains on."""
     config = job.steps.tune
     assert config is not None
     if config.data is None:
@@ -67,19 +67,19 @@ def examples_of(job: Job, text: Text | None) -> list[Example]:
 
 
 def rows_digest(examples: list[Example]) -> str:
-    """Content key of the rows."""
+    """The content digest of the examples."""
     return digest([[row.tokens.tolist(), row.loss_mask.tolist()] for row in examples])
 
 
 def config_of(job: Job, steps: int | None = None) -> Config:
-    """How pairs are trained; `steps` in place of the recipe's."""
+    """The configuration of training; `steps` replaces the recipe's."""
     config = job.steps.tune
     assert config is not None
     return config if steps is None else config.model_copy(update={"steps": steps})
 
 
 def teacher_of(job: Job, examples: list[Example], config: Config) -> Teacher | None:
-    """The original's outputs for the rows that training draws; None where it learns from labels."""
+    """The original's outputs for the rows that training draws; None if the loss needs only labels."""
     if config.loss != "distill":
         return None
     return teacher(job, (examples[at].tokens for at in drawn(config, len(examples), job.seed)))

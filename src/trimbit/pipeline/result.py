@@ -1,4 +1,4 @@
-"""What a job made, on its way into a directory."""
+"""The results of a job, before they are written."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from trimbit.schema.plan import Plan
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a job made, on its way into a directory."""
+    """The results of a job, before they are written."""
 
     found: Found
     applied: Applied
@@ -24,7 +24,7 @@ class Result:
 
     @property
     def plan(self) -> Plan:
-        """The plan with what was measured of it in the end."""
+        """The plan with its final measured damage."""
         measured = self.applied.measured.report if self.applied.measured else None
         return self.found.plan.with_provenance(
             measured_damage=measured if self.recovered_kl is None else self.recovered_kl

@@ -20,8 +20,8 @@ from trimbit.schema.plan import Plan
 from trimbit.search.two_formats.config import MaskedSearch
 
 log = logging.getLogger(__name__)
-WIDE_GAP = 0.01  # ours: what is worth a warning
-IRRELEVANT = {"description", "source", "search"}  # fields of a recipe that decide no plan; the search has its own
+WIDE_GAP = 0.01  # ours: a larger gap is worth a warning
+IRRELEVANT = {"description", "source", "search"}  # recipe fields not in the key; `search` is a separate field of it
 
 
 def search(job: Job, prepared: Prepared, budget_nbytes: int) -> Found:
@@ -34,7 +34,7 @@ def search(job: Job, prepared: Prepared, budget_nbytes: int) -> Found:
 
 
 def search_stage(job: Job, prepared: Prepared, budget_nbytes: int) -> Stage[Found]:
-    """The stage that finds it."""
+    """The stage that finds the plan."""
 
     def make(work: Work) -> None:
         with ModelOracle(job, prepared) as oracle:
@@ -54,7 +54,7 @@ def search_stage(job: Job, prepared: Prepared, budget_nbytes: int) -> Stage[Foun
 
 
 def require_within(plan: Plan, layout: Layout, budget_nbytes: int) -> None:
-    """The promise of the budget, kept by the house whatever a search does.
+    """Enforce the budget, whatever the search method does.
 
     Raises:
         BudgetError: if the plan's files are larger than the budget.

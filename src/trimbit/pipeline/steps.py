@@ -12,7 +12,7 @@ from trimbit.schema.recipe import Step as Named
 from trimbit.search.problem import SearchMethod
 from trimbit.transform.repair import lowrank, refit
 
-STEPS = {  # field of a recipe: what the method is called, the room of its module, and what the module must offer
+STEPS = {  # recipe field: the kind of method, the room of its module, and what the module must offer
     "criterion": ("criteria", "measure.criteria", "score"),
     "search": ("search", "search.methods", "METHOD"),
     "quant": ("quant", "transform.quant", "quantize"),
@@ -27,7 +27,7 @@ class Step(NamedTuple):
     """A method and its configuration."""
 
     module: Any  # a module of one of the rooms above
-    config: Any  # of the module's `Config`
+    config: Any  # an instance of the module's `Config`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,10 +71,10 @@ def _step(field: str, named: Named) -> Step:
 
 
 def module_of(field: str, named: Named) -> ModuleType:
-    """The module of a step by its name; `field` is the recipe's.
+    """The module of a step by its name; `field` is the step's field in the recipe.
 
     Raises:
-        RecipeError: if there is none.
+        RecipeError: if there is no such module.
     """
     kind, room, _ = STEPS[field]
     name = f"trimbit.{room}.{named.name}"
@@ -87,7 +87,7 @@ def module_of(field: str, named: Named) -> ModuleType:
 
 
 def resolved_fields(recipe: Recipe) -> dict[str, Any]:
-    """A recipe with every parameter of its steps, those with default values included."""
+    """The fields of a recipe with all parameters of its steps, defaults included."""
     fields = recipe.model_dump(mode="json")
     for field, (kind, _, _) in STEPS.items():
         named = getattr(recipe, field)

@@ -1,4 +1,4 @@
-"""The calibration text of a job, by what its rows are for."""
+"""The calibration text of a job, divided by use."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,22 +15,22 @@ from trimbit.pipeline.keys import TextKey
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """Rows of tokens by use. No row has two, but masks and pairs train on the fitted rows where none are extra."""
+    """Rows of tokens by use. Each row has one use, but without training rows masks and pairs train on the fit rows."""
 
     fit: TokenSet  # statistics, refits and quantisers are fitted to these
     train: TokenSet  # masks and pairs are trained on these
     choose: TokenSet  # whole plans are compared on these
     damage: TokenSet | None  # damage of single choices is measured on these
-    report: TokenSet  # nothing is fitted to or chosen by these: the KL that is reported
+    report: TokenSet  # the reported KL is measured on these: nothing is fitted to or chosen by them
 
     @property
     def digests(self) -> list[str]:
-        """Of all parts, for a content key."""
+        """The digests of all parts, for a content key."""
         return [part.digest for part in (self.fit, self.train, self.choose, self.damage, self.report) if part]
 
 
 def damage_rows(job: Job) -> int:
-    """Rows that the pieces are cut from which damage is measured on."""
+    """The number of rows to be cut into the pieces on which damage is measured."""
     want, measure = job.recipe.calibration, job.recipe.measure
     if measure is None or not job.steps.method.measures_damage:
         return 0
@@ -38,7 +38,7 @@ def damage_rows(job: Job) -> int:
 
 
 def rows_of(job: Job) -> int:
-    """Rows of the whole text."""
+    """The number of rows of the whole text."""
     want = job.recipe.calibration
     return want.rows + want.training + want.held_out + damage_rows(job) + want.report
 
@@ -63,7 +63,7 @@ def text_of(job: Job) -> Text:
 
 
 def sampled_stage(job: Job, tokenizer: Any) -> Stage[TokenSet]:  # noqa: ANN401
-    """The stage of text that the model itself has written."""
+    """The stage that samples text from the model."""
     rows, length = rows_of(job), job.recipe.calibration.length
 
     def make(work: Work) -> None:

@@ -1,4 +1,4 @@
-"""The compressed directory of a job, and all that lies in it."""
+"""Writing the compressed directory of a job with all its files."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a search will ask for, as counts that are known before it runs: a dry run turns them into time and memory."""
+"""Counts of what a search will ask for, known before it runs; a dry run turns them into time and memory."""
 
 from dataclasses import dataclass
 
@@ -8,21 +8,21 @@ from trimbit.schema.precision import Precision
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """Counts of what a search asks of the oracle; zero: it asks for nothing of the kind."""
+    """Counts of what a search asks of the oracle; zero: nothing of this kind."""
 
-    damage_rounds: int = 0  # of the damage of every choice
-    background: Background | None = None  # of the first of these rounds
+    damage_rounds: int = 0  # rounds in which the damage of every choice is found
+    background: Background | None = None  # of the first round
     solved: int = 0  # knapsacks over all choices
-    assembled: int = 0  # plans put together from candidates, and measured
-    cut: float = 0.0  # of the sub-blocks of all assembled plans, those whose cut candidate is not there yet
-    formats: tuple[Precision, ...] = ()  # that all weights of the blocks get candidates in, beside the space's
-    embedding_formats: tuple[Precision, ...] = ()  # likewise the embedding and the head
+    assembled: int = 0  # plans assembled from candidates and measured
+    cut: float = 0.0  # share of the sub-blocks, summed over assembled plans, that need a new cut candidate
+    formats: tuple[Precision, ...] = ()  # of candidates for all weights of the blocks, besides the space's
+    embedding_formats: tuple[Precision, ...] = ()  # likewise for the embedding and the head
     applied: int = 0  # plans applied for real to compare them
     trials: int = 0  # whole plans judged by the method's objective
-    importance: bool = False  # of each layer
+    importance: bool = False  # whether the importance of each layer is asked for
     mask_steps: int = 0  # gradients of masks, a batch of rows each
     masked_rows: int = 0  # rows run under masks, without gradients
-    rounded: int = 0  # elements rounded to nearest to compare formats of channels
+    rounded: int = 0  # elements rounded to nearest, to compare formats of channels
 
 
 NOTHING = Effort()

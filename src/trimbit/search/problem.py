@@ -1,4 +1,4 @@
-"""What a search method is given: a problem, as data, and an oracle that says what choices and plans cost."""
+"""The input of a search method: a problem, as data, and an oracle for the damage of choices and plans."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +37,7 @@ class Channels(Protocol):
         """Diag H of each site's inputs."""
 
     def salience(self, name: str) -> Sequence[float]:
-        """Of each input channel of a weight: the sum of w^2 / [H^-1]_jj^2 over its rows."""
+        """For each input channel of a weight, the sum of w^2 / [H^-1]_jj^2 over its rows."""
 
     def rounding_error(self, name: str, runs: tuple[Run, ...]) -> float:
         """E |(W - Q) x|^2 of a weight that is rounded to nearest in these runs."""
@@ -54,23 +54,23 @@ class Masked(Protocol):
     ) -> tuple[float, dict[str, Tensor]]:
         """The loss of a step's tokens, in nats a token, for masks of zeros and ones by site, and its gradients.
 
-        All randomness but that of the masks is drawn from the generator.
+        All randomness except that of the masks is drawn from the generator.
         """
 
     def damage(self, masks: Mapping[str, Tensor], rows: int | None = None) -> Divergence:
-        """KL to the original and loss, in nats a token, on the first rows that are learnt from; None: held-out ones."""
+        """KL to the original and loss, in nats a token, on the first `rows` training rows; None: the held-out ones."""
 
 
 class Measured(NamedTuple):
     """KL of an applied plan, in nats a token."""
 
-    choose: float  # on the rows that plans are chosen by
+    choose: float  # on the rows for choosing between plans
     report: float  # on rows that nothing is fitted to or chosen by
 
 
 @runtime_checkable
 class Oracle(Protocol):
-    """What choices and plans cost, and the gradients of masks: everything that needs the model."""
+    """The damage of choices and plans, and the gradients of masks: everything that needs the model."""
 
     def channels(self) -> Channels:
         """Figures of the input channels of weights."""
@@ -82,10 +82,10 @@ class Oracle(Protocol):
         """KL of a plan assembled from candidates: seconds."""
 
     def apply_and_measure(self, plan: Plan) -> Measured:
-        """KL of a plan that is applied for real: minutes."""
+        """KL of a plan applied for real: minutes."""
 
     def outcomes(self, plans: Sequence[Plan], objective: Objective) -> Iterable[tuple[int, Outcome]]:
-        """What an objective wants to know of each plan, with the plan's index, as it becomes known."""
+        """The index of each plan and the figures that the objective asks for, as they become known."""
 
     def importance(self) -> Mapping[str, float]:
         """Importance of `blocks.7`, `blocks.7.attn`, ... to the task."""
@@ -105,7 +105,7 @@ class Problem:
     model: ModelRef
     budget_nbytes: int
     space: Space
-    rankings: Mapping[str, tuple[int, ...]]  # dim -> its indices, the one to keep longest first
+    rankings: Mapping[str, tuple[int, ...]]  # dim -> its indices, most important first
     recipe: Mapping[str, Any]  # as plain data, for the plan's provenance
     calibration: str
     calibration_digest: str | None
@@ -113,16 +113,16 @@ class Problem:
     measure: Measure | None = None
     oracle: Oracle | None = None  # None: for sizes alone
     refits: bool = True  # the out weight of a cut unit gains a bias
-    rank: int = 0  # of the low-rank pair beside each weight of the blocks
+    rank: int = 0  # of the low-rank pair of each weight in the blocks
     rotation: Rotation | None = None  # of every plan
     kv_cache: KVPrecision | None = None  # of every plan
     importance: bool = False  # whether the recipe ranks layers
-    state: Path | None = None  # folder for what a search keeps to go on after an interruption
+    state: Path | None = None  # folder for the state from which an interrupted search goes on
     reporter: Reporter = field(default_factory=Silent)
 
     @property
     def costs(self) -> Oracle:
-        """The oracle; a search that asks for it is not run for sizes alone."""
+        """The oracle of a problem that is not for sizes alone."""
         assert self.oracle is not None, "this problem is for sizes alone"
         return self.oracle
 
@@ -130,7 +130,7 @@ class Problem:
         self, widths: Mapping[str, int], formats: Mapping[str, Precision], method: str, predicted: float | None = None,
         measurements: str | None = None,
     ) -> Plan:  # fmt: skip
-        """The plan that keeps `widths` of the cut dims by their rankings; `formats` are by site, or by weight."""
+        """The plan that cuts dims to `widths` by their rankings; `formats` are by site or by weight."""
         layout = self.layout
         cuts: dict[str, tuple[int, ...]] = {}
         weights: dict[str, tuple[Run, ...]] = {}
@@ -165,7 +165,7 @@ class Problem:
         return dict.fromkeys(unit.weights, self.rank) if self.rank and unit.block is not None else {}
 
     def best_estimated(self, plans: Sequence[Plan]) -> tuple[Plan, tuple[Tried, ...]]:
-        """The plan of least estimated KL, and what was tried; the first plan where the recipe measures nothing."""
+        """The plan of least estimated KL, and the plans tried; the first plan if the recipe measures nothing."""
         if self.measure is None or len(plans) == 1:
             return plans[0], ()
         found = [self.costs.estimate_kl(plan) for plan in plans]
@@ -173,9 +173,9 @@ class Problem:
         return plans[found.index(min(found))], tried
 
     def best(self, plans: Sequence[Plan]) -> tuple[Plan, tuple[Tried, ...]]:
-        """The plan of least KL as applied, and what was tried; by estimated KL if the recipe applies no finalists.
+        """The plan of least applied KL, and the plans tried; by estimated KL if the recipe applies no finalists.
 
-        The plan's measured damage is that on the report rows.
+        The plan's measured damage is on the report rows.
         """
         if self.measure is None or not self.measure.apply_finalists:
             return self.best_estimated(plans)
@@ -185,7 +185,7 @@ class Problem:
         return plans[at].with_provenance(measured_damage=found[at].report), tried
 
     def uniform(self, precision: Precision, method: str) -> Plan:
-        """Every weight, the embedding included, in one format, nothing cut."""
+        """The plan with every weight, the embedding included, in one format, and nothing cut."""
         sites = [site for unit in self.layout.units.values() for site in sites_of(self.layout, unit)]
         return self.plan({}, dict.fromkeys(sites, precision), method)
 
@@ -226,7 +226,7 @@ class Search(Protocol[In]):
 
 @runtime_checkable
 class RequireFeasible(Protocol[In]):
-    """Refuses, before anything long, a budget or a recipe that the method cannot serve."""
+    """Refuses early a budget or a recipe that the method cannot serve."""
 
     def __call__(self, problem: Problem, config: In) -> None:
         """Check."""
@@ -234,7 +234,7 @@ class RequireFeasible(Protocol[In]):
 
 @runtime_checkable
 class DefaultNbytes(Protocol[In]):
-    """Bytes of the weight files where no budget is given."""
+    """Bytes of the weight files if no budget is given."""
 
     def __call__(self, problem: Problem, config: In) -> int:
         """Bytes."""
@@ -242,7 +242,7 @@ class DefaultNbytes(Protocol[In]):
 
 @runtime_checkable
 class Cost(Protocol[In]):
-    """What a search will ask for, told from a problem for sizes alone."""
+    """Counts what a search will ask for, from a problem for sizes alone."""
 
     def __call__(self, problem: Problem, config: In) -> Effort:
         """Count."""
@@ -258,11 +258,11 @@ class SearchMethod(Generic[C]):
     require_feasible: RequireFeasible[C]
     cost: Cost[C] | None = None  # None: it asks the oracle for nothing
     default_nbytes: DefaultNbytes[C] | None = None  # None: a budget is required
-    needs: tuple[str, ...] = ()  # fields of the recipe
-    reads_moments: bool = False  # wants to know the channels
+    needs: tuple[str, ...] = ()  # required fields of the recipe
+    reads_moments: bool = False  # for figures of the channels
     measures_damage: bool = False  # asks for the damage of every choice
     draws: bool = False  # its result comes with a picture
-    objective: Callable[[C], Objective] | None = None  # of a search by whole plans
+    objective: Callable[[C], Objective] | None = None  # of a search over whole plans
     result_fields: Callable[[C], dict[str, Any]] | None = None  # fields that decide the result; None: all
 
     def effort(self, problem: Problem, config: C) -> Effort:
@@ -270,5 +270,5 @@ class SearchMethod(Generic[C]):
         return self.cost(problem, config) if self.cost else NOTHING
 
     def fields(self, config: C) -> dict[str, Any]:
-        """What of a configuration decides the result, for a content key."""
+        """The fields of a configuration that decide the result, for a content key."""
         return self.result_fields(config) if self.result_fields else config.model_dump(mode="json")

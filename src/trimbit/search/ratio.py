@@ -1,4 +1,4 @@
-"""Widths by a ratio, the same in every block, as LLM-Pruner cuts block-wise: fixed before any search."""
+"""Widths from one pruning ratio for every block, as in block-wise LLM-Pruner; fixed before any search."""
 
 from trimbit.errors import RecipeError
 from trimbit.model.layout import Layout, Unit
@@ -8,25 +8,25 @@ PAPER = "LLM-Pruner, arXiv:2305.11627"
 
 
 def protected(layout: Layout, prune: PruneRatio) -> tuple[int, ...]:
-    """The first and last blocks, which are not pruned; their number grows with depth."""
+    """The first and last blocks, which are not pruned: a share of all blocks."""
     first, last = (round(share * layout.blocks) for share in (prune.first, prune.last))
     return (*range(first), *range(layout.blocks - last, layout.blocks))
 
 
 def kept_widths(layout: Layout, prune: PruneRatio) -> dict[str, int]:
-    """For each dim of the pruned blocks, how much it keeps, so that `ratio` of all blocks' parameters go.
+    """The kept width of each dim in the pruned blocks, such that `ratio` of all blocks' parameters are cut.
 
-    KV groups go whole, to the nearest number of them but for the last; feed-forward channels make up for the rest.
+    The nearest number of KV groups is cut, but never the last one; feed-forward channels make up the difference.
 
     Raises:
         RecipeError: if nothing of a sub-block would be left, naming the largest ratio that leaves something, or if
-            nothing would go.
+            nothing would be cut.
     """
     spared = protected(layout, prune)
     blocks = [index for index in range(layout.blocks) if index not in spared]
     if not blocks:
         raise RecipeError(f"prune.first and prune.last leave none of the {layout.blocks} blocks to prune")
-    share = prune.ratio * layout.blocks / len(blocks)  # of a pruned block
+    share = prune.ratio * layout.blocks / len(blocks)  # cut from each pruned block
     widths: dict[str, int] = {}
     for index in blocks:
         attn, mlp = layout.units[f"blocks.{index}.attn"], layout.units[f"blocks.{index}.mlp"]
@@ -53,7 +53,7 @@ def kept_widths(layout: Layout, prune: PruneRatio) -> dict[str, int]:
 
 
 def _per_member(layout: Layout, unit: Unit) -> int:
-    """Parameters of a unit's weights that one member of its dim holds."""
+    """Parameters of a unit's weights per member of its dim."""
     full, less = (
         sum(rows * cols for rows, cols in (layout.weight_shape(layout.weights[name], width) for name in unit.weights))
         for width in (unit.size, unit.size - 1)

@@ -1,4 +1,4 @@
-"""Formats as levels of ordinal variables, by block, sub-block, site or weight: what searches over bits alone share."""
+"""Formats as levels of ordinal variables, by block, sub-block, site or weight, for searches over bits alone."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,17 +16,17 @@ Per = Literal["block", "unit", "site", "weight"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variables:
-    """Variables by name, what each covers, and the bytes of each at each level, the smallest format first."""
+    """Variables by name, the sites or weights that each covers, and its bytes at each level, smallest format first."""
 
     problem: Problem
     formats: tuple[Precision, ...]
     covers: Mapping[str, tuple[str, ...]]  # sites, or weights
-    layers: tuple[str, ...]  # whose importance each variable has: `blocks.7`, or the sub-block that it is a part of
+    layers: tuple[str, ...]  # for each variable, the layer whose importance it has: `blocks.7`, or its sub-block
     costs: tuple[tuple[int, ...], ...]
-    room_nbytes: int  # for the variables; the rest of the file is taken off the budget
+    room_nbytes: int  # the budget less the rest of the file
 
     def plan(self, point: Sequence[int], method: str) -> Plan:
-        """The plan of one level for each variable."""
+        """The plan with the levels of a point."""
         layout = self.problem.layout
         chosen = zip(self.covers.values(), point, strict=True)
         formats = {one: self.formats[level] for covered, level in chosen for one in covered}
@@ -41,14 +41,14 @@ class Variables:
         return self.problem.plan({}, formats, method)
 
     def share(self, of: float) -> int:
-        """Bytes of the file with this share of the variables, those that cost most, at the highest level."""
+        """Bytes of the file with this share of the variables at the highest level: those whose upgrade costs most."""
         upgrades = sorted((costs[-1] - costs[0] for costs in self.costs), reverse=True)
         used = sum(costs[0] for costs in self.costs) + sum(upgrades[: round(of * len(upgrades))])
         return self.problem.budget_nbytes - self.room_nbytes + used
 
 
 def variables(problem: Problem, per: Per) -> Variables:
-    """The variables of a problem; widths are those that are fixed before the search, tables take their first format."""
+    """The variables of a problem; widths are fixed before the search, embedding and head take their first format."""
     layout, space = problem.layout, problem.space
     formats = tuple(sorted(space.formats, key=lambda p: row_nbytes((Run(count=512, precision=p),))))
     covers: dict[str, tuple[str, ...]] = {}

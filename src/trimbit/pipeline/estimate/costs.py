@@ -1,4 +1,4 @@
-"""Seconds of each stage of a job: how often its pieces run, times what they take."""
+"""Seconds of each stage of a job: how often its pieces run, times their seconds."""
 
 from collections.abc import Iterable, Sequence
 
@@ -15,11 +15,11 @@ from trimbit.schema.precision import BF16, Int, Precision
 from trimbit.search.effort import Effort
 from trimbit.search.two_formats.config import MaskedSearch, MaskTraining
 
-CUT = 0.1  # ours: of the sub-blocks, those that a plan is expected to cut where it may
-NORMS = 0.1  # ours: of a pass, what norms that are run again for every site of a half add
-PROPOSAL = 0.5  # ours: seconds in which the Gaussian process is fitted and proposes a plan
-PLAIN = Int(bits=4, group=64, symmetric=False)  # where no recipe says in which formats
-DOCUMENTS, DOCUMENT_TOKENS = 2000, 200  # ours: of a task without a limit, and of a document's prompts and choices
+CUT = 0.1  # ours: share of the sub-blocks that a plan is expected to cut if it may
+NORMS = 0.1  # ours: share of a pass that running the norms again for every site of a half adds
+PROPOSAL = 0.5  # ours: seconds to fit the Gaussian process and propose a plan
+PLAIN = Int(bits=4, group=64, symmetric=False)  # where the recipe names no formats
+DOCUMENTS, DOCUMENT_TOKENS = 2000, 200  # ours: documents of an unlimited task; tokens of a document with its choices
 
 
 class Costs:
@@ -32,11 +32,11 @@ class Costs:
         self.ends = [w for w in self.layout.weights.values() if self.layout.units[w.unit].block is None]
         self.cuttable = [unit for unit in self.layout.units.values() if unit.block == 0 and unit.dim is not None]
 
-    # --- pieces together ---
+    # --- combined pieces ---
 
     @property
     def fit_tokens(self) -> int:
-        """Tokens that everything is fitted to."""
+        """The number of tokens that are fitted to."""
         return self.want.rows * self.want.length if self.job.needs_moments else 0
 
     def _sites(self, weights: Iterable[Weight]) -> list[list[Weight]]:
@@ -49,18 +49,18 @@ class Costs:
         return sum(weight.rows * weight.cols for weight in weights)
 
     def _sweep(self, tokens: int) -> float:
-        """All blocks, streamed, over some tokens."""
+        """Streaming some tokens through all blocks."""
         return self.layout.blocks * (self.pieces.load() + tokens * self.pieces.streamed(self.want.length))
 
     def _model(self) -> float:
-        """The whole model into memory."""
+        """Loading the whole model into memory."""
         return self.layout.blocks * self.pieces.load()
 
     def _grams(self, tokens: int) -> float:
         return sum((tokens * self.pieces.gram(site[0].cols) for site in self._sites(self.block)), 0.0)
 
     def _compressed(self, weights: Sequence[Weight], formats: Sequence[Precision]) -> float:
-        """Weights of one site in all formats: in one call, but for those with a low-rank pair."""
+        """Compressing the weights of one site in all formats: in one call, unless they have low-rank pairs."""
         if not formats:
             return 0.0
         if self.job.rank and weights[0] not in self.ends:
@@ -68,12 +68,12 @@ class Costs:
         return self.pieces.compress(weights[0].cols, self._elements(weights) * len(formats), tuple(formats))
 
     def _candidates(self, formats: Sequence[Precision], embedding_formats: Sequence[Precision]) -> float:
-        """Candidates of all weights; `embedding_formats` are those of the embedding and the head."""
+        """Candidates of all weights; `embedding_formats` are for the embedding and the head."""
         own = sum(self._compressed(site, formats) for site in self._sites(self.block))
         return self.layout.blocks * own + sum(self._compressed([w], [p]) for w in self.ends for p in embedding_formats)
 
     def _cut(self, unit: Unit, width: int, precision: Precision, ridges: int = 1) -> float:
-        """What a cut sub-block writes with, refitted and compressed."""
+        """Refitting and compressing the output weight of a cut sub-block."""
         assert unit.out_weight is not None
         weight = self.layout.weights[unit.out_weight]
         fitted = self.pieces.refit(unit, width, ridges) if self.job.steps.repair is not None else 0.0
@@ -85,23 +85,23 @@ class Costs:
 
     @property
     def _format(self) -> Precision:
-        """Some format of the job's: what is done in each takes about as long."""
+        """An example of the job's formats: all take about as long."""
         formats = self.job.space.formats or self.effort.formats
         return formats[len(formats) // 2] if formats else getattr(self.job.steps.search, "blocks", PLAIN)
 
     @property
     def _table_format(self) -> Precision:
-        """Likewise of the embedding and the head."""
+        """Likewise for the embedding and the head."""
         formats = self.job.space.embedding_formats or self.effort.embedding_formats
         return formats[len(formats) // 2] if formats else getattr(self.job.steps.search, "embedding", PLAIN)
 
     def _installed(self) -> float:
-        """All candidates of a plan, put into the model."""
+        """Putting all candidates of a plan into the model."""
         elements = self.layout.blocks * self._elements(self.block) + self._elements(self.ends)
         return elements * self.pieces.dequantize(self._format)
 
     def _assembled(self) -> float:
-        """A plan put together from candidates, and measured."""
+        """Assembling a plan from candidates and measuring it."""
         assert self.measure is not None
         rows, length = self.want.held_out, self.measure.length
         ends = rows * length * (2 * self.pieces.logits() + self.pieces.divergence())
@@ -110,7 +110,7 @@ class Costs:
     # --- stages ---
 
     def text(self) -> float:
-        """Tokens one after the other; before each segment of a row, what was there is read."""
+        """Sampling token by token; before each segment of a row, the tokens so far are read again."""
         rows, length = rows_of(self.job), self.want.length
         total, step = self._model(), -(-length // SEGMENTS)
         for first in range(0, rows, BATCH):
@@ -121,14 +121,14 @@ class Costs:
         return total
 
     def moments(self) -> float:
-        """A sweep with a look at each site."""
+        """A sweep that sums up the moments of each site."""
         tokens = self.fit_tokens
         return self._sweep(tokens) + self.layout.blocks * self._grams(tokens) + tokens * self.pieces.gram(
             self.layout.sizes["hidden"]
         )  # fmt: skip
 
     def ranking(self) -> float:
-        """Scores of every dim; for gradients a sweep there and back."""
+        """Scores of every dim; for gradients a sweep forward and back."""
         assert self.job.steps.criterion is not None
         module, config = self.job.steps.criterion
         total = self.layout.blocks * self.pieces.score()
@@ -140,13 +140,13 @@ class Costs:
         return total
 
     def importance(self) -> float:
-        """Two sweeps, the predictions, and the information of three increments a block."""
+        """Two sweeps, the predictions, and the information of three increments per block."""
         tokens = self.want.rows * self.want.length
         told = 3 * self.layout.blocks * tokens * self.pieces.information()
         return 2 * self._sweep(tokens) + tokens * self.pieces.logits() + told
 
     def damage(self, changes: Sequence[Change], share: float) -> float:
-        """Each change of a round that is not known yet, from its block on; `share` of the candidates is not there."""
+        """Measuring each change not known yet, from its block on, and making the missing `share` of the candidates."""
         assert self.measure is not None
         rows, length = self.measure.rows, self.measure.length
         ends = rows * length * (self.pieces.logits() + self.pieces.divergence())
@@ -168,7 +168,7 @@ class Costs:
         return background + total + share * made
 
     def predicted(self) -> float:
-        """A sweep there and back, moments of every weight's inputs, and the errors of every format."""
+        """A sweep forward and back, moments of every weight's inputs, and the errors of every format."""
         assert self.measure is not None
         tokens, draws, blocks = self.measure.rows * self.measure.length, self.measure.draws, self.layout.blocks
         each = draws * self.pieces.gradient(1, self.measure.length, weights=False)
@@ -186,7 +186,7 @@ class Costs:
         return passes + ends + elements * self.pieces.rounding() + factors + cuts
 
     def removals(self, count: int) -> float:
-        """The model without each of `count` sub-blocks, run on from there."""
+        """Running the model without each of `count` sub-blocks, from that sub-block on."""
         assert self.measure is not None
         tokens, length = self.measure.rows * self.measure.length, self.measure.length
         passes = self.layout.blocks * tokens * (1 + count / 2) * self.pieces.streamed(length)
@@ -194,7 +194,7 @@ class Costs:
         return self._model() + passes + ends
 
     def plan(self) -> float:
-        """What the search itself does, beside the stages that it asks for."""
+        """The search itself, without the stages that it asks for."""
         effort, total = self.effort, 0.0
         judged = effort.assembled + (effort.trials if self.job.objective and not self.job.objective.steps else 0)
         if judged or effort.damage_rounds:
@@ -225,7 +225,7 @@ class Costs:
         return documents * DOCUMENT_TOKENS * each
 
     def _masked(self) -> float:
-        """Rows run under masks; a layer adds to its product one of the same size, to round or to draw errors."""
+        """Rows run under masks; to round or to draw errors, a layer computes a second product of the same size."""
         config = self.job.steps.search
         if not isinstance(config, MaskedSearch) or not (self.effort.mask_steps or self.effort.masked_rows):
             return 0.0
@@ -242,7 +242,7 @@ class Costs:
         return self.effort.rounded * self.pieces.rounding() if self.effort.rounded else 0.0
 
     def applied(self) -> float:
-        """A plan block by block: each half on both paths, its sites seen, its weights compressed."""
+        """Applying a plan block by block: both paths through each half, moments of its sites, compressed weights."""
         tokens, held = self.fit_tokens, (self.want.held_out + self.want.report) * self.want.length
         if not self.job.needs_text:
             held = 0
@@ -257,7 +257,7 @@ class Costs:
 
     @property
     def _cut_share(self) -> float:
-        """Of the sub-blocks, those that a plan cuts and refits."""
+        """The share of the sub-blocks that a plan cuts and refits."""
         space = self.job.space
         if self.job.steps.repair is None or not self.cuttable:
             return 0.0
@@ -270,7 +270,7 @@ class Costs:
         return self._sweep(tokens)
 
     def pairs(self, config: Tuning) -> float:
-        """Steps of recovery through packed weights, which are unpacked there and back."""
+        """Steps of recovery through packed weights, which are unpacked both going forward and going back."""
         length, blocks = config.length, self.layout.blocks
         each = blocks * self.pieces.gradient(config.micro, length, weights=False) + self.pieces.head_gradient()
         each += blocks * self.pieces.in_memory(config.micro, length) if config.checkpointing else 0.0

@@ -1,4 +1,4 @@
-"""The dry run: what a job will take by stage, from pieces that are timed on the opened model."""
+"""The dry run: seconds and memory of a job by stage, from pieces that are timed on the opened model."""
 
 from collections.abc import Callable
 
@@ -20,9 +20,9 @@ from trimbit.search.two_formats.config import MaskedSearch
 
 
 def estimate(job: Job, budget: Budget | None) -> Estimate:
-    """What a job will take, and what of it is in the cache; checks that the budget is feasible.
+    """Estimate the seconds and memory of a job, and say which stages are cached; checks that the budget is feasible.
 
-    Stages have the names that they will have in `run.json`, in the order of the flow; what is there is not timed.
+    Stages have their names from `run.json`, in the order of the flow; cached stages are not timed.
     """
     budget_nbytes = preflight(job, budget)
     opened = resident_nbytes()
@@ -39,7 +39,7 @@ def estimate(job: Job, budget: Budget | None) -> Estimate:
 
 
 class _Stages:
-    """The stages of a job, as they are counted one after the other."""
+    """The stages of a job, added up one after the other."""
 
     def __init__(self, job: Job, budget_nbytes: int, opened: int) -> None:
         self.job, self.opened, self.there = job, opened, There(job, budget_nbytes)
@@ -60,7 +60,7 @@ class _Stages:
         )  # fmt: skip
 
     def prepare(self) -> None:
-        """What every budget shares."""
+        """The stages that all budgets share."""
         job, costs, holds, there = self.job, self.costs, self.holds, self.there
         if not job.needs_text:
             return
@@ -72,7 +72,7 @@ class _Stages:
             self._add("ranking", costs.ranking, holds.ranking, cached=there.prepared is not None)
 
     def search(self) -> None:
-        """The plan, and the stages inside its search."""
+        """The search, and the stages inside it."""
         job, costs, holds, effort = self.job, self.costs, self.holds, self.effort
         if self.there.found is not None:
             self._add("plan", lambda: 0.0, lambda: 0, cached=True)
@@ -123,7 +123,7 @@ class _Stages:
             )  # fmt: skip
 
     def finish(self) -> None:
-        """The found plan applied, unless the search has done that, and its pairs trained."""
+        """Applying the found plan, unless the search has done that, and training its pairs."""
         tune = self.job.steps.tune
         if not self.effort.applied or self.there.found is not None:
             self._add("applied", self.costs.applied, self.holds.applied, cached=self.there.applied)

@@ -1,7 +1,7 @@
-"""Bytes that each stage of a job holds at once, above the process with the model opened.
+"""Bytes that each stage of a job holds at once, on top of the process with the model opened.
 
-From sizes alone. What is large: the model in bf16, hidden states, the original's probabilities, the cache of keys and
-values while text is sampled, the embedding while it is read or compressed, and what a block leaves for gradients.
+Computed from sizes alone. The large parts are the model in bf16, hidden states, the original's probabilities, the
+KV cache while text is sampled, the embedding while it is read or compressed, and activations kept for gradients.
 """
 
 from trimbit.calibrate.sample import BATCH
@@ -17,7 +17,7 @@ from trimbit.search.two_formats.config import MaskedSearch
 from trimbit.trial.masked.memory import masked_nbytes
 
 FP32, FP64, BF16 = 4, 8, 2
-QUANTISING = 150_000_000  # ours: what a quantiser and the search of its grid hold beside the weights
+QUANTISING = 150_000_000  # ours: held by a quantiser and its grid search besides the weights
 HEAP = 100_000_000  # ours: code that is loaded later, and freed memory that the allocator keeps
 
 
@@ -33,12 +33,12 @@ class Footprint:
         self.cols = [w.cols for w in self.layout.weights.values() if w.unit.startswith("blocks.0.")]
         self.tokens = want.rows * want.length
         self.chunk = max(CHUNK_TOKENS, want.length)
-        self.stream = BF16 * self.embedding * (1 if job.recipe.rotation is None else 2)  # their embedding stays
+        self.stream = BF16 * self.embedding * (1 if job.recipe.rotation is None else 2)  # kept by each stream
         self.logits = 4 * FP32 * LOGIT_TOKENS * self.vocab
 
     @property
     def _read(self) -> int:
-        """While the embedding is read."""
+        """Held while the embedding is read."""
         return FP32 * self.embedding
 
     @property
@@ -46,12 +46,12 @@ class Footprint:
         return BF16 * self.layout.parameters
 
     def _passing(self, tokens: int) -> int:
-        """What a block holds while some tokens pass it."""
+        """Held by a block while some tokens pass through it."""
         return tokens * (6 * self.hidden + 3 * self.mid) * FP32
 
     @property
     def _factor(self) -> int:
-        """While the largest H is factored."""
+        """Held while the largest H is factored."""
         return 4 * FP64 * max(self.cols) ** 2
 
     def text(self) -> int:
@@ -62,13 +62,13 @@ class Footprint:
         return self.stream + self._model + max(self._read, kept + kept // self.layout.blocks + drawn)
 
     def moments(self) -> int:
-        """Hidden states, twice when they are saved, a block and its sums."""
+        """Hidden states (twice while they are saved), a block and its sums."""
         states = FP32 * self.tokens * self.hidden
         sums = 2 * FP32 * sum(n * n for n in set(self.cols))
         return self.stream + max(self._read, 2 * states + FP32 * self.block + sums + self._passing(self.chunk))
 
     def ranking(self) -> int:
-        """Matrices of H; for gradients what lies before each block, and a block's gradients."""
+        """Matrices of H; for gradients the inputs of all blocks, and one block's gradients."""
         assert self.job.steps.criterion is not None
         module, config = self.job.steps.criterion
         if module.READS == "moments":
@@ -78,12 +78,12 @@ class Footprint:
         return self.stream + self._read + before + 5 * FP32 * self.block + self.logits
 
     def importance(self) -> int:
-        """Hidden states before and behind a sub-block, and what is added between."""
+        """Hidden states before and after a sub-block, and what the sub-block adds."""
         states = FP32 * self.tokens * self.hidden
         return self.stream + self._read + 5 * states + FP32 * self.block
 
     def predicted(self) -> int:
-        """Inputs of all blocks, gradients of each draw, a block there and back, moments of its weights' inputs."""
+        """Inputs of all blocks, gradients of each draw, a block forward and back, moments of its weights' inputs."""
         measure = self.job.recipe.measure
         assert measure is not None
         tokens = measure.rows * measure.length
@@ -102,7 +102,7 @@ class Footprint:
         return self.stream + states + passing
 
     def measuring(self, *, damage: bool) -> int:
-        """The model in memory, its head, and what is known of the original."""
+        """The model in memory, its head, and the stored outputs of the original."""
         measure, want = self.job.recipe.measure, self.job.recipe.calibration
         assert measure is not None
         choose, rows = want.held_out * measure.length, measure.rows * measure.length
@@ -114,11 +114,11 @@ class Footprint:
 
     @property
     def _quantising_embedding(self) -> int:
-        """The embedding in fp32, its codes, and what a quantiser holds beside."""
+        """The embedding in fp32, its codes, and what a quantiser holds besides them."""
         return (FP32 + 3) * self.embedding + QUANTISING + self._factor
 
     def applied(self) -> int:
-        """Hidden states of both paths, a block twice and what it is fitted to; the embedding as it is compressed."""
+        """Hidden states of both paths, a block twice and its inputs for fitting; the embedding being compressed."""
         want = self.job.recipe.calibration
         held = (want.held_out + want.report) * want.length if self.job.needs_text else 0
         fits = self.tokens if self.job.needs_moments else 0
@@ -133,7 +133,7 @@ class Footprint:
         return self.stream + max(self._read, states + FP32 * self.block + self._passing(self.chunk))
 
     def pairs(self) -> int:
-        """The packed model, the original's head, and what a few rows leave for their gradients."""
+        """The packed model, the original's head, the trained pairs, and activations of a few rows."""
         tune = self.job.steps.tune
         assert tune is not None
         blocks = 1 if tune.checkpointing else self.layout.blocks
@@ -143,7 +143,7 @@ class Footprint:
         return self.stream + self.budget_nbytes + 2 * BF16 * self.embedding + left + trained + self.logits
 
     def masked(self) -> int:
-        """Both formats or the weights, the tables, what a row leaves for gradients, what is learnt and AdamW."""
+        """Both formats or the weights, the tables, activations of a row, the learnt parameters and AdamW's state."""
         config = self.job.steps.search
         if not isinstance(config, MaskedSearch):
             return 0

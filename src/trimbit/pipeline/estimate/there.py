@@ -17,14 +17,14 @@ from trimbit.schema.measurements import Background
 
 
 class There:
-    """The results of a job's stages as far as they are known: a stage whose inputs are not there is not there."""
+    """The cached results of a job's stages; a stage whose inputs are not cached counts as not cached."""
 
     def __init__(self, job: Job, budget_nbytes: int) -> None:
         self.job, self.budget_nbytes = job, budget_nbytes
 
     @cached_property
     def text(self) -> Text | None:
-        """The text, if no token of it has to be sampled."""
+        """The text, unless it must be sampled first."""
         job = self.job
         if not job.needs_text:
             return None
@@ -33,12 +33,12 @@ class There:
 
     @cached_property
     def moments(self) -> bool:
-        """Whether the moments are there."""
+        """Whether the moments are cached."""
         return self.text is not None and self.job.runner.has(moments_stage(self.job, self.text))
 
     @cached_property
     def prepared(self) -> Prepared | None:
-        """All that is made before a budget is asked for."""
+        """What a job makes before it needs a budget, if all of it is cached."""
         job, text = self.job, self.text
         if not job.needs_text:
             return Prepared(text=None, stats=None, rankings={})
@@ -55,12 +55,12 @@ class There:
 
     @cached_property
     def importance(self) -> bool:
-        """Whether the importance of layers is there."""
+        """Whether the importance of layers is cached."""
         return self.prepared is not None and self.job.runner.has(importance_stage(self.job, self.prepared))
 
     @cached_property
     def found(self) -> Found | None:
-        """The result of the search."""
+        """The result of the search, if it is cached."""
         if self.prepared is None:
             return None
         stage = search_stage(self.job, self.prepared, self.budget_nbytes)

@@ -1,7 +1,7 @@
-"""Small pieces of a job, timed on the opened model: what a dry run multiplies by how often each will run.
+"""Small pieces of a job, timed on the opened model; a dry run multiplies each by how often it will run.
 
-A piece runs the job's own code on a block's own weights, and random tokens. It is timed when it is asked for, once; the
-best of a few runs counts, the first of which warms up. Seconds are those of this machine as it is now.
+A piece runs the job's code on the weights of a block and random tokens. It is timed once, when it is first asked for:
+the best of a few runs counts, and the first warms up. Seconds are for this machine in its present state.
 """
 
 import random
@@ -32,17 +32,17 @@ from trimbit.search.solvers.knapsack import knapsack
 from trimbit.transform.quant import gptq, rtn
 from trimbit.transform.repair import refit
 
-FEW, MANY = 8, 800_000  # rows, and elements, of a weight that is compressed
-TOGETHER = 512  # tokens, at least a row, through a block of the model in memory
-SAMPLED_BLOCKS = 2  # that tokens are sampled with; the others take as long
-READ_ROWS = 4  # whose past is read
-ROUNDED = (512, 1024)  # a weight that is rounded to nearest
-ITEMS = 24  # of each unit, in a knapsack
-SAMPLES = 2048  # of which information is estimated
+FEW, MANY = 8, 800_000  # compressed weights: rows of the small one, elements of the large one
+TOGETHER = 512  # tokens, but at least a row, run through a block in memory
+SAMPLED_BLOCKS = 2  # blocks used in timing the sampling; the others take as long
+READ_ROWS = 4  # rows read in timing the reading of past tokens
+ROUNDED = (512, 1024)  # shape of the weight that is rounded to nearest
+ITEMS = 24  # choices of each unit in the knapsack
+SAMPLES = 2048  # for the estimate of information
 
 
 def best_of(times: int, work: Callable[[], object]) -> float:
-    """The least seconds that some work takes."""
+    """Seconds of the fastest of several runs."""
     found = []
     for _ in range(times):
         started = time.perf_counter()
@@ -58,7 +58,7 @@ class Pieces:
         self.job, self.layout, self.stream = job, job.layout, job.stream
         self.compute = job.stream.compute
         self._known: dict[tuple[object, ...], float] = {}
-        self._h: dict[int, Moments] = {}  # by channels
+        self._h: dict[int, Moments] = {}  # by number of channels
 
     def _once(self, key: tuple[object, ...], work: Callable[[], object], times: int = 3) -> float:
         if key not in self._known:
@@ -67,7 +67,7 @@ class Pieces:
 
     @cached_property
     def block(self) -> nn.Module:
-        """The first block, as it is streamed."""
+        """The first block, as loaded for streaming."""
         return self.stream.load(0)
 
     @cached_property
@@ -76,12 +76,12 @@ class Pieces:
         return self.stream.head()
 
     def hidden(self, rows: int, length: int) -> Tensor:
-        """What the first block reads of random tokens."""
+        """The first block's input for random tokens."""
         generator = torch.Generator().manual_seed(0)
         return self.stream.embed(torch.randint(self.layout.sizes["vocab"], (rows, length), generator=generator))
 
     def load(self) -> float:
-        """A block read from the checkpoint."""
+        """Reading a block from the checkpoint."""
         return self._once(("load",), lambda: self.stream.load(0))
 
     def streamed(self, length: int) -> float:
@@ -90,7 +90,7 @@ class Pieces:
         return self._once(("streamed", length), lambda: self.stream.run(0, self.block, x)) / (x.shape[0] * length)
 
     def in_memory(self, rows: int, length: int) -> float:
-        """A token through a block of the model in memory; rows run as fast together as some of them."""
+        """A token through a block in memory; a few rows are timed, since more take as long per token."""
         rows = min(rows, max(1, TOGETHER // length))
         block, x = self.stream.load(0).to(self.compute), self.hidden(rows, length)
         own = block_arguments(self.stream.skeleton, rows, length)[0]
@@ -110,16 +110,16 @@ class Pieces:
             return torch.log_softmax(logits, -1)
 
     def logits(self) -> float:
-        """The logarithms of a token's probabilities."""
+        """The log-probabilities of a token."""
         return self._once(("logits",), self._log_softmax, 2) / LOGIT_TOKENS
 
     def divergence(self) -> float:
-        """The KL of a token, whose probabilities are known."""
+        """The KL of a token from known probabilities."""
         log_p = self._slice().new_zeros(LOGIT_TOKENS, self.layout.sizes["vocab"])
         return self._once(("kl",), lambda: kl(log_p, log_p), 2) / LOGIT_TOKENS
 
     def head_gradient(self) -> float:
-        """A token's loss, from the hidden state on and back to it."""
+        """A token's loss, from the last hidden state, and the gradient back to it."""
         labels = torch.zeros(LOGIT_TOKENS, dtype=torch.long)
 
         def run() -> None:
@@ -130,7 +130,7 @@ class Pieces:
         return self._once(("head gradient",), run, 2) / LOGIT_TOKENS
 
     def gram(self, cols: int) -> float:
-        """A token in the second moments of a site."""
+        """Adding a token to the second moments of a site."""
         x = torch.randn(CHUNK_TOKENS, cols)
         total = Accumulator()
         return self._once(("gram", cols), lambda: total.add(x)) / CHUNK_TOKENS
@@ -145,10 +145,10 @@ class Pieces:
         return self._h[cols]
 
     def compress(self, cols: int, elements: int, formats: tuple[Precision, ...]) -> float:
-        """Weights that read one site, in one call, `elements` in all formats together."""
+        """Compressing weights that read one site in one call; `elements` counts all formats together."""
         kinds = {
             f"{type(p).__name__} {getattr(p, 'symmetric', '')}": p for p in formats
-        }  # bits and groups take no time
+        }  # bits and groups do not change the time
         menu, formats = tuple(kinds), tuple(kinds.values())
 
         def compress(rows: int) -> None:
@@ -164,7 +164,7 @@ class Pieces:
         return fixed + max(whole - fixed, 0.0) * elements / (many * cols)
 
     def dequantize(self, precision: Precision) -> float:
-        """An element of a candidate that is put into the model."""
+        """Putting an element of a candidate into the model."""
         weight = self.layout.weights[self.layout.units["blocks.0.mlp"].weights[0]]
         w, runs = torch.randn(weight.rows, weight.cols), (Run(count=weight.cols, precision=precision),)
         rank = min(self.job.rank, weight.rows, weight.cols)
@@ -173,7 +173,7 @@ class Pieces:
         return self._once(("dequantize", precision.name), lambda: made.dense(torch.bfloat16)) / w.numel()
 
     def refit(self, unit: Unit, width: int, ridges: int) -> float:
-        """The refit of the weight that a cut sub-block writes with."""
+        """The refit of a cut sub-block's output weight."""
         assert unit.out_weight is not None
         weight = self.layout.weights[unit.out_weight]
         cols = self.layout.weight_shape(weight, width)[1]
@@ -185,7 +185,7 @@ class Pieces:
         )
 
     def sampling(self, rows: int, length: int) -> tuple[float, float]:
-        """A step that draws a token for each of `rows` rows, half way; and a token of a row that is read again."""
+        """Drawing one token for each of `rows` rows at half their length; and reading one past token again."""
         key = ("read", rows, length)
         if key not in self._known:
             self._known[("draw", rows, length)], self._known[key] = self._sampled(rows, length)
@@ -226,7 +226,7 @@ class Pieces:
         return drawn, reads / part.numel()
 
     def gradient(self, rows: int, length: int, *, weights: bool) -> float:
-        """A token through a block and back, to the block's input and, if asked, its weights."""
+        """A token forward and back through a block, with the gradients of its input and, if asked, its weights."""
         block, x = self.stream.load(0).requires_grad_(requires_grad=False), self.hidden(rows, length)
         own = [p.requires_grad_() for p in block.parameters() if p.dim() > 1] if weights else []
 
@@ -239,7 +239,7 @@ class Pieces:
         return self._once(("gradient", rows, length, weights), run) / (rows * length)
 
     def score(self) -> float:
-        """A block's channels and heads ranked by the recipe's criterion."""
+        """Scoring a block's channels and heads by the recipe's criterion."""
         assert self.job.steps.criterion is not None
         module, config = self.job.steps.criterion
         units = [unit for unit in self.layout.units.values() if unit.block == 0 and unit.dim is not None]
@@ -260,19 +260,19 @@ class Pieces:
         return self._once(("score",), run, 1)
 
     def rounding(self) -> float:
-        """An element rounded to nearest."""
+        """Rounding an element to nearest."""
         runs, w = (Run(count=ROUNDED[1], precision=Int(bits=3, group=128, symmetric=True)),), torch.randn(*ROUNDED)
         return self._once(("rounding",), lambda: rtn.quantize(w, None, runs, rtn.Config(scales="mse"))) / w.numel()
 
     def felt(self, cols: int) -> float:
-        """What the errors of a site's columns are felt on."""
+        """The weight that the squared error of each column of a site has in the output's error."""
         h, config = self._moments(cols).h, self.job.steps.quant.config
         if not isinstance(config, gptq.Config):
             return 0.0
         return self._once(("felt", cols), lambda: gptq.residuals(h, [cols], config).float() @ h, 1)
 
     def solve(self) -> float:
-        """A knapsack over the choices of all units, of sizes and damage as they may come."""
+        """A knapsack over the choices of all units, with plausible sizes and damage."""
         draw_one, groups = random.Random(0), []
         for unit in self.layout.units.values():
             rows = sum(self.layout.weights[name].rows for name in unit.weights)
@@ -282,7 +282,7 @@ class Pieces:
         return self._once(("solve",), lambda: knapsack(groups, capacity, Solver()), 1)
 
     def information(self) -> float:
-        """A sample in the information that one increment has about the prediction."""
+        """One sample in the estimate of an increment's information about the prediction."""
         assert self.job.steps.importance is not None
         x = torch.randn(SAMPLES, self.layout.sizes["hidden"])
         y = torch.randint(self.layout.sizes["vocab"], (SAMPLES,))

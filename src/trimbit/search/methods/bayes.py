@@ -1,7 +1,7 @@
 """Bits refined by Bayesian optimisation: start from the plan by importance, and try plans within the budget.
 
 A trial judges a whole plan by the objective; the Gaussian process models the logarithm of its KL on held-out tokens,
-their NLL, or the error rate of tasks. `engine: random` tries as many plans without a model, the baseline.
+their NLL, or the error rate of tasks. The baseline, `engine: random`, tries as many plans without a model.
 """
 
 import math
@@ -23,11 +23,11 @@ from trimbit.search.solvers.box import Box, Point
 from trimbit.search.solvers.gaussian_process import require_botorch
 from trimbit.search.variables import Per, variables
 
-SMALLEST = 1e-9  # nats: what the logarithm of a KL of zero is taken of
+SMALLEST = 1e-9  # nats: a KL of zero counts as this in the logarithm
 
 
 class Config(Schema):
-    """What shares a format, the default budget, and the optimiser's constants."""
+    """Which weights share a format, the default budget, and the optimiser's constants."""
 
     per: Per = "block"  # code (harrysyz99/Qmixtuner): one format a block
     share: float = Field(default=0.25, ge=0, le=1)  # ours, without a budget: blocks in the largest format
@@ -42,10 +42,10 @@ def default_nbytes(problem: Problem, config: Config) -> int:
 
 
 def require_feasible(problem: Problem, config: Config) -> None:
-    """Refuse, before anything long, a missing library or a budget below the smallest formats everywhere.
+    """Refuse early a missing library or a budget below the smallest formats everywhere.
 
     Raises:
-        RecipeError: if botorch is missing, accuracy is asked for on no task, or there are more workers than work.
+        RecipeError: if botorch is missing, accuracy is asked for without tasks, or workers outnumber a batch.
         BudgetError: naming the smallest feasible budget.
     """
     if config.engine == "bayes":
@@ -59,7 +59,7 @@ def require_feasible(problem: Problem, config: Config) -> None:
 
 
 def search(problem: Problem, config: Config) -> Found:
-    """The best plan tried, and all that were tried.
+    """The best plan tried, and all plans tried.
 
     Raises:
         BudgetError: if nothing fits; names the smallest feasible budget.
@@ -103,18 +103,18 @@ def search(problem: Problem, config: Config) -> Found:
 
 
 def cost(problem: Problem, config: Config) -> Effort:
-    """Trials of whole plans, those for the Pareto set included."""
+    """Trials of whole plans, including those for the Pareto set."""
     more = config.optimiser.smaller if config.engine == "bayes" else 0
     return Effort(trials=config.optimiser.trials + more, importance=problem.importance)
 
 
 def result_fields(config: Config) -> dict[str, Any]:
-    """What of the configuration decides the plan; the number of processes does not."""
+    """The fields of the configuration that decide the plan: all but the number of processes."""
     return config.model_dump(mode="json", exclude={"objective": {"workers"}})
 
 
 def _value(outcome: Outcome, objective: Objective) -> float:
-    """What the Gaussian process models, the less the better."""
+    """The value that the Gaussian process models; less is better."""
     if objective.by == "accuracy":
         assert outcome.accuracy is not None
         return 1 - outcome.accuracy

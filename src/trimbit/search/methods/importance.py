@@ -1,9 +1,9 @@
-"""Bits by importance: the wide formats go to the layers that tell most about the prediction, exactly within the budget.
+"""Bits by importance: the wide formats go to the layers that tell most about the prediction, within the budget.
 
 A layer's gain from more bits is max(I, 0) * log2(bits), with I its importance to the task (QPruner: the mutual
-information of its output and the prediction). Of several variables in a layer each gains by its share of the layer's
-bytes, so that what is cut finer is worth no more. The sum of gains is maximised under the bytes by the knapsack's
-solver; for two formats and layers of one size that is the layers of largest I, as QPruner-2 has it.
+information of its output and the prediction). The variables of a layer share its gain by their bytes, so that a finer
+division gains nothing. The knapsack solver maximises the sum of gains within the bytes; for two formats and layers of
+equal size it picks the layers of largest I, as QPruner-2 does.
 """
 
 import math
@@ -23,7 +23,7 @@ from trimbit.search.variables import Per, Variables, variables
 
 
 class Config(Schema):
-    """What shares a format, and the default budget."""
+    """Which weights share a format, and the default budget."""
 
     per: Per = "block"  # code (harrysyz99/Qmixtuner): one format a block
     share: float = Field(default=0.25, ge=0, le=1)  # ours, without a budget: blocks in the largest format
@@ -35,10 +35,10 @@ def default_nbytes(problem: Problem, config: Config) -> int:
 
 
 def require_feasible(problem: Problem, config: Config) -> None:
-    """Refuse, before anything long, choices that this search does not make, and a budget below the smallest formats.
+    """Refuse early choices that this search does not make, and a budget below the smallest formats.
 
     Raises:
-        RecipeError: if the space has other widths, groups, or several formats of the tables.
+        RecipeError: if the space has other widths, cuts of KV groups, or several formats of embedding and head.
         BudgetError: naming the smallest feasible budget.
     """
     space = problem.space
@@ -72,7 +72,7 @@ def cost(problem: Problem, config: Config) -> Effort:
 
 
 def allocate(found: Variables, importance: Mapping[str, float]) -> Solution | None:
-    """A level for each variable; None if the lowest ones leave no room."""
+    """A level for each variable; None if not even the lowest levels fit."""
     layer_nbytes: Counter[str] = Counter()
     for layer, costs in zip(found.layers, found.costs, strict=True):
         layer_nbytes[layer] += costs[0]

@@ -1,9 +1,9 @@
 """Choose a width and formats for every unit under the budget, exactly, from measured damage.
 
-Bytes are a sum over the chosen choices, so this is a multiple-choice knapsack; HiGHS solves it. Damage of a choice:
+Bytes add up over the units, so this is a multiple-choice knapsack, solved by HiGHS. Damage of a choice:
 D(width) + (width / width measured at) * sum over its sites of D(format), each measured with all else as in a
-background. Additive damage is only a model, so several plans are tried: quickly, to find the best that prunes and the
-best that does not, and then these and the best uniform plan for real, by applying them.
+background. Additive damage is only a model, so several plans are tried: first quickly, to find the best that prunes
+and the best that does not; then these and the best uniform plan are applied for real.
 """
 
 from collections.abc import Mapping
@@ -38,26 +38,26 @@ from trimbit.search.solvers.knapsack import knapsack
 
 Uniform = uniform.Config
 NO_PRUNING = "knapsack, no pruning"
-CUT = 0.1  # ours: of the sub-blocks, those whose cut a further plan asks for in a format not measured
-NEAR_LOSSLESS = Int(bits=6, group=64, symmetric=False)  # errors that are measured one at a time add up best
+CUT = 0.1  # ours: share of the sub-blocks that a further plan cuts in a format not measured
+NEAR_LOSSLESS = Int(bits=6, group=64, symmetric=False)  # errors measured one at a time add up best here
 
 
 class Config(solver.Config):
-    """What is tried."""
+    """The plans to try, and the background of the damage."""
 
-    pruning_costs: tuple[PositiveFloat, ...] = (1.0, 2.0, 4.0)  # ours: factors on positive D(width), a plan each
-    no_pruning: bool = True  # try a plan that prunes nothing, too
-    # ours: of all blocks while the damage of one choice is measured; None: the uniform plan nearest to the budget
+    pruning_costs: tuple[PositiveFloat, ...] = (1.0, 2.0, 4.0)  # ours: factors on positive D(width), a plan for each
+    no_pruning: bool = True  # also try a plan that prunes nothing
+    # ours: format of all blocks while a choice's damage is measured; None: the uniform plan nearest to the budget
     background: Precision | None = NEAR_LOSSLESS
     embedding_bits: int = 4  # ours: the embedding and the head suffer more from rounding than a block's weights
-    uniform: Uniform | None = Uniform()  # try the best uniform plan, too
+    uniform: Uniform | None = Uniform()  # also try the best uniform plan
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
     """One choice of a unit: its kept width (None: it has no dim), the formats of its sites, bytes, damage and cost.
 
-    The cost is the damage with the price on pruning; the solver minimises it.
+    The cost is the damage plus the price of pruning; the solver minimises it.
     """
 
     unit: Unit
@@ -69,7 +69,7 @@ class Choice:
 
 
 def search(problem: Problem, config: Config) -> Found:
-    """The best plan over all rounds; each round measures in the background of the plan before it.
+    """The best plan over all rounds; the plan of each round is the background of the next.
 
     Raises:
         BudgetError: if nothing in the space fits; names the smallest feasible budget.
@@ -88,7 +88,7 @@ def search(problem: Problem, config: Config) -> Found:
 
 
 def best_of(problem: Problem, config: Config, damage: Measurements) -> Found:
-    """The best tried plan among solutions with pruning, without, and the best uniform plan."""
+    """The best of the plans with pruning, the plans without, and the best uniform plan."""
     solved: dict[str, Plan] = {}
     gaps: dict[str, float | None] = {}
     costs = (*config.pruning_costs, *((None,) if config.no_pruning else ()))
@@ -116,11 +116,11 @@ def best_of(problem: Problem, config: Config, damage: Measurements) -> Found:
 
 
 def cost(problem: Problem, config: Config) -> Effort:
-    """The damage of every choice in each round, and the plans that are then tried."""
+    """The damage of every choice in each round, and the plans tried after it."""
     assert problem.measure is not None, "the knapsack needs measurements"
     rounds, around = problem.measure.rounds, background(problem, config)
     prunes = any(len(allowed_widths(problem.layout, unit, problem.space)) > 1 for unit in problem.layout.units.values())
-    pruned = len(config.pruning_costs) if prunes else 0  # but for the dearest they tend to prune
+    pruned = len(config.pruning_costs) if prunes else 0  # all plans but that of the highest price tend to prune
     kinds = (pruned > 0) + (config.no_pruning or not prunes)
     own = Effort() if config.uniform is None else uniform.cost(problem, config.uniform)
     finalists = kinds + (config.uniform is not None)
@@ -143,11 +143,11 @@ def _uniform(problem: Problem, config: Config) -> list[Found]:
     try:
         return [uniform.search(problem, config.uniform)]
     except BudgetError:
-        return []  # the knapsack's own plans do
+        return []  # the knapsack's plans may still fit
 
 
 def require_feasible(problem: Problem, config: Config) -> None:
-    """Refuse, before anything long, a budget below the smallest plan in the space.
+    """Refuse early a budget below the smallest plan in the space.
 
     Raises:
         BudgetError: naming the smallest feasible budget.
@@ -156,9 +156,9 @@ def require_feasible(problem: Problem, config: Config) -> None:
 
 
 def background(problem: Problem, config: Config) -> Background:
-    """The plan to measure around: one format for all blocks, by default one that loses next to nothing.
+    """The background of measurements: one format for all blocks, by default one that loses next to nothing.
 
-    An embedding takes the format of its menu that is nearest to its bits, but not below `embedding_bits`.
+    Embedding and head take the format of their menu nearest to the blocks' bits, but at least to `embedding_bits`.
     """
     layout = problem.layout
     blocks = config.background
@@ -175,7 +175,7 @@ def background(problem: Problem, config: Config) -> Background:
 
 
 def _room_nbytes(problem: Problem) -> int:
-    """What is left of the budget for the units."""
+    """The part of the budget left for the units."""
     layout = problem.layout
     return (
         problem.budget_nbytes
@@ -201,7 +201,7 @@ def solve(
         c.unit.dim: c.width for c in chosen if c.unit.dim is not None and c.width is not None and c.width != c.unit.size
     }
     formats = {site: precision for c in chosen for site, precision in c.formats}
-    method = method if widths else NO_PRUNING  # whatever pruning would have cost
+    method = method if widths else NO_PRUNING  # whatever the price of pruning
     predicted = damage.background_damage + sum(c.damage for c in chosen)
     plan = problem.plan(widths, formats, method, predicted, digest(damage.model_dump(mode="json")))
     return plan, solved.gap
@@ -219,7 +219,7 @@ def choices(problem: Problem, damage: Measurements, unit: Unit, pruning_cost: fl
         if cut and pruning_cost is None and not problem.space.kept:
             continue
         shape = by_width[unit.dim or "", width] if width is not None else 0.0
-        price = (pruning_cost - 1) * max(shape, 0.0) if cut and pruning_cost is not None else 0.0  # none on a gain
+        price = (pruning_cost - 1) * max(shape, 0.0) if cut and pruning_cost is not None else 0.0  # a gain has no price
         if width == 0:
             found.append(
                 Choice(
@@ -263,7 +263,7 @@ def _nbytes(problem: Problem, unit: Unit, width: int | None, formats: Mapping[st
 
 
 def pareto(found: list[Choice]) -> list[Choice]:
-    """The choices that no other one beats in both bytes and cost."""
+    """The choices that no other choice beats in both bytes and cost."""
     front: list[Choice] = []
     for choice in sorted(found, key=lambda c: (c.nbytes, c.cost)):
         if not front or choice.cost < front[-1].cost:

@@ -1,4 +1,4 @@
-"""The same share of channels at every site is high, chosen before any search: by diag H, as Atom does, or at random.
+"""The same share of high channels at every site, chosen without a search: by diag H, as Atom does, or at random.
 
 With a binary low format this is the layout of PTQ1.61 (arXiv:2502.13179). Baselines for learnt masks.
 """
@@ -13,16 +13,16 @@ from trimbit.search.two_formats.tiles import TileProblem, default_nbytes, requir
 
 
 class Config(TwoFormats):
-    """The formats, and what is high."""
+    """The formats, and the rule that chooses high channels."""
 
     by: Literal["second_moment", "random"] = "second_moment"
 
 
 def search(problem: Problem, config: Config) -> Found:
-    """The plan of the largest share within the budget.
+    """The plan with the largest share of high channels within the budget.
 
     Raises:
-        BudgetError: if the budget is outside what the formats reach.
+        BudgetError: if the budget is outside the range of the formats.
     """
     require_feasible(problem, config)
     sites = TileProblem(problem, config)

@@ -16,12 +16,12 @@ class Config(Schema):
 
 
 def default_nbytes(problem: Problem, config: Config) -> int:
-    """The bytes of the one plan there is."""
+    """The bytes of the only plan."""
     return _plan(problem, config).found_by.nbytes
 
 
 def require_feasible(problem: Problem, config: Config) -> None:
-    """Refuse a budget that the one plan does not fit.
+    """Refuse a budget below the only plan.
 
     Raises:
         BudgetError: naming its bytes.
@@ -30,7 +30,7 @@ def require_feasible(problem: Problem, config: Config) -> None:
 
 
 def search(problem: Problem, config: Config) -> Found:
-    """The one plan.
+    """The only plan.
 
     Raises:
         BudgetError: if it does not fit; names its bytes.

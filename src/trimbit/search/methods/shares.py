@@ -1,7 +1,7 @@
-"""How many channels of each site are high by measured damage: a knapsack over site-wise shares.
+"""The number of high channels at each site by measured damage: a knapsack over the sites' shares.
 
-Which channels of a site are high is fixed, those of largest diag H; how many is what is chosen. KL of the whole model
-is measured with one site at another share and all others at the same one; from there, damage is taken to add up.
+High channels are always those of largest diag H; the search chooses how many. The KL of the whole model is measured
+with one site at another share and all others at a common one; the changes are taken to add up.
 """
 
 from collections.abc import Mapping
@@ -21,25 +21,25 @@ READS = "moments"
 
 
 class Config(MaskedSearch):
-    """The formats, and what is measured."""
+    """The formats, and the shares and rows to measure."""
 
-    factors: tuple[float, ...] = (0.0, 0.5, 1.5, 2.0, 3.0, 4.0)  # ours: on the share that fits everywhere
+    factors: tuple[float, ...] = (0.0, 0.5, 1.5, 2.0, 3.0, 4.0)  # ours: on the common share, which fits the budget
     error_model: ErrorModels = "expected"  # ours
     rows: int = Field(default=4, ge=1)  # ours: the first of the training text
     length: int = Field(default=512, ge=16)  # ours
 
     def compared(self, rows: int) -> int:
-        """Those that are measured on, however many there are."""
+        """The rows that damage is measured on, however many there are."""
         return self.rows
 
 
 def result_fields(config: Config) -> dict[str, Any]:
-    """What of the configuration decides the measurements."""
+    """The fields of the configuration that decide the measurements."""
     return config.model_dump(mode="json", exclude={"dense"})
 
 
 def cost(problem: Problem, config: Config) -> Effort:
-    """Rows under masks: each share of each site, from the site's block on, which is half of the model in the mean."""
+    """Rows under masks: each share of each site, from the site's block on, which is half the model on average."""
     sites = TileProblem(problem, config)
     base = sites.uniform_within_budget
     changes = sum(len(_menu(site, config, sites, base)) - 1 for site in base)
@@ -50,7 +50,7 @@ def search(problem: Problem, config: Config) -> Found:
     """The plan of least summed damage within the budget.
 
     Raises:
-        BudgetError: if the budget is outside what the formats reach.
+        BudgetError: if the budget is outside the range of the formats.
     """
     require_feasible(problem, config)
     sites = TileProblem(problem, config)
@@ -60,7 +60,7 @@ def search(problem: Problem, config: Config) -> Found:
 
 
 def measure(problem: Problem, config: Config, sites: TileProblem) -> dict[str, dict[int, float]]:
-    """For each site, by its number of high tiles, the change of KL in nats a token."""
+    """The change of KL in nats a token, by site and number of high tiles."""
     base = sites.uniform_within_budget
 
     def kl(site: str, tiles: int) -> float:

@@ -1,7 +1,7 @@
-"""Bits by groups of input channels of each weight by itself: as many salient groups get a bit more as others one less.
+"""Bits by group of input channels, weight by weight: the most salient groups get one bit more, as many others one less.
 
-The salience of a group is the sum of w^2 / [H^-1]_jj^2 over its elements. How many groups move is what loses least of
-the layer's output. Ours: that is E |(W - Q) x|^2, where the paper compares the outputs' distributions by KL.
+The salience of a group is the sum of w^2 / [H^-1]_jj^2 over its elements. The number of groups that change is that of
+least error in the layer's output. Ours: E |(W - Q) x|^2, where the paper compares the outputs' distributions by KL.
 """
 
 from typing import Literal
@@ -29,22 +29,22 @@ class Config(Schema):
 
 
 def _formats(bits: int) -> tuple[Precision, Precision, Precision]:
-    """One bit less, as many, one more."""
+    """The formats of one bit less, of `bits` bits, and of one bit more."""
     less = Int(bits=bits - 1, group=GROUP, symmetric=True) if bits > 2 else Binary(group=GROUP, mean=False)
     return less, Int(bits=bits, group=GROUP, symmetric=True), Int(bits=bits + 1, group=GROUP, symmetric=True)
 
 
 def default_nbytes(problem: Problem, config: Config) -> int:
-    """Bytes with the mean number of bits everywhere: moving groups changes none."""
+    """Bytes with the mean number of bits everywhere: changing groups in pairs adds none."""
     return _uniform(problem, config).found_by.nbytes
 
 
 def require_feasible(problem: Problem, config: Config) -> None:
-    """Refuse a budget below the mean number of bits, and a model that it does not fit.
+    """Refuse a budget below the mean number of bits, and a model with too few groups.
 
     Raises:
         BudgetError: naming the smallest feasible budget.
-        RecipeError: if something is pruned before, or a weight has fewer than two groups.
+        RecipeError: if something is pruned before the search, or a weight has fewer than two groups.
     """
     if problem.space.kept:
         raise RecipeError("bits by groups of channels need the whole model: leave `prune` out of the recipe")
@@ -55,13 +55,13 @@ def require_feasible(problem: Problem, config: Config) -> None:
 
 
 def cost(problem: Problem, config: Config) -> Effort:
-    """Every weight is rounded once for each number of groups that may move."""
+    """Every weight is rounded once for each number of groups that may get a bit more."""
     blocks = [weight for weight in problem.layout.weights.values() if problem.layout.readers(weight.site)]
     return Effort(rounded=sum((w.cols // GROUP // 2 + 1) * w.rows * w.cols for w in blocks))
 
 
 def search(problem: Problem, config: Config) -> Found:
-    """The plan whose every weight loses least of its output.
+    """The plan with the least output error of every weight.
 
     Raises:
         BudgetError: if the mean number of bits does not fit.
@@ -110,7 +110,7 @@ def _best(problem: Problem, name: str, bits: int) -> tuple[tuple[Run, ...], int]
 
 
 def _joined(formats: list[Precision], channels: int) -> tuple[Run, ...]:
-    """Runs of the groups' formats, neighbours of one format in one run; the last group may be short."""
+    """The runs of the groups' formats; neighbours of one format share a run, and the last group may be short."""
     runs: list[Run] = []
     for at, precision in enumerate(formats):
         count = min(GROUP, channels - at * GROUP)

@@ -1,16 +1,16 @@
-"""Masks of precision learnt by the loss of the whole model: which channels of every site are high, all others low.
+"""Precision masks learnt from the loss of the whole model: some channels of every site are high, all others low.
 
-The weights stay as they are. A hypernetwork gives a logit for each channel; of a sample of the masks
-the loss of a row of text is taken, and its gradient passes through the sample to the network. The budget is held in
-one of two ways. As a penalty, weight |log(h / target)| is added to the loss, where h is the share of the codes that are
-high in the sample. By projection, all logits are moved by one number, so that h is the target in the mean; the
-gradient knows of the move, so that what one channel gains others lose. In the end the noise is left out, and the tiles
-of highest logits fill the budget. With `whole_tiles` a sample is of whole tiles, too: those of a site are cut by its
-falling logits, and the mean of a tile's logits is that of all its channels. Without, a site that wants less than a tile
-never learns what it is worth to have one or none.
+The weights are frozen. A hypernetwork gives a logit for each channel; masks are sampled from the logits, and the
+gradient of the loss on a row of text passes through the sample to the network. The budget is held in one of two ways.
+As a penalty, weight |log(h / target)| is added to the loss, where h is the share of high codes in the sample. By
+projection, all logits are shifted by one number so that h is the target in the mean; the gradient includes the shift,
+so that what one channel gains others lose. At the end there is no noise, and the tiles of highest logits fill the
+budget. With `whole_tiles` a sample consists of whole tiles, too: the channels of a site are cut into tiles by falling
+logit, and all channels of a tile share its mean logit. Without it, a site that wants less than a tile never learns
+whether one tile is better than none.
 
-Only abstract and summaries of the paper could be read: constants are those of DISP-LLM's code, whose masks these
-are, or ours.
+Only the abstract and summaries of the paper could be read: constants are from DISP-LLM's code, which has the same
+masks, or ours.
 """
 
 import json
@@ -32,7 +32,7 @@ ADVICE = "Lower search.learning_rate to retrain from scratch"
 
 
 def result_fields(config: Config) -> dict[str, Any]:
-    """What of the configuration decides the masks; on a GPU, `replayed` does, too."""
+    """The fields of the configuration that decide the masks; CUDA graphs do, too, and are part of the key's device."""
     return config.model_dump(mode="json", exclude={"save_every", "checkpointing", "dense"})
 
 
@@ -45,8 +45,8 @@ def search(problem: Problem, config: Config) -> Found:
     """Learn the masks, and fill the budget by them.
 
     Raises:
-        BudgetError: if the budget is outside what the formats reach.
-        NumericsError: if the loss is not finite; says the step. The last stored state stays.
+        BudgetError: if the budget is outside the range of the formats.
+        NumericsError: if the loss is not finite, naming the step. The last stored state stays.
     """
     require_feasible(problem, config)
     sites = TileProblem(problem, config)
@@ -59,9 +59,9 @@ Curve = list[dict[str, float]]
 
 
 def learn(problem: Problem, config: Config, sites: TileProblem) -> tuple[Logits, Curve]:
-    """The logits of every site's channels, and of every step the loss in nats a token, the bits and the temperature.
+    """The logits of every site's channels, and for every step the loss in nats a token, the bits and the temperature.
 
-    A run that was interrupted goes on from its stored state.
+    An interrupted run goes on from its stored state.
     """
     assert problem.state is not None, "the search keeps its state"
     path = problem.state / "masks.safetensors"
@@ -99,7 +99,7 @@ def _optimizer(parameters: Iterable[Tensor], config: Config) -> torch.optim.Opti
 
 
 def _normalize(parameters: Iterable[Tensor]) -> None:
-    """Scale the gradient of all parameters together to length 1: no row of text counts for more than another."""
+    """Scale the joint gradient of all parameters to length 1: no step counts more than another."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     length = torch.nn.utils.get_total_norm(gradients).clamp(min=torch.finfo(torch.float32).tiny)
     for gradient in gradients:

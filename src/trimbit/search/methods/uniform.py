@@ -13,14 +13,14 @@ MENU = tuple(Int(bits=bits, group=group, symmetric=False) for bits in range(2, 9
 
 
 class Config(Schema):
-    """What is tried."""
+    """The formats to try."""
 
     formats: tuple[Precision, ...] = Field(default=MENU, min_length=1)
-    tries: int = Field(default=2, ge=1)  # ours: of the formats that fit, how many of the largest are evaluated
+    tries: int = Field(default=2, ge=1)  # ours: how many of the largest formats that fit are evaluated
 
 
 def require_feasible(problem: Problem, config: Config) -> None:
-    """Refuse, before anything long, a budget that no format fits.
+    """Refuse early a budget that no format fits.
 
     Raises:
         BudgetError: naming the smallest feasible budget.
@@ -29,7 +29,7 @@ def require_feasible(problem: Problem, config: Config) -> None:
 
 
 def search(problem: Problem, config: Config) -> Found:
-    """Of the largest formats that fit, the one of least damage; the largest where nothing can be evaluated.
+    """The format of least damage among the largest that fit; the largest if the recipe measures nothing.
 
     Raises:
         BudgetError: if none fits; names the smallest feasible budget.
@@ -40,7 +40,7 @@ def search(problem: Problem, config: Config) -> Found:
 
 
 def cost(problem: Problem, config: Config) -> Effort:
-    """The largest formats that fit are put together and measured, where there are several."""
+    """Assembling and measuring the largest formats that fit, if there are several."""
     plans = _largest(problem, config)
     if problem.measure is None or len(plans) < 2:
         return Effort()
@@ -53,7 +53,7 @@ def cost(problem: Problem, config: Config) -> Effort:
 
 
 def _largest(problem: Problem, config: Config) -> list[Plan]:
-    """Of the formats that fit, the largest, from the largest on."""
+    """The plans of the largest formats that fit, largest first."""
     fitting = [plan for plan in _by_size(problem, config) if plan.found_by.nbytes <= problem.budget_nbytes]
     return fitting[-config.tries :][::-1]
 

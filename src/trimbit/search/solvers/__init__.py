@@ -1,4 +1,4 @@
-"""Optimisers that know no models: knapsack, Bayesian optimisation, Pareto sets.
+"""Optimisers that know nothing of models: knapsack, Bayesian optimisation, Pareto sets.
 
 Takes numbers; gives choices.
 """

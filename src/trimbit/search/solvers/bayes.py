@@ -1,8 +1,8 @@
-"""Bayesian optimisation of ordinal variables under a known budget; the core of a search, which knows no models.
+"""Bayesian optimisation of ordinal variables under a known budget; it knows nothing of models.
 
-What fits is counted, so nothing over the limit is ever tried; only the damage is learnt, by a Gaussian process. A
-proposal is the point of most expected improvement among untried ones that fit: random ones and neighbours of the best,
-climbed from there.
+Bytes are counted exactly, so no point over the limit is tried; a Gaussian process learns only the damage. A proposal
+is the untried point within the limit that has the largest expected improvement, found by hill climbing from the best
+of random points and of neighbours of the best tried points.
 """
 
 import math
@@ -26,25 +26,25 @@ CHUNK = 512  # points whose acquisition is computed at once
 
 
 class Config(Schema):
-    """How many points are tried, and how hard each is looked for."""
+    """The number of points to try, and the effort of finding each."""
 
     trials: int = Field(default=40, ge=1)  # ours: all points that are evaluated, the initial ones included
-    initial: int = Field(default=10, ge=1)  # ours: the given start, and random points up to this number
+    initial: int = Field(default=10, ge=1)  # ours: the given start, filled up with random points
     batch: int = Field(default=1, ge=1)  # ours: points proposed from the same results
     pool: int = Field(default=256, ge=1)  # ours: random points that the acquisition chooses from
     best: int = Field(default=3, ge=1)  # ours: tried points of least damage whose neighbours join the pool
-    near: int = Field(default=128, ge=1)  # ours: random neighbours of a point that are swaps, and that are settled
-    climbs: int = Field(default=20, ge=0)  # ours: times that the winner's neighbours may win
+    near: int = Field(default=128, ge=1)  # ours: random neighbours of each kind, swaps and settled steps
+    climbs: int = Field(default=20, ge=0)  # ours: most steps of hill climbing
     steps: int = Field(default=50, ge=1)  # ours: iterations of the fit
-    samples: int = Field(default=256, ge=1)  # ours: of the posterior, where points of a batch are pending
-    smaller: int = Field(default=4, ge=0)  # ours: limits below the given one, for the Pareto set; a trial each
+    samples: int = Field(default=256, ge=1)  # ours: of the posterior, if points of a batch are pending
+    smaller: int = Field(default=4, ge=0)  # ours: smaller limits for the Pareto set; a trial each
 
 
 def _climb(
     box: Box, acquisition: Callable[[Tensor], Tensor], pool: Sequence[Point], taken: Set[Point],
     generator: torch.Generator, config: Config,
 ) -> Point | None:  # fmt: skip
-    """The best of the pool, then of its neighbours, and so on while that is better; None if all of it is taken."""
+    """Climb from the best point of the pool to better neighbours; None if the whole pool is taken."""
     winner, score = None, -math.inf
     for _ in range(config.climbs + 1):
         pool = [point for point in pool if point not in taken]
@@ -65,7 +65,7 @@ def _climb(
 def propose(
     box: Box, points: Sequence[Point], values: Sequence[float], batch: int, generator: torch.Generator, config: Config
 ) -> list[Point]:
-    """Up to `batch` untried points that fit, to evaluate next, from the damage of those tried; fewer if there are none.
+    """Propose up to `batch` untried points that fit, from the damage of tried ones; fewer if no more are found.
 
     Raises:
         NumericsError: if the Gaussian process cannot be fitted.
@@ -91,7 +91,7 @@ def propose(
 
 
 def smaller(box: Box, tried: Mapping[Point, float], config: Config, seed: int) -> list[Point]:
-    """Within `config.smaller` limits, evenly from the fewest bytes up, the untried point of least expected damage.
+    """The untried point of least expected damage within each of `config.smaller` limits, from the fewest bytes up.
 
     Raises:
         NumericsError: if the Gaussian process cannot be fitted.
@@ -112,18 +112,18 @@ def smaller(box: Box, tried: Mapping[Point, float], config: Config, seed: int) -
 def optimise(
     box: Box, start: Sequence[Point], evaluate: Evaluate, config: Config, seed: int, progress: Progress
 ) -> list[tuple[Point, float]]:  # fmt: skip
-    """Evaluate the start and random points, then what is proposed: at most `config.trials` points, in their order.
+    """Evaluate the start, random points, then proposals: at most `config.trials` points, returned in this order.
 
-    A proposal depends on the seed and the results before it alone, so a run whose results are remembered by `evaluate`
-    goes on after an interruption as if there had been none.
+    A proposal depends only on the seed and the results before it: if `evaluate` remembers its results, an interrupted
+    run goes on as if it had not stopped.
 
     Args:
         box: the space.
         start: points to begin with.
         evaluate: gives the damage of points: of all initial ones, then of up to `config.batch` at a time.
         config: how many points.
-        seed: of the random points.
-        progress: called with the number of trials that are done.
+        seed: for the random points.
+        progress: called with the number of trials done.
 
     Raises:
         NumericsError: if a damage is not finite, or the Gaussian process cannot be fitted.

@@ -1,6 +1,6 @@
 """Ordinal variables under a known budget: points that fit, and their neighbours.
 
-A point gives every variable a level, and every level costs bytes. What fits is counted in whole bytes.
+A point gives every variable a level, and every level costs a whole number of bytes.
 """
 
 from collections import deque
@@ -50,7 +50,7 @@ class Box:
 
 
 def _settle(box: Box, point: Point, generator: torch.Generator, fixed: int | None = None) -> Point:
-    """Lower random variables until the point fits, then raise random ones until nothing more does; all but `fixed`."""
+    """Lower random variables until the point fits, then raise random ones while it still fits; `fixed` stays."""
     levels, left = list(point), box.room_nbytes - box.nbytes(point)
     for step in (-1, 1) if left < 0 else (1,):
         room = [level if step < 0 else len(c) - 1 - level for c, level in zip(box.costs, levels, strict=True)]
@@ -65,7 +65,7 @@ def _settle(box: Box, point: Point, generator: torch.Generator, fixed: int | Non
 
 
 def _steps(box: Box, point: Point) -> list[tuple[int, Point]]:
-    """All moves of one variable by one level, over the limit or not, each with the variable."""
+    """All moves of one variable by one level, within the limit or not, each with the variable's index."""
     return [
         (i, (*point[:i], to, *point[i + 1 :]))
         for i, level in enumerate(point)
@@ -75,10 +75,10 @@ def _steps(box: Box, point: Point) -> list[tuple[int, Point]]:
 
 
 def neighbours(box: Box, point: Point, near: int, generator: torch.Generator) -> list[Point]:
-    """Points near a point that fit.
+    """Neighbours of a point that fit.
 
-    Those a step away; up to `near` random ones of these after settling the others; up to `near` random swaps, where one
-    variable goes down and another one up.
+    These are all single steps; up to `near` random steps after which the other variables are settled; and up to `near`
+    random swaps, where one variable goes down and another goes up.
     """
     steps = _steps(box, point)
     found = [moved for _, moved in steps]
@@ -92,14 +92,14 @@ def neighbours(box: Box, point: Point, near: int, generator: torch.Generator) ->
 
 
 def _some(of: Sequence[T], count: int, generator: torch.Generator) -> list[T]:
-    """Up to `count` random ones."""
+    """Up to `count` random elements."""
     return [of[at] for at in torch.randperm(len(of), generator=generator)[:count].tolist()]
 
 
 def feasible_points(box: Box, count: int, generator: torch.Generator, tried: Set[Point] = frozenset()) -> list[Point]:
     """Up to `count` distinct random points that fit and were not tried; fewer only if there are no more.
 
-    They are points where nothing more fits, and where these run out, points a step away from them, and so on.
+    First come points where nothing more fits; when these run out, points a step away from them, and so on.
     """
     assert box.fits(box.lowest), "nothing fits"
     seen: dict[Point, None] = {}
@@ -108,7 +108,7 @@ def feasible_points(box: Box, count: int, generator: torch.Generator, tried: Set
             break
         seen[_settle(box, box.lowest, generator)] = None
     queue = deque(seen)
-    while queue and len(seen.keys() - tried) < count:  # single steps join everything that fits
+    while queue and len(seen.keys() - tried) < count:  # single steps connect all points that fit
         near = [moved for _, moved in _steps(box, queue.popleft()) if moved not in seen and box.fits(moved)]
         seen |= dict.fromkeys(near)
         queue += near

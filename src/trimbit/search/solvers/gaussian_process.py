@@ -12,13 +12,13 @@ from trimbit.errors import NumericsError, RecipeError
 
 
 def require_botorch() -> None:
-    """Refuse, before anything long, to search without the optional dependency.
+    """Refuse early to search without the optional dependency.
 
     Raises:
         RecipeError: if BoTorch is missing.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r".torch\.jit\.", DeprecationWarning)  # as it is imported
+        warnings.filterwarnings("ignore", r".torch\.jit\.", DeprecationWarning)  # from the import
         try:
             import botorch  # noqa: F401
         except ImportError as err:
@@ -27,7 +27,7 @@ def require_botorch() -> None:
 
 @contextmanager
 def _botorch(seed: int) -> Iterator[None]:
-    """BoTorch with a seed of its own, and without its warnings of retries and jitter."""
+    """BoTorch with a local seed, and without its warnings about retries and jitter."""
     require_botorch()
     from botorch.exceptions import ModelFittingError, OptimizationWarning
     from linear_operator.utils.errors import NanError, NotPSDError
@@ -62,7 +62,7 @@ def _surrogate(x: Float64[Tensor, "points variables"], y: Float64[Tensor, " poin
 def _acquisition(
     model: torch.nn.Module, best: float, pending: Float64[Tensor, "pending variables"], samples: int, seed: int
 ) -> Callable[[Tensor], Tensor]:
-    """The logarithm of the expected improvement on `best`: of one point, or of one together with the pending ones."""
+    """The log expected improvement over `best` of one point, alone or together with the pending points."""
     from botorch.acquisition import LogExpectedImprovement, qLogExpectedImprovement
     from botorch.sampling import SobolQMCNormalSampler
 

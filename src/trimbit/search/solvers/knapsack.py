@@ -18,13 +18,13 @@ class Config(Schema):
     """When the solver may stop."""
 
     gap: float = Field(default=1e-4, ge=0)  # relative optimality gap
-    nodes: int = Field(default=2000, ge=1)  # branch-and-bound nodes: blocks alike make proofs endless
+    nodes: int = Field(default=2000, ge=1)  # branch-and-bound nodes: with similar blocks, proofs never end
 
 
 class Solution(NamedTuple):
-    """The item of each group that was picked, and how far its damage may be from the least one.
+    """The picked item of each group, and the gap of the total damage to the optimum.
 
-    `gap` is the proven relative distance; None: nothing was proven.
+    `gap` is relative and proven; None: nothing was proven.
     """
 
     picked: list[int]
@@ -35,7 +35,7 @@ def knapsack(groups: list[list[tuple[int, float]]], capacity: int, config: Confi
     """One item (bytes, damage) of each group, of least total damage within `capacity` bytes; None if impossible.
 
     Raises:
-        NumericsError: if the solver stops with nothing.
+        NumericsError: if the solver stops without a solution.
     """
     smallest = [min(range(len(group)), key=group.__getitem__) for group in groups]
     least = _nbytes(groups, smallest)
@@ -77,7 +77,7 @@ def _nbytes(groups: list[list[tuple[int, float]]], picked: list[int]) -> int:
 
 @contextmanager
 def _silenced_stdout() -> Iterator[None]:
-    """HiGHS prints debugging lines to the C standard output, which belongs to results."""
+    """Silence HiGHS, which prints debugging lines to the C standard output, where results go."""
     kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     try:

@@ -18,25 +18,25 @@ class TwoFormats(Schema):
     high: Precision = Int(bits=8, group=128, symmetric=True)
     low_acts: ActInt | None = None  # None: the inputs of low channels are not rounded
     high_acts: ActInt | None = None
-    # of the codes, those in high channels, where no budget is given; 0: none, whatever the budget
+    # of the codes in high channels, if no budget is given; 0: none, whatever the budget
     share: float = Field(default=0.125, ge=0, le=1)
     tile: int = Field(default=32, ge=1)  # ours: high channels of a site are a multiple of this
-    sort: bool = True  # by diag H within low and high; false: channels keep their order there
+    sort: bool = True  # channels by diag H within low and high; false: they keep their order there
     embedding: Precision = BF16  # of the embedding and the head
 
 
 class MaskedSearch(TwoFormats):
-    """Which model the masks are tried in, and on what; its embedding and head are dense, whatever `embedding` is.
+    """The model and the rows that masks are tried on; its embedding and head are dense, whatever `embedding` is.
 
-    `error_model` is what a format does to a weight meanwhile: it rounds it to nearest; as the quantiser does; or not at
-    all, but adds noise to the output, as large as the error that GPTQ is expected to leave (ours).
+    `error_model` is how a format acts on a weight meanwhile: `rtn` rounds it to nearest, `quantizer` as the quantiser
+    does; `expected` rounds nothing, but adds noise to the output, as large as the expected error of GPTQ (ours).
     """
 
     share: float = Field(default=0.125, gt=0, le=1)
     error_model: ErrorModels = "rtn"
     length: int = Field(default=2048, ge=16)  # code (DISP-LLM): tokens of a row
-    residual_rank: int | None = Field(default=None, ge=0)  # of what later columns predict; None: ours, 16
-    dense: bool = False  # keep what is rounded ready to multiply by, twice bf16 or fp32: faster, else the same
+    residual_rank: int | None = Field(default=None, ge=0)  # of the prediction by later columns; None: ours, 16
+    dense: bool = False  # keep both rounded weights unpacked, in bf16 or fp32: faster, with the same result
 
     @model_validator(mode="after")
     def _check_dense(self) -> "MaskedSearch":
@@ -48,15 +48,15 @@ class MaskedSearch(TwoFormats):
 
     @property
     def rank(self) -> int:
-        """Of what later columns predict."""
+        """The rank of the prediction by later columns."""
         return 16 if self.residual_rank is None else self.residual_rank
 
     def compared(self, rows: int) -> int:
-        """How many of `rows` rows of the training text are compared with the original."""
+        """How many of the `rows` training rows are compared with the original."""
         raise NotImplementedError
 
     def cuda_graphs(self, device: str) -> bool:
-        """Whether gradients are taken by CUDA graphs, whose noise is another than without."""
+        """Whether gradients are computed by CUDA graphs, with which the noise is different."""
         return False
 
 
@@ -66,16 +66,16 @@ class MaskTraining(MaskedSearch):
     steps: int = Field(default=2000, ge=1)  # paper
     batch: int = Field(default=1, ge=1)  # paper: rows of a step
     loss: Literal["lm", "kl"] = "lm"  # paper: of the next token; ours: KL(original || model)
-    checkpointing: bool = True  # keep each block's input alone, and run the block again for its gradients
+    checkpointing: bool = True  # keep only each block's input, and run the block again for its gradients
 
     def cuda_graphs(self, device: str) -> bool:
-        """On a GPU, where blocks do the same operations for every row and mask (`masked/cuda_graphs.py`).
+        """On a GPU, if blocks do the same operations for every row and mask (`trial/masked/cuda_graphs.py`).
 
-        Where inputs are rounded, what is done depends on the masks; what is packed is unpacked by tables of the CPU's.
+        With rounded inputs the operations depend on the masks; packed weights are unpacked by tables on the CPU.
         """
         same = self.low_acts is None and self.high_acts is None and (self.error_model == "expected" or self.dense)
         return device == "cuda" and same and not self.checkpointing
 
     def compared(self, rows: int) -> int:
-        """All rows, or none."""
+        """All rows for the KL, else none."""
         return rows if self.loss == "kl" else 0

@@ -1,6 +1,6 @@
-"""Binary samples that let gradients through: z is 1 with probability sigmoid(logit).
+"""Binary samples with gradient estimators: z is 1 with probability sigmoid(logit).
 
-ReinMax (arXiv:2304.08612), at temperature 1, is exact in the mean where the loss is quadratic in each z; the Gumbel
+ReinMax (arXiv:2304.08612), at temperature 1, is unbiased if the loss is quadratic in each z; the Gumbel
 straight-through estimator (arXiv:1611.01144) passes on the gradient of a soft sample.
 """
 
@@ -16,7 +16,7 @@ Estimator = Literal["reinmax", "gumbel"]
 def sample(
     logits: Float[Tensor, " n"], estimator: Estimator, temperature: float, uniform: Float[Tensor, " n"]
 ) -> Float[Tensor, " n"]:
-    """Zeros and ones with gradients to the logits, by uniform numbers between 0 and 1.
+    """Zeros and ones with gradients for the logits, drawn by uniform numbers between 0 and 1.
 
     `temperature` is at least 1 in ReinMax, at most 1 in Gumbel.
     """

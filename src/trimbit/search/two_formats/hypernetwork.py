@@ -1,7 +1,7 @@
 """A network that gives the logits of all masks at once (DISP-LLM, arXiv:2410.11988): one step of a GRU for each mask.
 
-Its inputs are random numbers that stay; the GRU sees the masks in the order of the model, both ways, so that what is
-learnt for one moves those around it.
+Its inputs are fixed random numbers. The GRU passes over the masks in the order of the model, in both directions, so
+that what is learnt for one mask changes those around it.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-INPUTS, HIDDEN = 32, 64  # code (gaosh/DISP-LLM); HIDDEN is of each direction
+INPUTS, HIDDEN = 32, 64  # code (gaosh/DISP-LLM); HIDDEN is for each direction
 
 
 class Hypernetwork(nn.Module):
@@ -35,7 +35,7 @@ class Hypernetwork(nn.Module):
 
 
 class Logits(nn.Module):
-    """In its place, a parameter for each channel."""
+    """The alternative to the hypernetwork: a parameter for each channel."""
 
     def __init__(self, channels: Mapping[str, int]) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Two formats in every weight of the blocks: of each site's channels some are high, all others low.
+"""Two formats in every weight of the blocks: some channels of each site are high, all others low.
 
-What searches share that choose the high channels. A site stores its low channels first, then the high ones, each part
-by rising diag H of the site's inputs (arXiv:2310.19102 reorders like this), so that a group holds channels alike.
+Shared by the searches that choose the high channels. A site stores its low channels first, then the high ones, each
+part sorted by rising diag H of the site's inputs (as in arXiv:2310.19102), so that the channels of a group are alike.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,7 @@ High = Mapping[str, Sequence[int]]  # site -> its high channels
 
 @dataclass(frozen=True)
 class TileProblem:
-    """The sites of a problem and what their high channels cost.
+    """The sites of a problem and the bytes of their high channels.
 
     Raises:
         RecipeError: if the tile does not divide the channels of a site, high does not have more bits than low, or
@@ -60,12 +60,12 @@ class TileProblem:
 
     @cached_property
     def rows(self) -> dict[str, int]:
-        """Rows of all weights that read each site: what a channel costs, in codes."""
+        """Rows of all weights that read each site: the number of codes in a channel."""
         return {site: sum(weight.rows for weight in self.problem.layout.readers(site)) for site in self.channels}
 
     @cached_property
     def second_moments(self) -> Mapping[str, Sequence[float]]:
-        """Diag H of each site's inputs; for sizes alone, falling numbers, so that orders are stored."""
+        """Diag H of each site's inputs; without an oracle, falling numbers, so that orders are stored."""
         if self.problem.oracle is None:
             return {site: [-float(at) for at in range(count)] for site, count in self.channels.items()}
         return self.problem.oracle.channels().second_moments()
@@ -85,11 +85,11 @@ class TileProblem:
         return sum(self.rows[site] * count for site, count in self.channels.items())
 
     def uniform_tiles(self, share: float) -> dict[str, int]:
-        """Tiles of each site for the same share of channels everywhere, as near as whole tiles come.
+        """High tiles of each site for the same share of channels everywhere, as nearly as whole tiles allow.
 
-        The next tile goes to the site with the smallest share of high channels so far, as long as it is within the
-        codes of `share`; of sites that are alike, to one far from those that have had theirs (van der Corput's order
-        of the blocks), so that early blocks get no more than late ones.
+        The next tile goes to the site with the smallest share of high channels so far, if it fits into the codes of
+        `share`. Among equal sites it goes to one far from those that were served (van der Corput order of the blocks),
+        so that early blocks get no more than late ones.
         """
         layout = self.problem.layout
         left, tiles = share * self.all_codes, dict.fromkeys(self.channels, 0)
@@ -108,13 +108,13 @@ class TileProblem:
         return tiles
 
     def top_channels(self, site: str, tiles: int) -> tuple[int, ...]:
-        """The channels of largest diag H of a site, as many tiles."""
+        """The channels of largest diag H of a site, `tiles` tiles of them."""
         second_moments = self.second_moments[site]
         ranked = sorted(range(len(second_moments)), key=lambda channel: (-second_moments[channel], channel))
         return tuple(ranked[: tiles * self.mixed.tile])
 
     def plan(self, high: High, method: str, notes: tuple[str, ...] = ()) -> Plan:
-        """The plan whose `high` channels are high."""
+        """The plan with the channels `high` in the high format."""
         problem, mixed = self.problem, self.mixed
         formats = {
             site: mixed.embedding if unit.block is None else mixed.low
@@ -147,11 +147,11 @@ class TileProblem:
         return (*sorted(low, key=key), *sorted(rest, key=key))
 
     def plan_nbytes(self, tiles: Mapping[str, int]) -> int:
-        """Bytes of the files of a plan with these numbers of high tiles."""
+        """Bytes of a plan's files with these numbers of high tiles."""
         return self.plan({site: range(count * self.mixed.tile) for site, count in tiles.items()}, "").found_by.nbytes
 
     def site_nbytes(self, site: str, tiles: int) -> int:
-        """Bytes of the weights of a site with this number of high tiles, and of its order where that is stored."""
+        """Bytes of a site's weights with this number of high tiles, and of its order if that is stored."""
         layout, runs = self.problem.layout, self._runs(site, tiles * self.mixed.tile)
         folds = layout.readers(site)[0].col_axis == "mid" and self.problem.rotation is None
         ordered = self.mixed.sort or len(runs) > 1
@@ -161,7 +161,7 @@ class TileProblem:
 
     @cached_property
     def room_nbytes(self) -> int:
-        """What is left of the budget for the sites; the headers of other tiles may differ by some bytes."""
+        """The part of the budget left for the sites; with other tiles the header may differ by some bytes."""
         tiles = self.uniform_within_budget
         return (
             self.problem.budget_nbytes
@@ -172,10 +172,10 @@ class TileProblem:
     def fill_by_knapsack(self, losses: Mapping[str, Mapping[int, float]], ranked: High, what: str) -> Plan:
         """The plan of least summed loss within the budget, a multiple-choice knapsack.
 
-        `losses` are by site and number of high tiles, of which the first channels in `ranked` are.
+        `losses` are by site and number of high tiles; these hold the first channels of `ranked`.
 
         Raises:
-            NumericsError: if the solver stops with nothing.
+            NumericsError: if the solver stops without a solution.
         """
         options = {site: sorted(own) for site, own in losses.items()}
         groups = [[(self.site_nbytes(site, n), losses[site][n]) for n in own] for site, own in options.items()]
@@ -189,10 +189,10 @@ class TileProblem:
         return self._within(pick, ranked, what)
 
     def fill_by_logits(self, logits: Mapping[str, Tensor], what: str) -> Plan:
-        """The plan of the highest logits within the budget: one threshold for all sites, but for whole tiles.
+        """The plan of the highest logits within the budget: one threshold for all sites, up to whole tiles.
 
-        A site's channels are cut into tiles by falling logit. The tile of highest mean, whatever its site, is next, as
-        long as its bytes fit.
+        A site's channels are cut into tiles by falling logit. Tiles of all sites are taken by falling mean, if their
+        bytes still fit.
         """
         ranked = {site: own.sort(descending=True, stable=True) for site, own in logits.items()}
         means = {site: own.values.view(-1, self.mixed.tile).mean(-1).tolist() for site, own in ranked.items()}
@@ -213,9 +213,9 @@ class TileProblem:
         return self._within(pick, {site: own.indices.tolist() for site, own in ranked.items()}, what)
 
     def _within(self, pick: Callable[[int], dict[str, int] | None], ranked: High, what: str) -> Plan:
-        """The plan of the tiles that are picked for a limit in bytes, lowered until the files fit the budget.
+        """The plan of the tiles that `pick` gives for a limit in bytes, lowered until the files fit the budget.
 
-        So near the smallest budget that the header leaves no room, every site has the same share, and the plan's notes
+        If the budget is so small that the header leaves no room, every site has the same share, and the plan's notes
         say so.
         """
         room = self.room_nbytes
@@ -241,7 +241,7 @@ class TileProblem:
         return found
 
     def require_feasible(self) -> None:
-        """Refuse a budget outside what the formats reach.
+        """Refuse a budget outside the range of the formats.
 
         Raises:
             BudgetError: naming the range.
@@ -258,7 +258,7 @@ class TileProblem:
 
     @cached_property
     def uniform_within_budget(self) -> dict[str, int]:
-        """Tiles for the largest same share everywhere whose plan is within the budget."""
+        """High tiles of each site for the largest equal share that fits the budget."""
         if not self.mixed.share:
             return self.uniform_tiles(0.0)
 
@@ -268,20 +268,20 @@ class TileProblem:
         if fits(1.0):
             return self.uniform_tiles(1.0)
         low, high = self.mixed.share if fits(self.mixed.share) else 0.0, 1.0
-        for _ in range(20):  # far below a tile
+        for _ in range(20):  # precise to far less than a tile
             middle = (low + high) / 2
             low, high = (middle, high) if fits(middle) else (low, middle)
         return self.uniform_tiles(low)
 
 
 def default_nbytes(problem: Problem, config: TwoFormats) -> int:
-    """Bytes with the configured share of every site's channels high."""
+    """Bytes with the configured share of high channels at every site."""
     sites = TileProblem(problem, config)
     return sites.plan_nbytes(sites.uniform_tiles(config.share))
 
 
 def require_feasible(problem: Problem, config: TwoFormats) -> None:
-    """Refuse a budget outside what the formats reach.
+    """Refuse a budget outside the range of the formats.
 
     Raises:
         BudgetError: naming the range.
@@ -291,7 +291,7 @@ def require_feasible(problem: Problem, config: TwoFormats) -> None:
 
 
 def as_masks(high: High, sites: TileProblem) -> dict[str, Tensor]:
-    """Ones where a site's channel is high."""
+    """Masks by site, one for high channels and zero for low ones."""
     masks = {site: torch.zeros(count) for site, count in sites.channels.items()}
     for site, channels in high.items():
         masks[site][list(channels)] = 1
