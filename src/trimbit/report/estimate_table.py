@@ -19,7 +19,7 @@ DOES = {  # what a stage does
 
 
 def duration(seconds: float | int) -> str:
-    """Seconds, minutes or hours, rounded as coarsely as an estimate deserves."""
+    """A time in seconds, minutes or hours, with few digits."""
     for most, unit, name in ((100, 1, "s"), (100 * 60, 60, "min")):
         if seconds < most:
             return f"{seconds / unit:.{0 if seconds >= 10 * unit or unit == 1 else 1}f} {name}"

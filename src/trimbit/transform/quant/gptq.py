@@ -38,7 +38,7 @@ def quantize(w: Float[Tensor, "rows cols"], moments: Moments | None, runs: tuple
     """Quantise w so that E |(w - q) x|^2 stays small, given H = E[x x^T] in `moments`; each column in its run's format.
 
     Raises:
-        NumericsError: if the damped H is not positive definite; says the damping that would work.
+        NumericsError: if the damped H is not positive definite, naming a damping that would work.
     """
     return quantize_all([w], moments, [runs], config)[0]
 
@@ -49,7 +49,7 @@ def quantize_all(
     """Quantise weights that read the same input, in one sweep over its channels, since rows are independent.
 
     Raises:
-        NumericsError: if the damped H is not positive definite; says the damping that would work.
+        NumericsError: if the damped H is not positive definite, naming a damping that would work.
     """
     assert moments is not None, "GPTQ needs moments"
     h = moments.h.double()
@@ -80,7 +80,7 @@ def residuals(h: Float[Tensor, "cols cols"], counts: Sequence[int], config: Conf
     R x is uncorrelated, with mean squares 1 / U_jj^2. `counts` are the numbers of columns in each run.
 
     Raises:
-        NumericsError: if the damped H is not positive definite; says the damping that would work.
+        NumericsError: if the damped H is not positive definite, naming a damping that would work.
     """
     order, u = _factor(h.double(), counts, config)
     back = order.argsort()

@@ -1,7 +1,7 @@
 """Linear layers with the expected error of GPTQ in each channel, in place of one rounding.
 
 Which way GPTQ will round a weight is not known while masks are learnt: other columns change the weight first, and its
-group will be another. Masks that see one rounding learn its signs, but the packed model has other signs. Three things
+group will be different. Masks that see one rounding learn its signs, but the packed model has other signs. Three things
 can be predicted: the size of the error, the part of the input that it acts on, and its component along the weight.
 
 The input: the columns swept after column j compensate for its error dW_ij, so of x_j only the part remains that they
@@ -134,5 +134,5 @@ class ExpectedLinear(MaskedLinear):
         return torch.where(chosen, self.high.along, self.low.along)
 
     def draw(self, generator: torch.Generator) -> None:
-        """Draw other noise, the same in all runs of the layer until the next draw."""
+        """Draw new noise, the same in all runs of the layer until the next draw."""
         self.seed = int(torch.randint(2**62, (), generator=generator))

@@ -22,7 +22,7 @@ class SiteInput(NamedTuple):
 
 
 class Inputs(nn.Module):
-    """A site's inputs as each format rounds them, and their residuals if errors are simulated.
+    """A site's inputs as each format rounds them, and their residuals if expected errors are simulated.
 
     The channels of a format are rounded as they will be in the packed model: in separate groups, along the site's
     order. The weights of the site read one tensor, one after the other: it is rounded for the first of them, and kept

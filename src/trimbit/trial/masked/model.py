@@ -101,7 +101,7 @@ class MaskedModel:
     def gradients(
         self, masks: Mapping[str, Tensor], step: int, generator: torch.Generator
     ) -> tuple[float, dict[str, Tensor]]:
-        """The mean loss over the tokens of a step's rows, and its gradient for every mask; each row has other noise."""
+        """The mean loss over the tokens of a step's rows, and its gradient for every mask; noise differs by row."""
         drawn = [at % len(self.rows) for at in range(step * self.batch, (step + 1) * self.batch)]
         leaves = {site: mask.detach().to(self.device).requires_grad_() for site, mask in masks.items()}
         for leaf in leaves.values():
@@ -124,7 +124,7 @@ class MaskedModel:
         """KL to the original, and the loss, on the first `rows` training rows; None: on the held-out rows.
 
         The first masks tried on some rows are the background of later ones, which are run only from the first block
-        whose masks differ. Each row has other noise, the same at each call.
+        whose masks differ. Noise differs by row, and is the same at each call.
 
         Raises:
             NumericsError: if the KL or the loss is not finite.
@@ -182,7 +182,7 @@ class MaskedModel:
             layers[0].inputs.mask = masks[site]
 
     def _draw(self, generator: torch.Generator) -> None:
-        """Draw other noise for all layers."""
+        """Draw new noise for all layers."""
         for layers in self.layers.values():
             for layer in layers:
                 layer.draw(generator)

@@ -55,7 +55,7 @@ class _MixedProduct(torch.autograd.Function):
         layer: RoundedLinear = ctx.layer
         w_low = layer.low.dense(grad.dtype)
         to_low = grad @ w_low
-        more = grad @ (layer.high.dense(grad.dtype) - w_low)  # by the small difference, not that of two products
+        more = grad @ (layer.high.dense(grad.dtype) - w_low)  # subtract before the product, against cancellation
         of_mask = (high * more).flatten(0, -2).sum(0, dtype=torch.float32)
         if not ctx.alike:
             of_mask += ((high - low) * to_low).flatten(0, -2).sum(0, dtype=torch.float32)
