@@ -1,6 +1,6 @@
-"""Zero-shot tasks by lm-eval: its own prompts, targets and metrics, on documents from local files or from the hub.
+"""Zero-shot tasks by lm-eval: its prompts, targets and metrics, on documents from local files or from the hub.
 
-Log-probabilities are taken in fp32. A prompt longer than the model's positions loses its start, as always in lm-eval.
+Log-probabilities are in fp32. A prompt longer than the model's positions loses its start, as always in lm-eval.
 """
 
 import logging
@@ -28,15 +28,15 @@ from trimbit.schema.evaluation import Score, TaskEvaluation, TaskScore
 
 NEEDS = ("lm_eval", "datasets", "accelerate")
 LOGITS = 2**27  # in a batch: with a vocabulary of 49,152, 2,730 tokens and 0.8 GB in bf16 and fp32
-BATCH = 16  # at most: more pads more and is no faster
+BATCH = 16  # at most: a larger batch pads more and is no faster
 
 
 def check_tasks(names: tuple[str, ...], folder: Path | None, max_documents: int | None = None) -> None:
-    """See that the tasks can be run, before anything else takes time.
+    """Check early that the tasks can be run.
 
     Raises:
         DataError: if lm-eval is not installed, a name is not known, a file is missing or malformed, or there is no
-            folder and lm-eval does not get its own data sets.
+            folder and lm-eval cannot get its data sets.
     """
     if any(find_spec(package) is None for package in NEEDS):
         raise DataError("zero-shot tasks need the package lm-eval: pip install 'trimbit[eval]'")
@@ -62,13 +62,13 @@ def evaluate_tasks(
     Args:
         path: the model.
         names: of tasks in `SOURCES`.
-        folder: the tasks' files, each .jsonl or .jsonl.gz; without one lm-eval gets its own data sets from the hub.
-        max_documents: documents a task, the first ones; None for all.
+        folder: the tasks' files, each .jsonl or .jsonl.gz; without one lm-eval gets its data sets from the hub.
+        max_documents: number of documents of each task, from the first; None for all.
         dtype: of the model.
-        reporter: gets a stage a task, which counts choices.
+        reporter: gets a stage for each task, which counts choices.
 
     Raises:
-        DataError: if the tasks cannot be run, see `check_tasks`, or lm-eval cannot use their data.
+        DataError: if the tasks cannot be run (see `check_tasks`), or lm-eval cannot use their data.
         NumericsError: if a log-probability is not finite.
     """
     check_tasks(names, folder, max_documents)
@@ -102,7 +102,7 @@ def score_tasks(
 
 
 def _open_task(name: str, folder: Path | None, max_documents: int | None, scratch: Path) -> Any:  # noqa: ANN401
-    """lm-eval's task with its requests; only where the documents come from is ours."""
+    """lm-eval's task with its requests; only the source of the documents is ours."""
     import lm_eval.tasks
 
     source, file = SOURCES[name], _file(name, folder) if folder else None
@@ -123,14 +123,14 @@ def _open_task(name: str, folder: Path | None, max_documents: int | None, scratc
         for number, doc in task.doc_iterator(limit=max_documents):
             _check_target(task, number, doc)
         task.build_all_requests(limit=max_documents)
-    except Exception as err:  # what lm-eval, datasets, pyarrow and jinja raise has no common base
+    except Exception as err:  # errors of lm-eval, datasets, pyarrow and jinja have no common base
         advice = "" if file else "; give a folder with its file (--task-data, or search.objective.data in a recipe)"
         raise DataError(f"{file or name}: lm-eval cannot use the data: {_reason(err)}{advice}") from err
     return task
 
 
 def _check_target(task: Any, number: int, doc: dict[str, Any]) -> None:  # noqa: ANN401
-    """lm-eval counts a document whose target is none of its choices as wrong, whatever the model says."""
+    """Refuse a target that is none of the choices: lm-eval would count the document as wrong for any model."""
     choices = task.doc_to_choice(doc)
     target = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     if not isinstance(target, int) or not 0 <= target < len(choices):
@@ -138,7 +138,7 @@ def _check_target(task: Any, number: int, doc: dict[str, Any]) -> None:  # noqa:
 
 
 def _reason(err: BaseException) -> str:
-    """The first line of what went wrong first: `datasets` wraps it."""
+    """The first line of the original error, which `datasets` wraps."""
     while err.__cause__ is not None:
         err = err.__cause__
     return f"{type(err).__name__}: {err}".splitlines()[0]
@@ -166,7 +166,7 @@ def _run(lm: Any, name: str, task: Any, max_documents: int | None, progress: Pro
 
 
 class _Answers:
-    """What lm-eval calls with each answer: counts them, and stops at one that is no number."""
+    """Counts the answers that lm-eval reports to it, and stops at one that is not finite."""
 
     def __init__(self, name: str, total: int, progress: Progress) -> None:
         self.name, self.total, self.progress = name, total, progress
@@ -190,12 +190,12 @@ def _score(found: dict[str, Any], metric: str) -> Score:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No bars of lm-eval's and datasets', which cannot all be turned off otherwise, and no log but errors."""
+    """Hide the progress bars of lm-eval and datasets, which have no common switch, and all logs but errors."""
     from tqdm import tqdm
 
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
     levels, init = [logger.level for logger in loggers], tqdm.__init__
-    stored = vars(tqdm)["__init__"]  # may be a partialmethod, which is another function at every look
+    stored = vars(tqdm)["__init__"]  # may be a partialmethod, which gives another function at each access
 
     def without_bar(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         init(self, *args, **(kwargs | {"disable": True}))

@@ -32,7 +32,7 @@ from trimbit.schema.plan import load_plan
 
 log = logging.getLogger(__name__)
 READ_TOKENS = 32  # ours: half of the default `recent_tokens`
-READ_WINDOWS = 8  # ours: of so few tokens, read together: every read dequantises all weights
+READ_WINDOWS = 8  # ours: of READ_TOKENS each, read together, since every read dequantises all weights
 
 
 def evaluate(
@@ -45,14 +45,14 @@ def evaluate(
         path: an original model or a compressed directory.
         text: a .txt, .raw, .jsonl or .jsonl.gz file.
         context: tokens in a window; windows do not overlap.
-        max_windows: windows, from the start; None: all.
+        max_windows: number of windows, from the start; None: all.
         against: the original model.
-        dtype: that the model is loaded in, bfloat16 or float32.
+        dtype: in which the model is loaded, bfloat16 or float32.
         progress: takes (windows done, all windows).
 
     Raises:
-        ArtifactError: if `against` is no original, or has another vocabulary.
-        DataError: if the text is too short, or a window is none that the model can read.
+        ArtifactError: if `against` is not an original model, or has another vocabulary.
+        DataError: if the text is too short, or the model cannot read windows of this length.
         NumericsError: if a logit is not finite.
     """
     path, text, against = Path(path), Path(text), Path(against) if against is not None else None
@@ -75,7 +75,7 @@ def evaluate(
         started = time.perf_counter()
         hidden = read_hidden(model, part)
         seconds += time.perf_counter() - started
-        if at == 0:  # of one window, and before the original takes memory, too
+        if at == 0:  # after one window, before the original is loaded
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             reference = load_model(against, dtype) if against is not None else None
         for window, own in zip(part, hidden, strict=True):
@@ -109,7 +109,7 @@ def final_hidden(model: PreTrainedModel, window: Int[Tensor, " length"]) -> Tens
 
 
 def _require_original(path: Path, vocab_size: int, against: Path) -> None:
-    """Refuse to compare outputs that do not; warn of a model that was made from other files, perhaps of the same."""
+    """Refuse models whose outputs cannot be compared; warn if the model was made from other files."""
     if is_compressed(against):
         raise ArtifactError(f"{against} is compressed; give the original model (--against)")
     original = open_checkpoint(against)
@@ -134,10 +134,10 @@ def _config(path: Path) -> Any:  # noqa: ANN401
 def read_hidden(
     model: PreTrainedModel, windows: Int[Tensor, "windows length"]
 ) -> Float[Tensor, "windows length hidden"]:
-    """The head's input for each token of some windows, through the cache where that is quantised.
+    """The head's input for each token of some windows, through the cache if that is quantised.
 
-    They are then read `READ_TOKENS` at a time: next to generating, a token sees up to READ_TOKENS - 1 more of the
-    tokens before it unquantised.
+    Tokens are then read `READ_TOKENS` at a time: compared with generation, a token sees up to READ_TOKENS - 1 more of
+    the tokens before it unquantised.
     """
     if precision_of(model) is None:
         return torch.stack([final_hidden(model, window) for window in windows])
@@ -159,7 +159,7 @@ def score(
 ) -> Tensor:
     """Sums over a window's tokens: negative log-likelihood, KL(reference || model), agreement of the first choice.
 
-    `reference` is the original model and the final hidden states that it has for the window.
+    `reference` is the original model and its final hidden states for the window.
     """
     total = torch.zeros(3, dtype=torch.float64)
     slices = _logits(model, hidden[:-1])

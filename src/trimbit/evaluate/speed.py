@@ -26,7 +26,7 @@ def decode_speed(model: PreTrainedModel, prompt: Int[Tensor, " length"], tokens:
 
 
 def hardware() -> str:
-    """The processor, as a figure's label."""
+    """The name of the processor, to label results with."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8").splitlines():

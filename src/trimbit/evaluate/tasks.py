@@ -1,7 +1,7 @@
-"""Zero-shot tasks: which there are, from which files.
+"""The zero-shot tasks and their files.
 
 lm-eval defines `acc` (the likeliest choice) for every task, and `acc_norm` (log-likelihood divided by the choice's
-characters) for PIQA, HellaSwag, ARC and OpenBookQA. The headline is `acc_norm` where there is one, else `acc` (BoolQ,
+characters) for PIQA, HellaSwag, ARC and OpenBookQA. The headline is `acc_norm` if there is one, else `acc` (BoolQ,
 WinoGrande); both are kept.
 """
 
@@ -23,10 +23,10 @@ from trimbit.schema.evaluation import Score, TaskScore
 class Source:
     """Where lm-eval defines a task, and the local file of the split that it evaluates."""
 
-    config: str  # below lm-eval's folder of tasks
+    config: str  # path in lm-eval's folder of tasks
     stem: str
     split: Literal["validation", "test"]
-    fields: tuple[str, ...]  # what each row must have
+    fields: tuple[str, ...]  # required in each row
 
 
 ARC = ("question", "choices", "answerKey")
@@ -56,7 +56,7 @@ SOURCES = {
 
 
 def task_keys(names: tuple[str, ...], folder: Path | None) -> list[str]:
-    """What decides scores beside the model: lm-eval's version, and the tasks' files, if they are local."""
+    """What scores depend on besides the model: lm-eval's version and the digests of local task files."""
     files = [hashlib.sha256(_file(name, folder).read_bytes()).hexdigest() for name in names if folder is not None]
     return [version("lm_eval"), *files]
 
@@ -70,7 +70,7 @@ def _file(name: str, folder: Path) -> Path:
 
 
 def _check_rows(file: Path, fields: tuple[str, ...]) -> None:
-    """Every row must have every field: lm-eval puts the name of a field that no row has into the prompt."""
+    """Check that every row has every field: lm-eval would put the name of a missing field into the prompt."""
     number = 0
     try:
         with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
@@ -88,7 +88,7 @@ def _check_rows(file: Path, fields: tuple[str, ...]) -> None:
 
 
 def mean_score(found: dict[str, TaskScore]) -> Score:
-    """Each task's headline counts once; the tasks' errors are independent."""
+    """The mean of the tasks' headline scores; the standard error takes their errors as independent."""
     scores = [task.score for task in found.values()]
     errors = [score.stderr for score in scores if score.stderr is not None]
     return Score(

@@ -59,7 +59,7 @@ def open_job(
 
 
 def preflight(job: Job, budget: Budget | None, out: Path | None = None) -> int:
-    """Check all that a job needs; returns the budget in bytes, by default the recipe's own size.
+    """Check all that a job needs; returns the budget in bytes, or the recipe's default size if there is none.
 
     Raises:
         BudgetError: if the budget is not feasible, naming the smallest that is; or if it is missing and has no default.

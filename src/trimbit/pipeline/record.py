@@ -1,4 +1,4 @@
-"""What a job did, as `run.json`."""
+"""The record of a job, as `run.json`."""
 
 import platform
 from importlib.metadata import version

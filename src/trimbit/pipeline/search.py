@@ -21,7 +21,7 @@ from trimbit.search.two_formats.config import MaskedSearch
 
 log = logging.getLogger(__name__)
 WIDE_GAP = 0.01  # ours: a larger gap is worth a warning
-IRRELEVANT = {"description", "source", "search"}  # recipe fields not in the key; `search` is a separate field of it
+IRRELEVANT = {"description", "source", "search"}  # no effect on the plan, or (search) a separate field of the key
 
 
 def search(job: Job, prepared: Prepared, budget_nbytes: int) -> Found:

@@ -1,4 +1,4 @@
-"""Training that recovers quality: low-rank pairs beside packed weights.
+"""Training that recovers quality: low-rank pairs of packed weights.
 
 Takes a compressed directory and rows of text; gives trained pairs.
 """

@@ -1,4 +1,4 @@
-"""What recovery trains on: instructions with the prompt masked, or plain rows of tokens."""
+"""Training examples of recovery: instructions with the prompt masked, or plain rows of tokens."""
 
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ WITHOUT_INPUT = (
 def from_instructions(path: Path, tokenizer: Any, length: int, *, masked: bool) -> list[Example]:  # noqa: ANN401
     """Rows of `instruction`, `input` and `output`, at most `length` tokens each.
 
-    `masked`: the output and its end alone are to be predicted; else all but the first token, as distillation may. Rows
-    whose prompt alone fills the length are left out.
+    With `masked`, only the output and its EOS are to be predicted; else all tokens but the first, as in distillation.
+    Rows whose prompt alone fills the length are left out.
 
     Raises:
         DataError: if the file cannot be read, a row lacks a field, no row is left, or the tokenizer has no EOS.
@@ -61,6 +61,6 @@ def from_rows(tokens: Int[Tensor, "rows _"], tokenizer: Any, length: int) -> lis
 
 
 def _start(tokenizer: Any) -> Tensor:  # noqa: ANN401
-    """The BOS, where this tokenizer puts it before a text by default."""
+    """The BOS, if this tokenizer puts it before a text by default."""
     bos = default_bos(tokenizer)
     return torch.tensor([] if bos is None else [bos], dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Recovery of compressed directories: the low-rank pairs are trained in the quantised state, the rest stays packed."""
+"""Recovery of compressed directories: the low-rank pairs are trained on the quantised model, which stays packed."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ def train_pairs(
     folder: Path, config: Config, examples: Sequence[Example], teacher: Teacher | None, state: Path, seed: int,
     progress: Progress,
 ) -> Tuned:  # fmt: skip
-    """Train the pairs of a compressed directory; a run that was interrupted goes on from `state`."""
+    """Train the pairs of a compressed directory; an interrupted run goes on from `state`."""
     model = load_model(folder, torch.bfloat16)
     pairs, kinds = _taken_out(model), (PackedLinear, AdaptedLinear)
     return tune(model, pairs, kinds, examples, teacher, config, state, seed, progress)
@@ -33,10 +33,10 @@ def train_pairs(
 def divergence(
     model: PreTrainedModel, teacher: Teacher, rows: Int[Tensor, "rows length"], progress: Progress
 ) -> Divergence:
-    """A model, run as it would be used, compared with the original.
+    """The divergence of a model, run as in use, from the original.
 
     Raises:
-        NumericsError: if its output is not finite.
+        NumericsError: if the model's output is not finite.
     """
     total = torch.zeros(2, dtype=torch.float64)
     for at, row in enumerate(rows):
@@ -55,7 +55,7 @@ def _compared(teacher: Teacher, model: PreTrainedModel, row: Int[Tensor, " lengt
 
 
 def with_pairs(folder: Path, pairs: Mapping[str, LowRank]) -> PreTrainedModel:
-    """The model of a compressed directory with other pairs."""
+    """The model of a compressed directory with these pairs in place of its own."""
     model = load_model(folder, torch.bfloat16)
     with torch.no_grad():
         for name, module in _layers(model).items():
@@ -73,7 +73,7 @@ def _layers(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _taken_out(model: PreTrainedModel) -> dict[str, LowRank]:
-    """The pairs of a model, which then runs without them."""
+    """Remove the pairs from a model and return them."""
     pairs = {}
     for name, module in _layers(model).items():
         pairs[name] = LowRank(a=module.adapter.a.detach().float(), b=module.adapter.b.detach().float())

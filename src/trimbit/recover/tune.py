@@ -1,6 +1,6 @@
-"""Train the low-rank pairs beside frozen, packed weights: LoRA through PEFT, by instructions or by distillation.
+"""Train the low-rank pairs of frozen, packed weights: LoRA through PEFT, by instructions or by distillation.
 
-The model is whole and stays as it is stored; only the pairs have gradients, in fp32. Every step draws its rows and its
+The whole model is in memory as it is stored; only the pairs have gradients, in fp32. Every step draws its rows and its
 dropout from the seed and the step's number, so that an interrupted run ends as if it had not been interrupted.
 """
 
@@ -42,15 +42,15 @@ class Config(Schema):
     micro: int = Field(default=4, ge=1)  # rows run at a time
     length: int = Field(default=256, ge=16)  # code (horseee/LLM-Pruner): tokens of a row
     learning_rate: float = Field(default=1e-4, gt=0)  # code (horseee/LLM-Pruner)
-    warmup: float = Field(default=0.1, ge=0, lt=1)  # ours: share of the steps; then a straight line to zero
-    alpha: int = Field(default=16, ge=1)  # code (horseee/LLM-Pruner): the pair counts alpha / rank times
+    warmup: float = Field(default=0.1, ge=0, lt=1)  # ours: share of the steps; then linear decay to zero
+    alpha: int = Field(default=16, ge=1)  # code (horseee/LLM-Pruner): the pair is scaled by alpha / rank
     dropout: float = Field(default=0.0, ge=0, lt=1)  # ours, for one epoch; code (horseee/LLM-Pruner): 0.05
-    checkpointing: bool = False  # keep each block's input alone, and run the block again for its gradients
+    checkpointing: bool = False  # keep only each block's input, and run the block again for its gradients
     save_every: int = Field(default=20, ge=1)  # steps between two stored states
 
 
 def result_fields(config: Config) -> dict[str, Any]:
-    """What of the configuration decides the result, beside the rows that `data` holds."""
+    """The fields of the configuration that decide the result, besides the rows in `data`."""
     return config.model_dump(mode="json", exclude={"data", "save_every", "checkpointing"})
 
 
@@ -64,7 +64,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuned:
-    """The trained pairs, the loss of every step, and the bytes that training held beside the frozen weights."""
+    """The trained pairs, the loss of every step, and the bytes that training held besides the frozen weights."""
 
     pairs: dict[str, LowRank]
     losses: list[float]
@@ -73,7 +73,7 @@ class Tuned:
 
 
 def require_peft() -> None:
-    """Fail before anything long where the pairs cannot be trained.
+    """Fail early if the pairs cannot be trained.
 
     Raises:
         RecipeError: if peft is missing.
@@ -86,12 +86,12 @@ def tune(
     model: PreTrainedModel, pairs: Mapping[str, LowRank], kinds: Sequence[type[nn.Module]],
     examples: Sequence[Example], original: Teacher | None, config: Config, state: Path, seed: int, progress: Progress,
 ) -> Tuned:  # fmt: skip
-    """Train `pairs`, by the names of the layers that they lie beside, in a model whose layers are of `kinds`.
+    """Train `pairs`, given by the names of their layers, in a model whose layers are of `kinds`.
 
     `original` is needed to distil. `state` is the checkpoint from which an interrupted run resumes.
 
     Raises:
-        NumericsError: if a loss, gradient or parameter is not finite; says the step. The last stored state stays.
+        NumericsError: if a loss, gradient or parameter is not finite, naming the step. The last stored state stays.
     """
     from peft.helpers import disable_input_dtype_casting
 
@@ -103,15 +103,15 @@ def tune(
     kept = len(losses)
     model.train()
     if config.checkpointing:
-        # by its newer name, where there is one: the older one goes with transformers 6
+        # by its newer name, if there is one: transformers 6 drops the older
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     for step in range(len(losses), config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _schedule(step, config)
-        # autocast brings the pairs to bf16; to bring each layer's input to fp32 before would hold it twice
+        # autocast casts the pairs to bf16; casting each layer's input to fp32 first would hold it twice
         with torch.random.fork_rng(devices=[]), disable_input_dtype_casting(model):
-            torch.manual_seed(seed * 1_000_003 + step)  # of dropout
+            torch.manual_seed(seed * 1_000_003 + step)  # for dropout
             loss = _step(model, examples, original, config, seed, step)
         gradients = [p.grad for p in parameters.values() if p.grad is not None]
         require_finite("recovery", step + 1, kept, ADVICE, loss=[torch.tensor(loss)], gradient=gradients)
@@ -144,7 +144,7 @@ def _bf16(x: Tensor) -> Tensor:
 def _attach(
     model: PreTrainedModel, pairs: Mapping[str, LowRank], kinds: Sequence[type[nn.Module]], config: Config
 ) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """Put PEFT's layers around the frozen ones; gives A and B of each by the layer's name."""
+    """Put PEFT's layers around the frozen ones; returns A and B of each by the layer's name."""
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora.layer import Linear
 
@@ -158,7 +158,7 @@ def _attach(
     lora._register_custom_module(dict.fromkeys(kinds, Linear))
     model.requires_grad_(requires_grad=False)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it does not know our layers, which have what it needs
+        warnings.simplefilter("ignore")  # PEFT does not know our layers, but they have what it needs
         inject_adapter_in_model(lora, model)
     found = {}
     for name, pair in pairs.items():
@@ -172,7 +172,7 @@ def _attach(
 
 
 def _schedule(step: int, config: Config) -> float:
-    """Factor on the learning rate: up in a straight line, then down to zero."""
+    """Factor on the learning rate: linear warm-up, then linear decay to zero."""
     rise = round(config.warmup * config.steps)
     return (step + 1) / rise if step < rise else (config.steps - step) / (config.steps - rise)
 
@@ -215,7 +215,7 @@ def _drawn(step: int, batch: int, rows: int, seed: int) -> list[int]:
 
 
 def _padded(rows: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """Rows padded at the end, where a causal model does not look back from."""
+    """Rows padded at the end, so that a causal model's earlier tokens do not see the padding."""
     length = max(len(row.tokens) for row in rows)
     tokens = torch.zeros(len(rows), length, dtype=torch.long)
     target = torch.zeros(len(rows), length, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Tables and pictures of what was decided.
+"""Tables and pictures of plans and results.
 
 Takes plans and results; gives rows, CSV and PNG.
 """

@@ -1,4 +1,4 @@
-"""What a dry run tells, as lines and a table of text; without torch."""
+"""The estimates of a dry run, as lines and a text table; without torch."""
 
 from trimbit.report.run_tables import BF16_NBYTES, Table, size
 from trimbit.schema.estimate import Estimate
@@ -19,7 +19,7 @@ DOES = {  # what a stage does
 
 
 def duration(seconds: float | int) -> str:
-    """Seconds, minutes or hours, as roughly as they are known."""
+    """A time in seconds, minutes or hours, with few digits."""
     for most, unit, name in ((100, 1, "s"), (100 * 60, 60, "min")):
         if seconds < most:
             return f"{seconds / unit:.{0 if seconds >= 10 * unit or unit == 1 else 1}f} {name}"
@@ -27,7 +27,7 @@ def duration(seconds: float | int) -> str:
 
 
 def estimate_lines(found: Estimate) -> list[str]:
-    """The model, the limit, the text, and in one line what it takes."""
+    """The model, the limit, the text, and one line of time and memory."""
     bits = 8 * found.budget_nbytes / found.parameters
     return [
         f"{found.model}: {found.parameters:,} parameters, {size(BF16_NBYTES * found.parameters)} in bf16",
@@ -38,7 +38,7 @@ def estimate_lines(found: Estimate) -> list[str]:
 
 
 def estimate_table(found: Estimate) -> Table:
-    """One row a stage, and all of them."""
+    """One row per stage, and a last row for all of them."""
     rows = [
         (
             one.stage, DOES.get(one.stage, "") + (f", {one.runs} times" if one.runs > 1 else ""),

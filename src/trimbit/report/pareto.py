@@ -1,4 +1,4 @@
-"""What a search tried, beside its result: a table, and a picture of bytes against KL and accuracy."""
+"""The trials of a search: a table, and a picture of bytes against KL and accuracy."""
 
 import csv
 import io
@@ -12,14 +12,14 @@ from trimbit.search.solvers.pareto import front
 
 
 class Trial(NamedTuple):
-    """One plan that a search by whole plans tried, and its outcome."""
+    """One plan tried by a search over whole plans, and its outcome."""
 
     plan: Plan
     outcome: Outcome
 
     @property
     def nbytes(self) -> int:
-        """Of its file."""
+        """Bytes of the plan's file."""
         return self.plan.found_by.nbytes
 
 
@@ -29,12 +29,12 @@ def trials_of(tried: Iterable[Tried]) -> list[Trial]:
 
 
 def best(trials: Sequence[Trial]) -> list[int]:
-    """Which trials no other one beats in both bytes and KL, the smallest first."""
+    """Indices of the trials in the Pareto set of bytes and KL, the smallest first."""
     return front([trial.nbytes for trial in trials], [trial.outcome.kl for trial in trials])
 
 
 def table(trials: Sequence[Trial]) -> str:
-    """CSV, in the order of trial, with what no other trial beats in both bytes and KL marked."""
+    """CSV, in the order of the trials, with the Pareto set of bytes and KL marked."""
     unbeaten = best(trials)
     out = io.StringIO()
     lines = csv.writer(out, lineterminator="\n")

@@ -1,4 +1,4 @@
-"""A plan as data for `run.json`: what is kept of each unit, in which formats and bytes; the shape of its cache."""
+"""A plan as data for `run.json`: the kept width, formats and bytes of each unit, and the shape of the KV cache."""
 
 from trimbit.model.layout import Layout
 from trimbit.model.resolved import Resolved
@@ -7,7 +7,7 @@ from trimbit.schema.run import CacheRecord, UnitRow
 
 
 def unit_rows(resolved: Resolved) -> tuple[UnitRow, ...]:
-    """One row a unit: what is kept of it, in which formats, in how many bytes."""
+    """One row per unit: its kept width, formats and bytes."""
     rows = []
     for name, unit in resolved.units.items():
         formats: dict[str, list[str]] = {}

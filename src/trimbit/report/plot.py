@@ -6,7 +6,7 @@ from trimbit.errors import RecipeError
 
 
 def require_plot() -> None:
-    """Fail before anything long where a picture cannot be drawn.
+    """Fail early if a picture cannot be drawn.
 
     Raises:
         RecipeError: if matplotlib is missing.

@@ -1,4 +1,4 @@
-"""What a job did, as lines and tables of text; reads `run.json` alone, without torch."""
+"""The record of a job, as lines and text tables; reads only `run.json`, without torch."""
 
 from typing import NamedTuple
 
@@ -56,7 +56,7 @@ def cache_text(precision: KVPrecision | None, nbytes: int, bf16: int) -> str:
 
 
 def units_table(run: Run) -> Table:
-    """One row a unit: what is kept of it, in which formats and bytes."""
+    """One row per unit: its kept width, formats and bytes."""
     rows = tuple(
         (
             row.unit,
@@ -71,7 +71,7 @@ def units_table(run: Run) -> Table:
 
 
 def tried_table(run: Run) -> Table | None:
-    """The plans that were tried, the chosen one marked; of many, those of the lowest KL. None: there were none."""
+    """The plans tried, with the chosen one marked; if there are many, those of lowest KL. None if none were tried."""
     if not run.tried:
         return None
     tried = run.tried
@@ -103,7 +103,7 @@ def stages_table(run: Run) -> Table:
 
 
 def _kl(one: TriedPlan) -> float:
-    """By what is closest to the truth."""
+    """The most reliable KL of a plan: applied, estimated, predicted, in this order."""
     return next((kl for kl in (one.applied_kl, one.estimated_kl, one.predicted_kl) if kl is not None), float("inf"))
 
 

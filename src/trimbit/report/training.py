@@ -1,4 +1,4 @@
-"""What a search that learns masks leaves beside its result: the curve as a table, and a picture of it and the masks."""
+"""The training of masks: the curve as a table, and a picture of the curve and the masks."""
 
 import csv
 import io
@@ -8,11 +8,11 @@ from trimbit.model.layout import Layout
 from trimbit.schema.plan import Plan
 from trimbit.schema.precision import Precision
 
-SMOOTH = 25  # steps whose mean is drawn beside the loss of each
+SMOOTH = 25  # steps of the moving average of the loss
 
 
 def table(curve: Sequence[Mapping[str, float]]) -> str:
-    """CSV, a line a step."""
+    """CSV, one line per step."""
     out = io.StringIO()
     lines = csv.writer(out, lineterminator="\n")
     lines.writerow(["step", *curve[0]])
@@ -21,7 +21,7 @@ def table(curve: Sequence[Mapping[str, float]]) -> str:
 
 
 def shares(layout: Layout, plan: Plan, high: Precision) -> dict[str, list[float | None]]:
-    """Of each site of the family, by block: the share of its channels in the format `high`; None: it is gone."""
+    """For each site of the family, by block, the share of channels in the format `high`; None if the site is gone."""
     found: dict[str, list[float | None]] = {}
     for weight in layout.weights.values():
         block, site = layout.units[weight.unit].block, weight.site.rsplit(".", 1)[-1]

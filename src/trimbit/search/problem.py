@@ -122,7 +122,7 @@ class Problem:
 
     @property
     def costs(self) -> Oracle:
-        """The oracle of a problem that is not for sizes alone."""
+        """The oracle; only a problem for sizes alone has none."""
         assert self.oracle is not None, "this problem is for sizes alone"
         return self.oracle
 

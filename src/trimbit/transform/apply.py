@@ -1,9 +1,9 @@
-"""Apply a plan: cut, refit and quantise block by block, each on the inputs that the compressed blocks before it give.
+"""Apply a plan: cut, refit and quantise block by block, each on its inputs from the compressed blocks before it.
 
-Each block is passed in the order of its sites, so that H of a site already carries the error of everything before it. A
-refit aims at what the uncut sub-block makes of these same inputs: aimed at the dense model's, it shrinks what it keeps,
-because the compressed inputs are noisy (docs/benchmarks.md has the figures). Held-out rows, untouched by any fit, go
-along in the dense model too, and say at the end what the plan really costs.
+Each block is passed in the order of its sites, so that H of a site already carries the error of everything before it.
+The target of a refit is the uncut sub-block's output on these same inputs: with the dense model's output as target it
+would shrink what it keeps, because the compressed inputs are noisy (docs/benchmarks.md has the figures). Held-out rows,
+to which nothing is fitted, also pass through the dense model, and at the end give the plan's real KL.
 """
 
 import shutil
@@ -27,7 +27,7 @@ from trimbit.transform.block import _Job
 from trimbit.transform.repair import refit
 from trimbit.transform.weight import Compressed, WeightCompressor, identity_moments, tied_moments
 
-PARTS = "parts"  # the folder of what is done
+PARTS = "parts"  # folder of the finished parts
 
 
 def apply_plan(
@@ -37,7 +37,7 @@ def apply_plan(
 ) -> list[float]:  # fmt: skip
     """Write all tensors of a plan through `writer`; memory holds one block, twice, and the hidden states.
 
-    What is done is kept beside the files of `writer` until the end: an interrupted application goes on from there.
+    Finished parts are kept in the folder of `writer` until the end, so that an interrupted application goes on.
 
     `stats` give H of a tied head, whose embedding is quantised first because the blocks read it too; a quantiser that
     needs no moments needs no `stats`.
@@ -82,7 +82,7 @@ def apply_plan(
 def _embedding(
     stream: BlockStream, resolved: Resolved, compressor: WeightCompressor, stats: Stats | None, path: Path
 ) -> Compressed:
-    """The embedding, compressed, and kept at `path`."""
+    """The compressed embedding, kept at `path`."""
     layout, name = stream.layout, stream.layout.family.embed
     runs = resolved.weights[name].runs
     if (known := load_tensors(path)) is not None:
@@ -98,7 +98,7 @@ def _embedding(
 
 
 def _head(job: _Job) -> Compressed:
-    """An untied head, compressed."""
+    """The compressed head, if it is not tied."""
     name = job.layout.family.head
     w = job.stream.checkpoint.tensor(f"{name}.weight").to(job.stream.device, torch.float32)
     moments = job.final_moments() if job.compressor.needs_moments else None
@@ -107,7 +107,7 @@ def _head(job: _Job) -> Compressed:
 
 
 def _resume(job: _Job, carried: Carried, blocks: Sequence[Path]) -> int:
-    """Take up what an interrupted application has left; gives the number of blocks that are done."""
+    """Load the state of an interrupted application; returns the number of finished blocks."""
     known = carried.load()
     if known is None or any(load_tensors(path) is None for path in blocks[: known[0]]):
         return 0
@@ -119,7 +119,7 @@ def _whole(path: Path) -> dict[str, Tensor]:
     """The tensors of a block that was just compressed.
 
     Raises:
-        ArtifactError: if the disk has lost them.
+        ArtifactError: if the file was lost or damaged.
     """
     found = load_tensors(path)
     if found is None:

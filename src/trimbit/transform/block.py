@@ -1,4 +1,4 @@
-"""Apply a plan to one block after the other, each on the inputs that the compressed blocks before it give."""
+"""Apply a plan to one block after the other, each on its inputs from the compressed blocks before it."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -76,7 +76,7 @@ class _Job:
             hidden[at] = self.stream.run(index, block, chunk)
 
     def _advance_compressed(self, index: int, unit: Unit, block: nn.Module, prefix: str) -> None:
-        """Move past a unit; what lies before its last projection is not run again where its inputs were seen."""
+        """Move past a unit; if the inputs of its last projection are known, the layers before it are not run again."""
         if not self.inputs:
             self._advance(self.compressed, index, block)
         for at, x in enumerate(self.inputs):
@@ -87,7 +87,7 @@ class _Job:
 
     @torch.no_grad()
     def damage(self, original: Tensor, compressed: Tensor, held_out: Tensor) -> list[float]:
-        """KL(original || compressed) on each held-out row, which are past the last block, with both heads' weights."""
+        """KL(original || compressed) on each held-out row, from the states after the last block and both heads."""
         found: list[float] = []
         rows = zip(_rows(self.held_dense), _rows(self.held_compressed), held_out, strict=True)
         for dense, own, tokens in rows:
@@ -102,7 +102,7 @@ class _Job:
 
     @torch.no_grad()
     def final_moments(self) -> Moments:
-        """Moments of the head's inputs, past the last block."""
+        """Moments of the head's inputs, after the last block."""
         final = Accumulator()
         for chunk in self.compressed:
             final.add(self.norm(chunk).flatten(0, -2))
@@ -142,7 +142,7 @@ class _Job:
     def _moments(
         self, index: int, weight: Weight, dense: nn.Module | None, block: nn.Module, prefix: str
     ) -> tuple[Accumulator | None, Accumulator]:
-        """Moments of a site; with those of the `dense` half on the same inputs, split into train and held-out."""
+        """Moments of a site; with `dense`, also cross moments with that half, split into train and held-out."""
         train, held = Accumulator(), Accumulator()
         if dense is None and not self.compressor.needs_moments:
             return None, held
@@ -168,7 +168,7 @@ class _Job:
         return train, held
 
     def _fitted_tokens(self) -> int:
-        """How many of the tokens a refit is fitted to; the rest, whole rows where there are two, choose its ridge."""
+        """The number of tokens for fitting a refit; the rest, whole rows if there are several, choose its ridge."""
         rows, length = sum(len(chunk) for chunk in self.compressed), self.compressed[0].shape[1]
         if rows == 1:
             return length - max(1, round(length * self.repair.held_out))

@@ -1,4 +1,4 @@
-"""Give the modules of a block the channels that a plan keeps, in the order in which they are stored."""
+"""Cut the modules of a block to the channels that a plan keeps, in the order in which they are stored."""
 
 from typing import Any
 
@@ -10,14 +10,14 @@ from trimbit.runtime.restructure import change_inputs, set_width
 
 
 def cut_weight(w: Tensor, weight: ResolvedWeight) -> Tensor:
-    """The rows and columns of a weight that are stored, in their order."""
+    """The stored rows and columns of a weight, in stored order."""
     for axis, index in enumerate((weight.rows, weight.cols)):
         w = w if index is None else w.index_select(axis, index.to(w.device))
     return w
 
 
 def cut_unit(root: nn.Module, layout: Layout, unit: ResolvedUnit, prefix: str = "") -> None:
-    """Cut a unit's modules, and reorder and round its inputs; `prefix` is cut off the unit's names."""
+    """Cut a unit's modules, and reorder and round its inputs; `prefix` is removed from the unit's names."""
     for weight in unit.weights.values():
         linear: Any = root.get_submodule(weight.name.removeprefix(prefix))
         linear.weight = nn.Parameter(cut_weight(linear.weight.detach(), weight), requires_grad=False)

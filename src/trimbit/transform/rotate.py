@@ -1,10 +1,11 @@
-"""QuaRot (arXiv:2404.00456): a model whose channels are turned by Hadamard matrices computes the same with no outliers.
+"""QuaRot (arXiv:2404.00456): a model with channels rotated by Hadamard matrices computes the same, without outliers.
 
-Three bases change. The residual stream h becomes h Q with Q = diag(signs) H / sqrt(hidden), whose signs are random: the
-weights that read and write it take Q in, and the gains of the norms before them. Each head's values become v H, which
-its V and O take in. The inputs of the last feed-forward projection become x H, which that weight takes in on one side
-alone: they are transformed while the model runs. Ours: the embedding, which may be the head's, and the final norm stay
-as they are; what the embedding gives is turned while the model runs, and the last hidden states are turned back.
+Three bases change. The residual stream h becomes h Q with Q = diag(signs) H / sqrt(hidden) and random signs: Q is
+folded into the weights that read and write h, and the gains of the norms into the weights after them. Each head's
+values become v H, folded into V and O. The inputs of the last feed-forward projection become x H, folded into that
+weight on one side only: the inputs are transformed while the model runs. Ours: the embedding, which may be the head's,
+and the final norm stay as they are; the embedding's output is rotated while the model runs, and the last hidden states
+are rotated back.
 """
 
 import torch
@@ -25,7 +26,7 @@ def require_rotatable(layout: Layout) -> None:
     """Refuse a model that cannot be rotated without changing what it computes.
 
     Raises:
-        LayoutError: if its norms stand in the way.
+        LayoutError: if its norms do not allow it.
         PlanError: if a size has no Hadamard matrix.
     """
     family, model_type = layout.family, layout.config.model_type
@@ -45,7 +46,7 @@ def require_rotatable(layout: Layout) -> None:
 
 
 def fold(checkpoint: Checkpoint, layout: Layout, rotation: Rotation) -> Checkpoint:
-    """The model whose blocks have their weights and biases in the new bases, in fp32, and norms with gains of one."""
+    """The model with the blocks' weights and biases in the new bases, in fp32, and gains of one in their norms."""
     units = [unit for unit in layout.units.values() if unit.block is not None]
     gains = {f"{norm}.weight" for unit in units for norm in unit.norms}
     norms = {name: unit.norms[0] for unit in units for name in unit.weights}
@@ -68,7 +69,7 @@ def fold(checkpoint: Checkpoint, layout: Layout, rotation: Rotation) -> Checkpoi
 
 
 def _turned(x: Float[Tensor, "*batch n"], axis: str, layout: Layout, rotation: Rotation) -> Float[Tensor, "*batch n"]:
-    """Turn the parts of an axis that are the residual stream or heads' values."""
+    """Rotate the parts of an axis that are the residual stream or heads' values."""
     parts, pieces = axes.parts(axis), []
     for piece, part in zip(
         x.split([axes.length("*".join(part), layout.sizes) for part in parts], -1), parts, strict=True
@@ -85,7 +86,7 @@ class RotatedStream(BlockStream):
     """The rotated model of a checkpoint, one block at a time.
 
     Raises:
-        LayoutError: if its norms stand in the way.
+        LayoutError: if its norms do not allow it.
         PlanError: if a size has no Hadamard matrix.
     """
 
@@ -100,9 +101,9 @@ class RotatedStream(BlockStream):
         self.go_online(self.norm, layout.family.final_norm)
 
     def go_online(self, root: nn.Module, prefix: str = "") -> None:
-        """Give a module with this model's weights what is turned while it runs."""
+        """Add the rotations at run time to a module with this model's weights."""
         go_online(root, self.layout, self.rotation, prefix)
 
     def embed(self, tokens: Int[Tensor, "rows length"]) -> Float[Tensor, "rows length hidden"]:
-        """The first block's input; not rounded to the table's type."""
+        """The first block's input, not rounded to the embedding's dtype."""
         return turn(super().embed(tokens), self.rotation)

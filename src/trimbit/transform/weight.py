@@ -1,4 +1,4 @@
-"""How one weight is compressed: by a quantiser, with a low-rank pair beside it where the plan has one."""
+"""Compression of one weight: by a quantiser, with a low-rank pair if the plan has one."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from trimbit.transform.repair.lowrank import LowRank
 
 @dataclass(frozen=True, slots=True)
 class Compressed:
-    """A packed weight, and the low-rank pair beside it."""
+    """A packed weight and its low-rank pair."""
 
     packed: QTensor
     pair: LowRank | None = None
@@ -33,7 +33,7 @@ class Compressed:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], name: str, runs: tuple[Run, ...]) -> "Compressed":
-        """The inverse of `tensors`, from tensors that may belong to other weights, too."""
+        """The inverse of `tensors`; the given tensors may include those of other weights."""
         own = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
         pair = LowRank(a=own["adapter.a"].float(), b=own["adapter.b"].float()) if "adapter.a" in own else None
         return cls(QTensor.of(own, runs), pair)
@@ -50,7 +50,7 @@ class Compressed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightCompressor:
-    """How a weight is compressed: a quantiser with its constants, and how low-rank pairs start."""
+    """How a weight is compressed: a quantiser with its configuration, and the start of low-rank pairs."""
 
     module: ModuleType
     config: Schema
@@ -66,7 +66,7 @@ class WeightCompressor:
         self, ws: Sequence[Tensor], moments: Moments | None, names: Sequence[str], runs: Sequence[tuple[Run, ...]],
         ranks: Sequence[int],
     ) -> list[Compressed]:  # fmt: skip
-        """Compress weights that read the same input; those of rank 0 have no pair. An error names a weight."""
+        """Compress weights that read the same input; those of rank 0 get no pair. Errors name a weight."""
         if not any(ranks):
             return [Compressed(packed) for packed in self._quantize_all(ws, moments, names[0], runs)]
         return [self._one(*one, moments) for one in zip(ws, names, runs, ranks, strict=True)]
@@ -78,7 +78,7 @@ class WeightCompressor:
         if rank == 0:
             return Compressed(quantize(w))
         assert self.pairs is not None, f"{name} has a low-rank pair, but nothing says how it starts"
-        # a pair that makes up for next to nothing is no start for training
+        # a pair that corrects next to nothing is no start for training
         init = "zeros" if _unquantised(runs) else self.pairs.init
         config = self.pairs.model_copy(update={"rank": rank, "init": init})
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
@@ -104,12 +104,12 @@ def _unquantised(runs: tuple[Run, ...]) -> bool:
 
 
 def identity_moments(n: int) -> Moments:
-    """The moments of a lookup: every row of the table is read as it is."""
+    """The moments of a lookup, which reads every row of the embedding as it is."""
     return Moments(count=1, h=torch.eye(n), mean=torch.zeros(n))
 
 
 def tied_moments(head: Moments) -> Moments:
-    """The moments of a tied table (ours): the head's inputs, and with equal weight the lookup."""
+    """The moments of a tied embedding (ours): the head's inputs and the lookup, with equal weight."""
     scale = head.h.diagonal().mean()
     eye = torch.eye(head.h.shape[0], device=head.h.device)
     return Moments(count=head.count, h=head.h / scale + eye, mean=head.mean)

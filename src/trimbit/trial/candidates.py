@@ -1,6 +1,6 @@
-"""The weights of every choice, made from the dense model alone and kept on disk, to measure and to try plans.
+"""The weights of every choice, made from the dense model alone and kept on disk, to measure damage and to try plans.
 
-A candidate has the full shape: what is cut is zero, which computes the same as being gone.
+A candidate has the full shape: cut rows and columns are zero, which computes the same as removing them.
 """
 
 from collections.abc import Callable, Mapping
@@ -52,7 +52,7 @@ class CandidateWeights:
         self.orders = orders  # of the columns, by site
 
     def unit_state(self, unit: Unit, width: int | None, formats: Mapping[str, Precision]) -> dict[str, Tensor]:
-        """Parameters of a unit by name, each weight in its or its site's format; a zero bias where nothing is cut."""
+        """Parameters of a unit by name, each weight in its or its site's format; the output weight has a bias, too."""
         state: dict[str, Tensor] = {}
         keep = None
         if unit.dim is not None and width is not None and width != unit.size:
@@ -81,7 +81,7 @@ class CandidateWeights:
         return self._cut_columns(unit, weight, keep, precision)
 
     def change(self, unit: Unit, width: int) -> Change:
-        """What a narrower width, refitted if asked, changes of the weight that writes to the residual stream."""
+        """The change in the weight that writes to the residual stream at a narrower width, refitted if asked."""
         assert unit.dim is not None
         assert unit.out_weight is not None
         weight, keep = self.layout.weights[unit.out_weight], tuple(sorted(self.rankings[unit.dim][:width]))
@@ -92,7 +92,7 @@ class CandidateWeights:
         )  # fmt: skip
 
     def moments(self, weight: Weight) -> Moments | None:
-        """What the quantiser is given for a weight."""
+        """The moments that the quantiser reads for a weight."""
         found = moments_of(self.layout, self.stats, weight)
         return found if found is None or weight.site not in self.orders else found.at(self.orders[weight.site])
 
@@ -103,7 +103,7 @@ class CandidateWeights:
         return Compressed.of(tensors, weight.name, runs)
 
     def make(self, progress: Progress) -> None:
-        """Make all that a search over bits alone asks for: every weight, cut as `space.kept` says, in every format."""
+        """Make all candidates of a search over bits alone: every weight, cut as `space.kept` says, in every format."""
         assert self.space is not None
         units = [unit for unit in self.layout.units.values() if unit.block is not None]
         for at, unit in enumerate(units):
@@ -142,13 +142,13 @@ class CandidateWeights:
         return take_channels(dense, self.orders[weight.site]) if weight.site in self.orders else dense
 
     def _bias(self, weight: Weight) -> Tensor:
-        """The original's bias as it is stored; zeros where there is none."""
+        """The original's bias as it is stored; zeros if there is none."""
         if not weight.bias:
             return torch.zeros(weight.rows)
         return self.checkpoint.tensor(f"{weight.name}.bias").bfloat16().float()
 
     def _cut_rows(self, unit: Unit, weight: Weight, keep: tuple[int, ...], precision: Precision) -> Tensor:
-        """A weight that writes into the cut dim, in the full shape: its pair depends on which rows are left."""
+        """A weight with its rows cut, in the full shape; made for each cut, as its pair depends on the kept rows."""
         index = cut_channels(self.layout, unit, keep).rows[weight.name]
         runs = (Run(count=weight.cols, precision=precision),)
         path = self._path(weight, precision, keep)
@@ -190,7 +190,7 @@ class CandidateWeights:
 
     @staticmethod
     def _kept(path: Path, make: Callable[[], None]) -> dict[str, Tensor]:
-        """The tensors of a file, which is made where it is missing or was damaged."""
+        """The tensors of a file, which is made if it is missing or damaged."""
         if (found := load_tensors(path)) is None:
             make()
             found = load_tensors(path)

@@ -1,4 +1,4 @@
-"""What searches over the input channels of weights read of a model: energies, saliences, errors of rounding."""
+"""Figures of a model for searches over input channels of weights: second moments, saliences, rounding errors."""
 
 from dataclasses import dataclass
 
@@ -11,12 +11,12 @@ from trimbit.model.layout import Layout
 from trimbit.schema.precision import Run
 from trimbit.transform.quant import rtn
 
-DAMPING = 0.01  # code (Aaronhuang-778/SliM-LLM): of diag H, as a share of its mean
+DAMPING = 0.01  # code (Aaronhuang-778/SliM-LLM): added to diag H, as a share of its mean
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChannelFigures:
-    """The channels of one model, as the dense model's statistics show them."""
+    """Figures of a model's channels, from the dense model's statistics."""
 
     checkpoint: Checkpoint
     layout: Layout
@@ -28,7 +28,7 @@ class ChannelFigures:
         return {site: self.stats.moments(site).h.diagonal().tolist() for site in sites}
 
     def salience(self, name: str) -> list[float]:
-        """Of each input channel of a weight: the sum of w^2 / [H^-1]_jj^2 over its rows."""
+        """For each input channel of a weight, the sum of w^2 / [H^-1]_jj^2 over its rows."""
         h = self.stats.moments(self.layout.weights[name].site).h.double()
         w = self.checkpoint.tensor(f"{name}.weight").double()
         inverse = damped_inverse(h, DAMPING).diagonal()

@@ -1,8 +1,8 @@
-"""The errors that a quantiser is expected to leave in a weight, known without quantising it.
+"""The errors that a quantiser is expected to leave in a weight, found without quantising it.
 
-GPTQ rounds every column once and lets those swept later make up for it. So the squared error of an element is about
-that of rounding it to nearest, and it is felt on what the later columns do not predict of its input, R x
-(`transform.quant.gptq.residuals`). Rounding to nearest alone is felt on the input as it is.
+GPTQ rounds every column once, and the columns swept later compensate for the error. So the squared error of an element
+is about that of rounding it to nearest, but it acts only on the part of its input that the later columns do not
+predict, R x (`transform.quant.gptq.residuals`). With rounding to nearest alone it acts on the whole input.
 """
 
 import torch
@@ -35,7 +35,7 @@ class ExpectedErrors:
     def of_rows(
         self, name: str, rows: Int[Tensor, " some"], precision: Precision, felt: Float[Tensor, "cols places"]
     ) -> Float[Tensor, "some places"]:
-        """The expected squared error of some rows' output, where that of each column counts as `felt` in each place."""
+        """The expected squared error of some rows' output; `felt` weights each column's squared error, by place."""
         w, weighting = self.checkpoint.tensor(f"{name}.weight")[rows.cpu()].to(felt.device, torch.float32), None
         if isinstance(self.config, gptq.Config) and self.config.weighted_scales:
             weighting = self._moments(name).h.diagonal().clamp(min=gptq.LEAST_WEIGHT).to(felt.device)
@@ -43,7 +43,7 @@ class ExpectedErrors:
         return rtn.rounding_errors(w, grid).square_() @ felt
 
     def felt(self, name: str, h: Float[Tensor, "cols cols"]) -> Float[Tensor, " cols"]:
-        """The mean square of what an error in each column is felt on, where the inputs' second moment is `h`."""
+        """The mean square of the input that an error in each column acts on, with `h` the inputs' second moment."""
         if not isinstance(self.config, gptq.Config):
             return h.diagonal()
         site = self.layout.weights[name].site

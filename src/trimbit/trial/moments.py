@@ -1,4 +1,4 @@
-"""The moments that the quantiser is given for a weight of the dense model."""
+"""The moments that the quantiser reads for a weight of the dense model."""
 
 from trimbit.calibrate.moments import Moments
 from trimbit.calibrate.stats import Stats
@@ -7,7 +7,7 @@ from trimbit.transform.weight import identity_moments, tied_moments
 
 
 def moments_of(layout: Layout, stats: Stats | None, weight: Weight) -> Moments | None:
-    """Those of the site that it reads; of a tied embedding, both of the lookup and of the head."""
+    """The moments of the weight's site; for a tied embedding, of the lookup and the head together."""
     if stats is None:
         return None
     if weight.unit == "embed":

@@ -242,7 +242,7 @@ class Costs:
         return self.effort.rounded * self.pieces.rounding() if self.effort.rounded else 0.0
 
     def applied(self) -> float:
-        """Applying a plan block by block: both paths through each half, moments of its sites, compressed weights."""
+        """Applying a plan block by block: running each half on both paths, summing moments, compressing weights."""
         tokens, held = self.fit_tokens, (self.want.held_out + self.want.report) * self.want.length
         if not self.job.needs_text:
             held = 0

@@ -1,4 +1,4 @@
-"""What a job would find in the cache, without making anything."""
+"""The results that a job would find in the cache; nothing is made."""
 
 from collections.abc import Sequence
 from functools import cached_property

@@ -158,7 +158,7 @@ def require_feasible(problem: Problem, config: Config) -> None:
 def background(problem: Problem, config: Config) -> Background:
     """The background of measurements: one format for all blocks, by default one that loses next to nothing.
 
-    Embedding and head take the format of their menu nearest to the blocks' bits, but at least to `embedding_bits`.
+    Embedding and head take the format of their menu nearest in bits to the blocks', or to `embedding_bits` if larger.
     """
     layout = problem.layout
     blocks = config.background

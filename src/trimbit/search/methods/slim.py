@@ -35,7 +35,7 @@ def _formats(bits: int) -> tuple[Precision, Precision, Precision]:
 
 
 def default_nbytes(problem: Problem, config: Config) -> int:
-    """Bytes with the mean number of bits everywhere: changing groups in pairs adds none."""
+    """Bytes with the mean number of bits everywhere: changing groups in pairs does not change them."""
     return _uniform(problem, config).found_by.nbytes
 
 

@@ -22,7 +22,7 @@ def front(sizes: Sequence[int], values: Sequence[float]) -> list[int]:
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other point dominates: at most as large in both, and smaller in one."""
+    """Indices of the points that no other point dominates (is at most as large in both, and smaller in one)."""
     return [
         at for at, (a, b) in enumerate(points) if not any(c <= a and d <= b and (c, d) != (a, b) for c, d in points)
     ]

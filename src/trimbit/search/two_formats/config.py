@@ -18,7 +18,7 @@ class TwoFormats(Schema):
     high: Precision = Int(bits=8, group=128, symmetric=True)
     low_acts: ActInt | None = None  # None: the inputs of low channels are not rounded
     high_acts: ActInt | None = None
-    # of the codes in high channels, if no budget is given; 0: none, whatever the budget
+    # share of the codes in high channels if no budget is given; 0: none, whatever the budget
     share: float = Field(default=0.125, ge=0, le=1)
     tile: int = Field(default=32, ge=1)  # ours: high channels of a site are a multiple of this
     sort: bool = True  # channels by diag H within low and high; false: they keep their order there

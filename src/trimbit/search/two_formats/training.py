@@ -60,7 +60,7 @@ class Config(MaskTraining):
 
     @property
     def penalty_weight(self) -> float:
-        """The weight of the budget's penalty, next to a loss in nats a token."""
+        """The weight of the budget's penalty, relative to a loss in nats a token."""
         return 6.0 if self.budget_weight is None else self.budget_weight
 
     @property

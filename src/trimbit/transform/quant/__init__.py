@@ -1,4 +1,4 @@
-"""Quantisers; a file each.
+"""Quantisers, one per file.
 
 Takes weights, moments and runs; gives `QTensor`s in exactly these runs.
 """

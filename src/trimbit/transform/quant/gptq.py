@@ -1,7 +1,7 @@
-"""GPTQ: quantise column by column, and let the columns not yet done make up for each error.
+"""GPTQ: quantise column by column, and compensate for each error in the columns not yet quantised.
 
 Legend: W weight [rows, cols]; H second moment of the inputs [cols, cols]; U upper Cholesky factor of its inverse,
-U^T U = H^-1. Column j is rounded to q_j; its error (w_j - q_j) / U_jj times U_j,j: is taken off columns j: .
+U^T U = H^-1. Column j is rounded to q_j; its error (w_j - q_j) / U_jj times U_j,j: is subtracted from columns j: .
 """
 
 from collections.abc import Sequence
@@ -29,16 +29,16 @@ class Config(Schema):
 
     scales: ScaleSearch = "mse"
     weighted_scales: bool = True  # ours: the squared error of a scale counts each column by diag H
-    act_order: bool = True  # code (IST-DASLab/gptq): columns of large diag H first; ours: inside each run, groups stay
+    act_order: bool = True  # code (IST-DASLab/gptq): large diag H first; ours: inside each run, groups stay
     damping: float = Field(default=0.01, ge=0)  # code (IST-DASLab/gptq): added to diag H, as a share of its mean
-    block: int = Field(default=128, ge=1)  # code (IST-DASLab/gptq): columns whose updates go to the rest together
+    block: int = Field(default=128, ge=1)  # code (IST-DASLab/gptq): columns that update the rest together
 
 
 def quantize(w: Float[Tensor, "rows cols"], moments: Moments | None, runs: tuple[Run, ...], config: Config) -> QTensor:
     """Quantise w so that E |(w - q) x|^2 stays small, given H = E[x x^T] in `moments`; each column in its run's format.
 
     Raises:
-        NumericsError: if the damped H is not positive definite; says the damping that would work.
+        NumericsError: if the damped H is not positive definite, naming a damping that would work.
     """
     return quantize_all([w], moments, [runs], config)[0]
 
@@ -46,15 +46,15 @@ def quantize(w: Float[Tensor, "rows cols"], moments: Moments | None, runs: tuple
 def quantize_all(
     ws: Sequence[Float[Tensor, "_ cols"]], moments: Moments | None, runs: Sequence[tuple[Run, ...]], config: Config
 ) -> list[QTensor]:
-    """Quantise weights that read the same input, in one sweep over its channels: rows do not depend on one another.
+    """Quantise weights that read the same input, in one sweep over its channels, since rows are independent.
 
     Raises:
-        NumericsError: if the damped H is not positive definite; says the damping that would work.
+        NumericsError: if the damped H is not positive definite, naming a damping that would work.
     """
     assert moments is not None, "GPTQ needs moments"
     h = moments.h.double()
     counts = [run.count for run in runs[0]]
-    if any([run.count for run in other] != counts for other in runs):  # columns go in another order
+    if any([run.count for run in other] != counts for other in runs):  # columns are swept in another order
         return [quantize(w, moments, own, config) for w, own in zip(ws, runs, strict=True)]
     order, u = _factor(h, counts, config)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
@@ -73,14 +73,14 @@ def quantize_all(
 
 
 def residuals(h: Float[Tensor, "cols cols"], counts: Sequence[int], config: Config) -> Float[Tensor, "cols cols"]:
-    """R, by which R x is what the columns swept after each one do not predict of it: what its error is felt on.
+    """The R of residuals R x: (R x)_j is the part of x_j that the columns swept after column j do not predict.
 
-    What is taken off the later columns for an error w_j - q_j leaves (w_j - q_j) (R x)_j of it in the output, where w_j
-    is what the column has become by its turn. R is U, each row over its diagonal, in the order of h; with
-    the damped H, R x is uncorrelated, and of mean square 1 / U_jj^2. `counts` are the columns of each run.
+    After compensation in these columns, an error w_j - q_j leaves (w_j - q_j) (R x)_j in the output, where w_j is the
+    column as changed before its turn. R is U, each row divided by its diagonal, in the order of h; with the damped H,
+    R x is uncorrelated, with mean squares 1 / U_jj^2. `counts` are the numbers of columns in each run.
 
     Raises:
-        NumericsError: if the damped H is not positive definite; says the damping that would work.
+        NumericsError: if the damped H is not positive definite, naming a damping that would work.
     """
     order, u = _factor(h.double(), counts, config)
     back = order.argsort()
@@ -121,7 +121,7 @@ def _order(diagonal: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def _sweep(wt: Tensor, u: Tensor, scale: Tensor, zero: Tensor, top: Tensor, block: int) -> Tensor:
-    """Round the rows of the transposed weights one after the other; all but u are [cols, rows], so is the result."""
+    """Round the rows of the transposed weights one after the other; all but u, and the result, are [cols, rows]."""
     codes = torch.empty_like(wt)
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)
     plain, tables = (top == PLAIN).any(1).tolist(), (top == TABLE).any(1).tolist()

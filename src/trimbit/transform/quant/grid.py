@@ -1,7 +1,7 @@
 """The quantisation grid of a weight: scale and zero point of each group, by absmax or by least squared error.
 
-Codes are numbered from 0 on. Value = s * (c - z) for every integer format, with z = 2^(b-1) for symmetric ones, and for
-ternary, with z = 1; m - s + 2 s * c for binary, where m stands in for z; s * level[c] for NF4.
+Codes start at 0. Value = s * (c - z) for every integer format, with z = 2^(b-1) for symmetric ones, and for ternary,
+with z = 1; m - s + 2 s * c for binary, with m in place of z; s * level[c] for NF4.
 """
 
 from dataclasses import dataclass
@@ -35,10 +35,10 @@ class Grid:
     zeros: list[Float[Tensor, "rows _"] | None]
 
     def columns(self, w: Float[Tensor, "rows cols"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What is to be rounded, and its step, zero point and top code (or PLAIN, TABLE), all [rows, cols].
+        """The values to round, and their step, zero point and top code (or PLAIN, TABLE), all [rows, cols].
 
-        What is to be rounded is w, but for binary runs, where it is w less m - s: from there on m - s and m + s are an
-        integer grid of step 2 s. Rounding with feedback does not mind: an error is a difference.
+        The values are w, but w - (m - s) in binary runs: so shifted, m - s and m + s are an integer grid of step 2 s.
+        Rounding with feedback is not affected: an error is a difference.
         """
         parts = w.split([run.count for run in self.runs], dim=1)
         found = [_columns(*each) for each in zip(parts, self.runs, self.scales, self.zeros, strict=True)]
@@ -67,8 +67,8 @@ def fit_grid(
 ) -> Grid:
     """Choose the grid of each group of each run.
 
-    `absmax` spans the group's range; `mse` shrinks that range to the least squared error, or, for two and three levels,
-    solves for it, with each column's squared error multiplied by `weighting` (the diagonal of H, where given).
+    `absmax` spans the group's range; `mse` shrinks that range to the least squared error, or solves for it with two or
+    three levels. Each column's squared error is multiplied by `weighting` (the diagonal of H), if given.
 
     Raises:
         NumericsError: if a scale does not fit fp16.
@@ -97,7 +97,7 @@ def _fit_run(
     rows, count = w.shape
     group = precision.group or count
     pad = -count % group
-    x = functional.pad(w, (0, pad), mode="replicate").view(rows, -1, group)  # the range stays; the cost is nothing
+    x = functional.pad(w, (0, pad), mode="replicate").view(rows, -1, group)  # padding keeps the range, at zero cost
     cost = functional.pad(w.new_ones(count) if weighting is None else weighting, (0, pad)).view(1, -1, group)
     if isinstance(precision, Ternary | Binary):
         scale, zero = _solved(x, precision, search, cost)
@@ -107,7 +107,7 @@ def _fit_run(
 
 
 def _solved(x: Tensor, precision: Ternary | Binary, search: ScaleSearch, cost: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero point or mean, [rows, groups, 1], where the least squared error needs no search."""
+    """Scale and zero point or mean, [rows, groups, 1], of formats whose least squared error needs no search."""
     if isinstance(precision, Ternary):
         scale = _float16(ternary_scale(x, cost) if search == "mse" else x.abs().amax(-1, keepdim=True))
         return scale, torch.ones_like(scale)
@@ -142,7 +142,7 @@ def _searched(x: Tensor, precision: Int | NormalFloat, search: ScaleSearch, cost
 
 
 def _sides(precision: Int | NormalFloat, search: ScaleSearch) -> tuple[float, ...]:
-    """Signs of a scale to try where the two sides of zero do not have the same levels."""
+    """Signs of a scale to try: both if the levels on the two sides of zero differ."""
     both = isinstance(precision, NormalFloat) or precision.symmetric
     return (1.0, -1.0) if both and search == "mse" else (1.0,)
 
@@ -165,7 +165,7 @@ def _grid(x: Tensor, precision: Int | NormalFloat, shrink: float, side: float) -
 
 
 def _float16(scale: Tensor) -> Tensor:
-    """A scale or mean as fp16 holds it."""
+    """A scale or mean rounded to fp16."""
     if not bool((scale.abs() <= FLOAT16_MAX).all()):
         raise NumericsError(
             f"a scale of {scale.abs().max():.3g} does not fit fp16 (largest {FLOAT16_MAX:g}); weights are too large"
@@ -183,7 +183,7 @@ def rounded(x: Tensor, scale: Tensor, zero: Tensor, precision: Int | NormalFloat
 
 
 def nearest(x: Tensor, safe: Tensor, zero: Tensor, top: Tensor, *, tables: bool) -> tuple[Tensor, Tensor]:
-    """The codes nearest to x and their levels, in units of the scale; those of PLAIN elements mean nothing.
+    """The codes nearest to x and their levels, in units of the scale; for PLAIN elements they are meaningless.
 
     All tensors have one shape; `safe` is the scale, one where it is zero; `tables` says whether any top is TABLE.
     """

@@ -40,7 +40,7 @@ def quantize_all(
 
 
 def rounding_errors(w: Float[Tensor, "rows cols"], grid: Grid) -> Float[Tensor, "rows cols"]:
-    """What rounding each element to its grid adds to it."""
+    """The change in each element from rounding it to its grid."""
     x, scale, zero, top = grid.columns(w)
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)
     _, levels = nearest(x, safe, zero, top, tables=bool((top == TABLE).any()))
@@ -48,7 +48,7 @@ def rounding_errors(w: Float[Tensor, "rows cols"], grid: Grid) -> Float[Tensor, 
 
 
 def round_columns(w: Tensor, scale: Tensor, zero: Tensor, top: Tensor) -> Tensor:
-    """Nearest codes of each element; the value itself in bf16 where the top code is PLAIN."""
+    """The nearest code of each element, or its value in bf16 where the top code is PLAIN."""
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)
     codes, _ = nearest(w, safe, zero, top, tables=bool((top == TABLE).any()))
     return torch.where(top == PLAIN, w.to(torch.bfloat16).float(), codes)

@@ -1,4 +1,4 @@
-"""What makes up for a cut or a rounding; a file each.
+"""Repairs after a cut or a rounding, one per file.
 
-Takes a weight, what became of it, and moments; gives a better weight, a bias or a low-rank pair.
+Takes a weight, its cut or quantised form, and moments; gives a better weight, a bias or a low-rank pair.
 """

@@ -1,9 +1,9 @@
-"""A low-rank pair beside a quantised weight, which makes up for part of its error or is where training starts.
+"""A low-rank pair for a quantised weight, which corrects part of its error or is the start of training.
 
 Legend: y = W x; Q the quantised W; D = W - Q; H = E[x x^T], not centred (R in QERA, which writes y = x W); B [rows,
 rank] and A [rank, cols] the pair, so that y ~ (Q + B A) x. Of all pairs of that rank, B A = U U^T D has the least
-tr((D - B A) H (D - B A)^T), where U holds the leading eigenvectors of D H D^T. LoftQ has H = I, where this is the SVD
-of D cut to the rank. QERA writes the same B A as (D H^1/2 cut to the rank) H^-1/2; this form needs neither root nor
+tr((D - B A) H (D - B A)^T), where U holds the leading eigenvectors of D H D^T. LoftQ has H = I, which gives the
+truncated SVD of D. QERA writes the same B A as (D H^1/2 truncated to the rank) H^-1/2; this form needs neither root nor
 inverse.
 """
 
@@ -50,7 +50,7 @@ def correct(
     w: Float[Tensor, "rows cols"], quantize: Quantize, moments: Moments | None, config: Config,
     generator: torch.Generator,
 ) -> tuple[QTensor, LowRank]:  # fmt: skip
-    """Quantise w and give it the pair that `config.init` names; only QERA needs moments, only zeros draw numbers.
+    """Quantise w and start its pair by `config.init`; only QERA needs moments, only zeros need the generator.
 
     Raises:
         RecipeError: if the rank is larger than the weight's smaller side.
@@ -80,7 +80,7 @@ def zeros(w: Float[Tensor, "rows cols"], rank: int, generator: torch.Generator) 
 
 
 def loftq(w: Float[Tensor, "rows cols"], quantize: Quantize, config: Config) -> tuple[QTensor, LowRank]:
-    """Alternate Q <- quantize(W - B A) and B A <- the SVD of W - Q cut to the rank; solves in fp64.
+    """Alternate Q <- quantize(W - B A) and B A <- the truncated SVD of W - Q; solves in fp64.
 
     Returns:
         The iterate of least |W - Q - B A|_F with the rounded pair. The plain Q with B A = 0 is one of them, so that the
@@ -109,8 +109,8 @@ def loftq(w: Float[Tensor, "rows cols"], quantize: Quantize, config: Config) -> 
 def qera(w: Float[Tensor, "rows cols"], q: Float[Tensor, "rows cols"], moments: Moments, config: Config) -> LowRank:
     """The pair of least E |(W - Q - B A) x|^2 on the uncentred H of `moments`; solves in fp64.
 
-    A singular H needs no damping: of the many optima this is the one that ever smaller damping leads to, since U U^T D
-    depends on H through D H D^T only. |W - Q - B A|_F is at most |W - Q|_F, but for the rounding to bf16.
+    A singular H needs no damping: U U^T D depends on H only through D H D^T, so of the many optima this is the limit of
+    vanishing damping. |W - Q - B A|_F is at most |W - Q|_F, up to the rounding to bf16.
 
     Raises:
         RecipeError: if the rank is larger than the weight's smaller side.
@@ -125,7 +125,7 @@ def qera(w: Float[Tensor, "rows cols"], q: Float[Tensor, "rows cols"], moments: 
 def _project(d: Tensor, h: Tensor | None, rank: int) -> LowRank:
     """B A = U U^T D, exact up to the rounding to bf16; None for h means I.
 
-    Each column of B is as long as its row of A (ours, for QERA; as LoftQ's square roots of the singular values do).
+    Each column of B is as long as its row of A (ours, for QERA; LoftQ's square roots of singular values do the same).
     """
     tall = d.shape[0] > d.shape[1]
     basis, small = torch.linalg.qr(d) if tall else (None, d)  # U lies in the span of D: the smaller side is enough

@@ -1,4 +1,4 @@
-"""Refit the weight that writes to the residual stream, so that the kept channels make up for the cut ones.
+"""Refit the weight that writes to the residual stream, so that the kept channels compensate for the cut ones.
 
 Legend: y = W x_d + b the uncut output over all channels x_d; x the kept channels of the compressed path; H = E[x x^T],
 C = E[x_d x^T], both centred. The new weight is the ridge solution, shrunk towards the kept columns W_K:
@@ -21,7 +21,7 @@ PAPER = (
 
 
 class Config(Schema):
-    """How a weight that gains a bias is refitted; the plan's `biases` say which ones."""
+    """How weights are refitted; the plan's `biases` name them."""
 
     # ours; shares of mean(diag H); keeping W_K is always tried too
     ridges: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -77,7 +77,7 @@ def refit(
 
 
 def _held_out_error(w: Tensor, weight: Tensor, shift: Tensor, held: Moments) -> float:
-    """E |W x_d - W' x - s|^2 on the held-out tokens, less the part that does not depend on W' and s."""
+    """E |W x_d - W' x - s|^2 on the held-out tokens, minus the part that does not depend on W' and s."""
     assert held.cross is not None
     assert held.dense_mean is not None
     quadratic = ((weight @ held.h.double()) * weight).sum()

@@ -1,5 +1,5 @@
-"""The frozen model with two formats in every linear layer of its blocks, of which masks choose for each input channel.
+"""The frozen model with two formats in every linear layer of its blocks; masks choose one for each input channel.
 
-`error_model` of a search says what stands for a format while masks are tried: a rounding (`rounded.py`), or the error
-that is expected of it (`expected.py`).
+`error_model` of a search says how a format is simulated while masks are tried: by rounding (`rounded.py`), or by its
+expected error (`expected.py`).
 """

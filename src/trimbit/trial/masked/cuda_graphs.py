@@ -1,4 +1,4 @@
-"""Blocks as CUDA graphs: each is one launch, where hundreds of small operations would wait for Python one by one."""
+"""Blocks as CUDA graphs: one launch each, instead of hundreds of small operations that wait for Python one by one."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Block = Callable[..., Tensor]  # of the residual stream and the masks of the block's sites
+Block = Callable[..., Tensor]  # takes the residual stream and the masks of the block's sites
 
 
 def recorded(blocks: Sequence[Block], hidden: Tensor, masks: Sequence[Sequence[Tensor]]) -> Sequence[Block]:
-    """The blocks, to be run in this order on tensors of these shapes; gradients pass to all but the first `hidden`.
+    """Record blocks, to be run in this order on tensors of these shapes; gradients pass to all but the first `hidden`.
 
-    What is kept for the gradients, and these themselves, lie in the same memory in each run.
+    The activations kept for gradients, and the gradients, use the same memory in each run.
     """
     samples = (
         (torch.zeros_like(hidden, requires_grad=at > 0), *(torch.zeros_like(own, requires_grad=True) for own in each))
@@ -26,7 +26,7 @@ def recorded(blocks: Sequence[Block], hidden: Tensor, masks: Sequence[Sequence[T
 
 
 def replay(blocks: Sequence[Block], hidden: Tensor, masks: Sequence[Sequence[Tensor]], seed: int) -> Tensor:
-    """Run recorded blocks one after the other, with noise by a seed; the GPU's own random state stays as it was."""
+    """Run recorded blocks one after the other, with noise from a seed; the GPU's random state is left unchanged."""
     with torch.random.fork_rng([hidden.device]):
         torch.cuda.manual_seed(seed)
         for run, own in zip(blocks, masks, strict=True):
@@ -35,7 +35,7 @@ def replay(blocks: Sequence[Block], hidden: Tensor, masks: Sequence[Sequence[Ten
 
 
 def noise(like: Tensor, seed: int) -> Tensor:
-    """Normal numbers by a seed; while a block is recorded, those that come next where it is replayed."""
+    """Normal numbers from a seed; in a recorded block, each replay draws its next numbers from the GPU's generator."""
     generator = None
     if not (like.is_cuda and torch.cuda.is_current_stream_capturing()):
         generator = torch.Generator(like.device).manual_seed(seed)

@@ -1,25 +1,25 @@
-"""Linear layers with the error that GPTQ is expected to leave in each channel, in place of one rounding.
+"""Linear layers with the expected error of GPTQ in each channel, in place of one rounding.
 
-Which way GPTQ will round a weight is not known while masks are learnt: it rounds what other columns have changed, in
-other groups. Masks that see one rounding learn its signs, and the packed model has others. What can be known is how
-large the error will be, what it is felt on, and how much of it goes along the weight.
+Which way GPTQ will round a weight is not known while masks are learnt: other columns change the weight first, and its
+group will be different. Masks that see one rounding learn its signs, but the packed model has other signs. Three things
+can be predicted: the size of the error, the part of the input that it acts on, and its component along the weight.
 
-What it is felt on: GPTQ makes up for the error dW_ij of column j by the columns swept after it, so of x_j only that is
-left which they do not predict, the residual r_j (`quant.gptq.residuals`):
+The input: the columns swept after column j compensate for its error dW_ij, so of x_j only the part remains that they
+do not predict, the residual r_j (`quant.gptq.residuals`):
 
     Q x = W x - dW r
 
 Along the weight: rounding to few levels shrinks a column, so with a_j the least-squares factor dW_ij = a_j W_ij + rest.
-What is along W does not average out over columns; the rest is as good as chance. So here
+The component along W does not average out over columns; the rest is as good as random. So here
 
     y = W (x - a r) + xi sqrt(v),  v_i = sum_j rest_ij^2 r_j^2
 
-with xi normal, its own for each token and row. The mask says for each j whether a and rest are those of the low or of
-the high format. Noise is drawn where the error is felt, not for each weight (local reparameterisation,
-arXiv:1506.02557): its gradient for the mask is that of the variance, with far less chance in it.
+with xi normal, independent for each token and row. The mask says for each j whether a and rest are those of the low or
+of the high format. Noise is drawn for each output, not for each weight (local reparameterisation, arXiv:1506.02557):
+its gradient for the mask is that of the variance, and much less noisy.
 
-The squares of the rest are kept as a mean for each row and group, times a factor for each column, and the prediction
-of x_j as a matrix of low rank (`residuals.py`): no rounded weight is stored, and all products but that with W are thin.
+The squares of the rest are stored as a mean for each row and group, times a factor for each column, and the prediction
+of x_j as a low-rank matrix (`residuals.py`): no rounded weight is stored, and all products except that with W are thin.
 """
 
 from dataclasses import dataclass
@@ -38,13 +38,13 @@ class Squares:
     """Squared errors of a weight, rows @ cols^T."""
 
     rows: Float[Tensor, "rows groups"]
-    cols: Float[Tensor, "cols groups"]  # zero but in the column's group
+    cols: Float[Tensor, "cols groups"]  # zero outside the column's group
 
 
 def squares(errors: Float[Tensor, "rows cols"], group: int | None) -> Squares:
     """The squares as a mean for each row and group of consecutive columns, times a factor for each column.
 
-    The sums over the columns of a group, row by row, are those of the squares, and so are the sums over all rows.
+    The sums over each row's groups and over each column stay exact.
     """
     squared, cols = errors.square(), errors.shape[1]
     group_of = torch.arange(cols) // (group or cols)
@@ -60,7 +60,7 @@ def along(errors: Float[Tensor, "rows cols"], w: Float[Tensor, "rows cols"]) -> 
 
 
 class ErrorModel(nn.Module):
-    """The errors of a format, in the original order of columns: what is along the weight, and squares of the rest."""
+    """The errors of a format, in the original order of columns: the part along the weight, and squares of the rest."""
 
     along: Tensor
     rows: Tensor
@@ -75,7 +75,7 @@ class ErrorModel(nn.Module):
             self.register_buffer(name, own.to(inputs.compute))
 
     def variance(self, squared: Float[Tensor, "*batch cols"], chosen: Tensor) -> Float[Tensor, "*batch rows"]:
-        """Of the output, by the squared residuals of the chosen channels."""
+        """The variance of the output, from the squared residuals of the chosen channels."""
         return squared @ (self.cols * chosen[:, None]) @ self.rows.T
 
     def slope(self, of_variance: Float[Tensor, "*batch rows"]) -> Float[Tensor, "*batch cols"]:
@@ -84,7 +84,7 @@ class ErrorModel(nn.Module):
 
 
 class _NoisyProduct(torch.autograd.Function):
-    """Gradients pass to the input straight through its rounding, and through residuals and variance."""
+    """The noisy product; gradients pass straight through the input's rounding, and through residuals and variance."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, _mask: Tensor, read: SiteInput, layer: "ExpectedLinear") -> Tensor:  # noqa: ANN401
@@ -94,7 +94,7 @@ class _NoisyProduct(torch.autograd.Function):
         sigma = (layer.low.variance(squared, ~chosen) + layer.high.variance(squared, chosen)).sqrt_()
         xi = noise(sigma, layer.seed)
         ctx.layer, ctx.dtype, ctx.alike = layer, x.dtype, read.low is read.high
-        slope = torch.where(sigma > 0, xi / (2 * sigma), 0)  # of the noise, for the variance
+        slope = torch.where(sigma > 0, xi / (2 * sigma), 0)  # derivative of the noise with respect to the variance
         ctx.save_for_backward(read.low, read.high, r, chosen, slope)
         shrunk = torch.addcmul(read.mixed, layer.along(chosen), r, value=-1)
         return torch.addcmul(shrunk @ layer.weight.T, sigma, xi)
@@ -116,7 +116,7 @@ class _NoisyProduct(torch.autograd.Function):
 
 
 class ExpectedLinear(MaskedLinear):
-    """y = W x + b with the error that the packed layer is expected to have: its shrinking, and noise."""
+    """y = W x + b with the expected error of the packed layer: shrinkage and noise."""
 
     function = _NoisyProduct
     weight: Tensor
@@ -130,9 +130,9 @@ class ExpectedLinear(MaskedLinear):
         self.seed = 0
 
     def along(self, chosen: Tensor) -> Float[Tensor, " cols"]:
-        """How much of each channel's weight is rounded away, by the mask."""
+        """The share of each channel's weight that rounding removes, by the mask."""
         return torch.where(chosen, self.high.along, self.low.along)
 
     def draw(self, generator: torch.Generator) -> None:
-        """Other noise from now on, the same whenever the layer is run."""
+        """Draw new noise, the same in all runs of the layer until the next draw."""
         self.seed = int(torch.randint(2**62, (), generator=generator))

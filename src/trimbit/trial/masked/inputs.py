@@ -1,4 +1,4 @@
-"""What a site's layers share under a mask: the inputs, as each of its two formats rounds them."""
+"""The inputs that a site's layers share under a mask, as each of the two formats rounds them."""
 
 from typing import ClassVar, NamedTuple
 
@@ -13,7 +13,7 @@ from trimbit.trial.masked.residuals import Residuals
 
 
 class SiteInput(NamedTuple):
-    """What the weights of a site read, [*batch, cols] each; all three are the input itself where nothing is rounded."""
+    """The inputs of a site's weights, [*batch, cols] each; the first three are one tensor if nothing is rounded."""
 
     low: Tensor
     high: Tensor
@@ -22,11 +22,11 @@ class SiteInput(NamedTuple):
 
 
 class Inputs(nn.Module):
-    """A site's inputs as each version rounds them, and their residuals where errors are expected.
+    """A site's inputs as each format rounds them, and their residuals if expected errors are simulated.
 
-    The channels of a version are rounded as they are once stored: in groups of their own, along the site's
-    order. The weights of the site read one tensor, one after the other: it is rounded for the first of
-    them, and kept until the last.
+    The channels of a format are rounded as they will be in the packed model: in separate groups, along the site's
+    order. The weights of the site read one tensor, one after the other: it is rounded for the first of them, and kept
+    until the last.
     """
 
     order: Tensor
@@ -48,12 +48,12 @@ class Inputs(nn.Module):
 
     @property
     def chosen(self) -> Bool[Tensor, " cols"]:
-        """The channels that are high."""
+        """The high channels, as a boolean mask."""
         assert self.mask is not None, "the masks were not set"
         return self.mask.detach() > 0.5
 
     def forward(self, x: Float[Tensor, "*batch cols"]) -> SiteInput:
-        """What is read of x."""
+        """The inputs of the site's weights from x."""
         if self.last is None or self.last[0] is not x:
             self.last, self.left = (x, self._read(x.detach().to(self.compute))), self.readers
         found = self.last[1]
@@ -77,7 +77,7 @@ class Inputs(nn.Module):
 class MaskedLinear(nn.Module):
     """A linear layer whose input channels are low or high, as the mask of its site says."""
 
-    function: ClassVar[type[Function]]  # of x, the mask, what is read of x, and the layer: the product
+    function: ClassVar[type[Function]]  # the product, given x, the mask, the site's input and the layer
     bias: Tensor | None
 
     def __init__(self, inputs: Inputs, bias: Tensor | None) -> None:

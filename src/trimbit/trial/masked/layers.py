@@ -31,13 +31,13 @@ class Layers:
         self.candidates = candidates
         self.config = config
         self.orders = orders
-        self.sweep = sweep  # that errors are expected of
+        self.sweep = sweep  # GPTQ's configuration for expected errors
 
     def inputs(self, weight: Weight, compute: torch.dtype) -> Inputs:
-        """What the layers of a weight's site share.
+        """The inputs that the layers of a weight's site share.
 
         Raises:
-            NumericsError: if errors are to be as expected, and the damped H of the inputs is not positive definite.
+            NumericsError: if `error_model` is `expected` and the damped H of the inputs is not positive definite.
         """
         residuals = self._residuals(weight, compute) if self.config.error_model == "expected" else None
         return Inputs((self.config.low_acts, self.config.high_acts), self.orders[weight.site], compute, residuals)
@@ -58,7 +58,7 @@ class Layers:
         return ExpectedLinear(dense, *own, inputs, bias)
 
     def _residuals(self, weight: Weight, compute: torch.dtype) -> Residuals:
-        """Those of GPTQ's sweep if the recipe's share of largest diag H is high."""
+        """The residuals of GPTQ's sweep when the channels of largest diag H are high, by the recipe's share."""
         assert self.candidates.stats is not None
         moments = self.candidates.stats.moments(weight.site)
         order = moments.h.diagonal().argsort(stable=True)

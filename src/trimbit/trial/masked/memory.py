@@ -6,12 +6,12 @@ from trimbit.search.two_formats.hypernetwork import HIDDEN
 
 
 def masked_nbytes(layout: Layout, config: MaskedSearch, itemsize: int) -> int:
-    """Both formats or the weights, the embeddings, what a row leaves for the backward pass, what is learnt and AdamW.
+    """Bytes of both formats or the weights, embeddings, a row's activations, learnt parameters and AdamW's state.
 
     Args:
         layout: of the model.
         config: of the search.
-        itemsize: bytes of a number that is multiplied.
+        itemsize: bytes of a number in matrix products.
     """
     embeddings = sum(w.rows * w.cols for w in layout.weights.values() if not layout.readers(w.site))
     codes = sum(w.rows * w.cols for w in layout.weights.values()) - embeddings
@@ -24,6 +24,6 @@ def masked_nbytes(layout: Layout, config: MaskedSearch, itemsize: int) -> int:
     channels = sum(
         layout.readers(site)[0].cols for site in {w.site for w in layout.weights.values()} if layout.readers(site)
     )
-    learnt = {"hypernetwork": 16 * 2 * HIDDEN, "logits": 16}.get(getattr(config, "network", ""), 0)  # with AdamW's own
+    learnt = {"hypernetwork": 16 * 2 * HIDDEN, "logits": 16}.get(getattr(config, "network", ""), 0)  # with AdamW's
     nbytes: float = codes * each + 4 * embeddings + config.length * kept + (learnt + ranks) * channels
     return round(nbytes)

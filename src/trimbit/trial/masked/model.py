@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
 
 class Background(NamedTuple):
-    """Masks that others are tried around: by row what lies before each block, and the original's log-probabilities."""
+    """The masks around which others are tried, each row's inputs of blocks, and the original's log-probabilities."""
 
     masks: Mapping[str, Tensor]
-    before: list[list[Tensor]]  # and behind the last one
+    before: list[list[Tensor]]  # and the last block's output
     log_ps: list[list[Tensor]]  # in fp16, which adds less than 1e-5 nats
 
 
@@ -75,7 +75,7 @@ class MaskedModel:
         self.backgrounds: dict[int, Background] = {}  # by the number of rows
 
     def _materialize(self, stream: BlockStream, layers: Layers, progress: Progress) -> None:
-        """Take the weights in, block by block, and a masked layer in the place of each linear one."""
+        """Load the weights, block by block, with a masked layer in place of each linear layer."""
         layout, checkpoint = stream.layout, stream.checkpoint
         for index in range(layout.blocks):
             name = f"{layout.family.blocks}.{index}"
@@ -101,11 +101,11 @@ class MaskedModel:
     def gradients(
         self, masks: Mapping[str, Tensor], step: int, generator: torch.Generator
     ) -> tuple[float, dict[str, Tensor]]:
-        """The loss of a step's rows, the mean over tokens, and its gradient for every mask; noise is a row's own."""
+        """The mean loss over the tokens of a step's rows, and its gradient for every mask; noise differs by row."""
         drawn = [at % len(self.rows) for at in range(step * self.batch, (step + 1) * self.batch)]
         leaves = {site: mask.detach().to(self.device).requires_grad_() for site, mask in masks.items()}
         for leaf in leaves.values():
-            leaf.grad = torch.zeros_like(leaf)  # or it would be the memory that the next row's is recorded to be in
+            leaf.grad = torch.zeros_like(leaf)  # else it would be the graph's memory, which the next row overwrites
         self._set(leaves)
         total, count = 0.0, self.batch * (self.rows.shape[1] - 1)
         for at in drawn:
@@ -121,13 +121,13 @@ class MaskedModel:
 
     @torch.no_grad()
     def damage(self, masks: Mapping[str, Tensor], rows: int | None = None) -> Divergence:
-        """KL to the original, and the loss, on the first rows that are learnt from; None: on the held-out ones.
+        """KL to the original, and the loss, on the first `rows` training rows; None: on the held-out rows.
 
-        The first masks that are tried on some rows are the background of those that follow, which are run from the
-        first block on whose masks are others. Noise is a row's own, and the same at each call.
+        The first masks tried on some rows are the background of later ones, which are run only from the first block
+        whose masks differ. Noise differs by row, and is the same at each call.
 
         Raises:
-            NumericsError: if it is not finite.
+            NumericsError: if the KL or the loss is not finite.
         """
         own = {site: mask.to(self.device) for site, mask in masks.items()}
         with products_in(self.compute, self.device.type):
@@ -182,7 +182,7 @@ class MaskedModel:
             layers[0].inputs.mask = masks[site]
 
     def _draw(self, generator: torch.Generator) -> None:
-        """Other noise from now on."""
+        """Draw new noise for all layers."""
         for layers in self.layers.values():
             for layer in layers:
                 layer.draw(generator)
@@ -190,7 +190,7 @@ class MaskedModel:
     def _final(
         self, row: Int[Tensor, " length"], run: Callable[[Tensor], Tensor] | None = None
     ) -> Float[Tensor, "length hidden"]:
-        """What the head reads."""
+        """The head's input."""
         return self.norm((run or self._run)(self._embedded(row)))[0]  # type: ignore[no-any-return]
 
     def _embedded(self, row: Int[Tensor, " length"]) -> Float[Tensor, "1 length hidden"]:
@@ -200,7 +200,7 @@ class MaskedModel:
     def _run(
         self, hidden: Float[Tensor, "1 length hidden"], start: int = 0, keep: list[Tensor] | None = None
     ) -> Float[Tensor, "1 length hidden"]:
-        """The stream behind the last block, from the one before block `start` on; `keep` gets those between."""
+        """The stream after the last block, given that before block `start`; `keep` collects the blocks' inputs."""
         for index in range(start, len(self.blocks)):
             if keep is not None:
                 keep.append(hidden)
@@ -212,7 +212,7 @@ class MaskedModel:
     def _replay(
         self, hidden: Float[Tensor, "1 length hidden"], masks: Mapping[str, Tensor], generator: torch.Generator
     ) -> Float[Tensor, "1 length hidden"]:
-        """The same behind the last block, each block one CUDA graph, with noise of its own."""
+        """As `_run` from the first block, with each block one CUDA graph, and noise from `generator`."""
         length, each = hidden.shape[1], [[masks[site] for site in sites] for sites in self.sites_of]
         if length not in self.recorded:
             blocks = [self._masked_block(index, length) for index in range(len(self.blocks))]

@@ -1,16 +1,16 @@
-"""What GPTQ's errors are felt on: of each channel, what those swept after it do not predict."""
+"""The input that GPTQ's errors act on: the part of each channel that those swept after it do not predict."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-OVERSAMPLING = 8  # of a randomised decomposition: vectors beyond its rank
+OVERSAMPLING = 8  # vectors of the randomised decomposition beyond the rank
 
 
 class Residuals(nn.Module):
-    """What the columns swept later do not predict of each channel of a site.
+    """The part of each channel of a site that the columns swept later do not predict.
 
-    The prediction is of low rank; each residual is scaled to the mean square that it has with all of the prediction.
+    The prediction has low rank; each residual is scaled to the mean square that it has with the full prediction.
     """
 
     reads: Tensor
@@ -20,10 +20,10 @@ class Residuals(nn.Module):
     def __init__(
         self, exact: Float[Tensor, "cols cols"], h: Float[Tensor, "cols cols"], rank: int, compute: torch.dtype
     ) -> None:
-        """`exact` maps inputs to residuals, and h is the inputs' second moment, as GPTQ damps it.
+        """`exact` maps inputs to residuals, and `h` is the inputs' second moment, damped as in GPTQ.
 
-        The prediction is P x with P = I - exact, and its moment P H P^T. With A the largest eigenvectors of that,
-        A A^T P x is the best prediction of that rank.
+        The prediction is P x with P = I - exact, and its second moment is P H P^T. With A the leading eigenvectors of
+        that matrix, A A^T P x is the best prediction of the same rank.
         """
         super().__init__()
         predicted = torch.eye(len(h), dtype=exact.dtype) - exact
@@ -46,7 +46,7 @@ class Residuals(nn.Module):
 
 
 def _largest(moment: Float[Tensor, "cols cols"], rank: int) -> Float[Tensor, "cols rank"]:
-    """The eigenvectors of largest eigenvalue, very nearly."""
+    """The leading eigenvectors, to a close approximation."""
     rank = min(rank, len(moment))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

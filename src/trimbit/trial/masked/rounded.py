@@ -1,8 +1,8 @@
-"""Linear layers with two error_model of their weight, each rounded to its format.
+"""Linear layers with two versions of their weight, each rounded to its format.
 
-Both error_model stay packed, and are dequantised where they are multiplied by, or are kept dense. A product is linear
-in the mask, y = ((1 - m) x_low) W_low^T + (m x_high) W_high^T, where x_low and x_high are the inputs as each
-format rounds them; it is computed for masks of zeros and ones, and its gradient is that of this formula.
+Both versions stay packed and are dequantised for each product, or are kept dense. A product is linear in the mask,
+y = ((1 - m) x_low) W_low^T + (m x_high) W_high^T, where x_low and x_high are the inputs as each format rounds them; it
+is computed for masks of zeros and ones, and its gradient is that of this formula.
 """
 
 from typing import Any
@@ -55,7 +55,7 @@ class _MixedProduct(torch.autograd.Function):
         layer: RoundedLinear = ctx.layer
         w_low = layer.low.dense(grad.dtype)
         to_low = grad @ w_low
-        more = grad @ (layer.high.dense(grad.dtype) - w_low)  # the small difference, not one of two large products
+        more = grad @ (layer.high.dense(grad.dtype) - w_low)  # subtract before the product, against cancellation
         of_mask = (high * more).flatten(0, -2).sum(0, dtype=torch.float32)
         if not ctx.alike:
             of_mask += ((high - low) * to_low).flatten(0, -2).sum(0, dtype=torch.float32)
@@ -64,7 +64,7 @@ class _MixedProduct(torch.autograd.Function):
 
 
 class RoundedLinear(MaskedLinear):
-    """y = W x + b with W mixed of two error_model, their columns in the inputs' order, by the mask."""
+    """y = W x + b with W mixed from two versions by the mask; their columns are in the inputs' order."""
 
     function = _MixedProduct
 
