@@ -62,7 +62,9 @@ def drawn(stream, model, seed=0):
     with torch.no_grad():
         logits = model(inputs_embeds=stream.embed(TOKENS), use_cache=False).logits.flatten(0, 1)
     p = torch.softmax(logits, -1)
-    return torch.multinomial(p, 1, replacement=True, generator=torch.Generator().manual_seed(seed))[:, 0], p
+    below, generator = p.cumsum(-1), torch.Generator().manual_seed(seed)
+    points = torch.rand(len(p), 1, generator=generator) * below[:, -1:]
+    return torch.searchsorted(below, points, right=True)[:, 0], p
 
 
 def test_equal_autograd_on_the_whole_model(opened):

