@@ -151,13 +151,9 @@ def test_digest_and_split() -> None:
             whole.split(*counts)
 
 
-def test_pieces_of_rows_begin_with_bos_and_are_never_short() -> None:
+def test_rows_are_cut_into_pieces_that_are_never_short() -> None:
     rows = TokenSet(name="x", tokens=torch.tensor([[9, 0, 1, 2, 3, 4], [9, 5, 6, 7, 8, 9]]), seed=0)
     assert rows.pieces(2).tokens.tolist() == [[9, 0], [1, 2], [3, 4], [9, 5], [6, 7], [8, 9]]
-    assert rows.pieces(4, 1).tokens.tolist() == [[9, 0, 1, 2]]
-    assert rows.pieces(3, bos=9).tokens.tolist() == [[9, 0, 1], [9, 2, 3], [9, 5, 6], [9, 7, 8]]
-    assert rows.pieces(6, 2, bos=9).tokens.tolist() == rows.tokens.tolist()
-    with pytest.raises(DataError, match="1 pieces of 7 tokens asked, 2 rows have 0"):
+    assert rows.pieces(4).tokens.tolist() == [[9, 0, 1, 2], [9, 5, 6, 7]]
+    with pytest.raises(DataError, match="pieces of 7 tokens were requested, but the rows have 6"):
         rows.pieces(7)
-    with pytest.raises(DataError, match="5 pieces of 3 tokens asked, 2 rows have 4"):
-        rows.pieces(3, 5)

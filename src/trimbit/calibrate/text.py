@@ -53,23 +53,17 @@ class TokenSet:
             raise DataError(msg)
         return tuple(replace(self, tokens=part) for part in self.tokens.split(list(counts)))
 
-    def pieces(self, length: int, count: int | None = None, bos: int | None = None) -> "TokenSet":
-        """Rows cut into pieces of `length` tokens, the first `count` of them; the end of a row that is left is unused.
-
-        With a BOS, which each row must begin with, each piece is the BOS and `length - 1` tokens.
+    def pieces(self, length: int) -> "TokenSet":
+        """Rows cut into pieces of `length` tokens; the end of a row that is left is unused.
 
         Raises:
-            DataError: if a row is shorter than a piece, or there are fewer pieces.
+            DataError: if a row is shorter than a piece.
         """
-        body = self.tokens if bos is None else self.tokens[:, 1:]
-        size = length - (bos is not None)
-        whole = body.shape[1] // size * size
-        cut = body[:, :whole].reshape(-1, size)
-        if whole == 0 or (count is not None and len(cut) < count):
-            msg = f"{self.name}: {count or 1} pieces of {length} tokens asked, {len(self.tokens)} rows have {len(cut)}"
+        whole = self.tokens.shape[1] // length * length
+        if whole == 0:
+            msg = f"{self.name}: pieces of {length} tokens were requested, but the rows have {self.tokens.shape[1]}"
             raise DataError(msg)
-        cut = cut[:count]
-        return replace(self, tokens=cut if bos is None else torch.cat([cut.new_full((len(cut), 1), bos), cut], dim=1))
+        return replace(self, tokens=self.tokens[:, :whole].reshape(-1, length))
 
 
 def read_text(path: Path) -> str:

@@ -1,11 +1,11 @@
 """The calibration text of a job, divided by use."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from trimbit.calibrate.sample import sample_self
-from trimbit.calibrate.text import TokenSet, default_bos, from_file, tokenizer_digest
+from trimbit.calibrate.text import TokenSet, from_file, tokenizer_digest
 from trimbit.jobs.checked import load_tensors, save_tensors
 from trimbit.jobs.stages import Stage, Work
 from trimbit.model.forward.in_memory import InMemoryModel
@@ -30,11 +30,9 @@ class Text:
 
 
 def damage_rows(job: Job) -> int:
-    """The number of rows to be cut into the pieces on which damage is measured."""
-    want, measure = job.recipe.calibration, job.recipe.measure
-    if measure is None or not job.steps.method.measures_damage:
-        return 0
-    return -(-measure.rows // (want.length // measure.length))
+    """The number of rows whose beginnings the damage of choices is found on: different texts, not pieces of one."""
+    measure = job.recipe.measure
+    return measure.rows if measure is not None and job.steps.method.measures_damage else 0
 
 
 def rows_of(job: Job) -> int:
@@ -56,10 +54,10 @@ def text_of(job: Job) -> Text:
         found = from_file(Path(job.calibration), tokenizer, rows=rows, length=want.length, seed=job.seed)
     counts = (want.rows, want.training, want.held_out, damage_rows(job), want.report)
     fit, train, choose, damage, report = found.split(*counts)
-    measure, pieces = job.recipe.measure, None
+    measure, beginnings = job.recipe.measure, None
     if measure is not None and len(damage.tokens):
-        pieces = damage.pieces(measure.length, measure.rows, default_bos(tokenizer))
-    return Text(fit=fit, train=train if want.training else fit, choose=choose, damage=pieces, report=report)
+        beginnings = replace(damage, tokens=damage.tokens[:, : measure.length])
+    return Text(fit=fit, train=train if want.training else fit, choose=choose, damage=beginnings, report=report)
 
 
 def sampled_stage(job: Job, tokenizer: Any) -> Stage[TokenSet]:  # noqa: ANN401

@@ -36,7 +36,7 @@ class Measure(Schema):
 
     by: By = "measured"  # by a forward pass for each choice, or predicted by one sweep back through the model
     draws: int = Field(default=4, ge=1)  # where it is predicted: labels that the model draws for each token
-    rows: int = Field(default=3, ge=1)  # pieces of `length` tokens, of rows that nothing is fitted to
+    rows: int = Field(default=3, ge=1)  # rows that nothing is fitted to; `length` tokens of each are used
     length: int = Field(default=512, ge=16)
     # whether the last plans are applied for real to choose among them; false: a plan in seconds
     apply_finalists: bool = True

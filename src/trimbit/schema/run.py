@@ -35,7 +35,7 @@ class TextRecord(Schema):
     digest: str  # of all tokens
     length: int  # tokens in a row
     fit_rows: int
-    damage_rows: int  # cut to `measure.length`
+    damage_rows: int  # of `measure.length` tokens
     choose_rows: int
     train_rows: int
     report_rows: int
