@@ -1,4 +1,4 @@
-"""Builds the layout of a config from its family row."""
+"""Build the layout of a config from its row in the family table."""
 
 from collections.abc import Mapping
 from math import prod
@@ -14,10 +14,10 @@ from trimbit.model.sizes import sizes_of
 
 
 def build_layout(config: PreTrainedConfig) -> Layout:
-    """Resolve the family row for one config, and check that it names every parameter.
+    """Apply the family row to a config, and check that it describes every parameter of the model.
 
     Raises:
-        LayoutError: if the family is unknown, or a parameter of the model is not described by its row.
+        LayoutError: if the family is unknown, or the row and the model disagree on a parameter or a shape.
     """
     family = family_of(config.model_type)
     shapes = parameter_shapes(config)

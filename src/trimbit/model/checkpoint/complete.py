@@ -1,4 +1,4 @@
-"""Whether the files of a checkpoint hold the model that its config describes: all of it, and nothing else."""
+"""A check that the files of a checkpoint hold exactly the model that its config describes."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -11,15 +11,16 @@ _BLOCK = re.compile(r".*\.(?:layers|h|blocks)\.(\d+)\.")
 
 
 def require_complete(where: Path, entries: Mapping[str, Entry], needed: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse files that lack a parameter, or hold one that the model does not have.
+    """Refuse files that lack a parameter of the model, or hold a tensor that the model does not have.
 
     Args:
-        where: what the error names.
-        entries: the tensors that are there.
+        where: the path that the error names.
+        entries: the tensors in the files.
         needed: the shape of each parameter of the model.
 
     Raises:
-        CheckpointError: naming the first tensor that is missing, left over, or of another shape.
+        CheckpointError: naming the first tensor that is missing, unknown or of another shape; or if there are too many
+            blocks.
     """
     have, want = _blocks(entries), _blocks(needed)
     if have > want:

@@ -1,4 +1,4 @@
-"""Opens a `.gguf` file: its blocks are dequantised to fp32 when a tensor is read."""
+"""Open a `.gguf` file; each tensor is dequantised to fp32 when it is read."""
 
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -18,7 +18,7 @@ from trimbit.model.parameters import parameter_shapes
 
 
 class _Blocks(NamedTuple):
-    """One tensor's blocks in a GGUF file; `shape` has numpy's order, rows first."""
+    """The stored blocks of one tensor in a GGUF file; `shape` is in numpy's order, rows first."""
 
     name: str
     kind: Any  # gguf.GGMLQuantizationType
@@ -28,7 +28,7 @@ class _Blocks(NamedTuple):
 
 
 def open_gguf(path: Path, file: Path) -> Checkpoint:
-    """Opens a GGUF file that the user gave as `path` or in it; see `open_checkpoint` for the errors."""
+    """Open the GGUF `file`, which is `path` or in the directory `path`; see `open_checkpoint` for the errors."""
     fields, blocks = _read_gguf_header(file)
     arch = str(fields.get("general.architecture"))
     if arch not in hf_gguf.GGUF_SUPPORTED_ARCHITECTURES:
@@ -52,7 +52,7 @@ def open_gguf(path: Path, file: Path) -> Checkpoint:
 
 
 def _read_gguf_header(file: Path) -> tuple[dict[str, Any], list[_Blocks]]:
-    """The `general.*` and `split.*` metadata and where each tensor lies; the mapping is let go."""
+    """The `general.*` and `split.*` metadata, and the blocks of each tensor; the memory map is not kept."""
     try:
         from gguf import GGUFReader  # an extra
     except ImportError as error:
@@ -78,9 +78,9 @@ def _read_gguf_header(file: Path) -> tuple[dict[str, Any], list[_Blocks]]:
 
 
 def _gguf_names(arch: str, layers: int, names: Iterable[str]) -> dict[str, str]:
-    """GGUF's name -> transformers' name; one that GGUF has no name for is left out.
+    """Names in GGUF -> names in transformers; parameters without a GGUF name are left out.
 
-    `get_gguf_hf_weights_map` agrees, but rebuilds gguf's table for each module, which takes ten seconds.
+    `get_gguf_hf_weights_map` gives the same, but rebuilds gguf's table for each module, which takes ten seconds.
     """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map  # an extra
 

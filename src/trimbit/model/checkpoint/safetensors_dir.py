@@ -1,4 +1,4 @@
-"""Opens a directory with `model.safetensors`, or with shards and an index."""
+"""Open a directory with `model.safetensors`, or with shards and an index."""
 
 import json
 import re
@@ -18,11 +18,11 @@ from trimbit.model.families import unknown_family
 from trimbit.model.parameters import parameter_shapes
 
 _FLOATS = ("BF16", "F16", "F32")
-_RECOMPUTED = ".rotary_emb.inv_freq"  # a buffer that old checkpoints hold and the config implies
+_RECOMPUTED = ".rotary_emb.inv_freq"  # a buffer in old checkpoints, which is computed from the config
 
 
 def open_directory(path: Path) -> Checkpoint:
-    """Opens a directory with config.json and safetensors; see `open_checkpoint` for the errors."""
+    """Open a directory with config.json and safetensors; see `open_checkpoint` for the errors."""
     raw = _read_config(path)
     try:
         config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
@@ -46,7 +46,7 @@ def open_directory(path: Path) -> Checkpoint:
 
 
 def _model_id(path: Path, recorded: str) -> str:
-    """The hub id that the config has recorded, or that the hub's cache has in its folders; else the folder's name."""
+    """The hub id from the config, or from the folder names of the hub's cache; else the folder's name."""
     if re.fullmatch(r"[\w.-]+/[\w.-]+", recorded):
         return recorded
     whole = path.resolve()
@@ -88,7 +88,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _weight_files(path: Path) -> dict[Path, set[str] | None]:
-    """The weight files, each with the tensors the index lists for it (None without index)."""
+    """The weight files, each with the tensors that the index lists for it (None: there is no index)."""
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if single.is_file():
         return {single: None}
@@ -129,7 +129,7 @@ def _safetensors_entries(file: Path) -> dict[str, Entry]:
 def _read_safetensor(file: Path, name: str) -> Tensor:
     with safe_open(file, framework="pt", device="cpu") as opened:
         tensor: Tensor = opened.get_tensor(name)
-        return tensor.clone()  # depending on the version, a view of a mapping of the file
+        return tensor.clone()  # in some versions it is a view of a memory map
 
 
 def _card_license(card: Path) -> str | None:
