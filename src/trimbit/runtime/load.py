@@ -1,4 +1,4 @@
-"""Opens an original checkpoint or a compressed directory for running."""
+"""Load an original checkpoint or a compressed directory, to run it."""
 
 from pathlib import Path
 
@@ -14,10 +14,10 @@ from trimbit.model.forward.stream import build_skeleton
 
 
 def load_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Load an original checkpoint or a compressed directory for running.
+    """Load an original checkpoint or a compressed directory, to run it.
 
     Raises:
-        TrimbitError: if it is neither.
+        TrimbitError: if it is neither, or is damaged.
     """
     if is_compressed(path):
         try:
