@@ -1,4 +1,4 @@
-"""How long work is kept: content-keyed caches, journals, states of training, processes, progress.
+"""Running and keeping long work: caches by content key, journals, training states, processes, progress.
 
-Takes functions and keys; gives their results, made once. Knows no models.
+Takes functions and keys; gives their results, computed only once. Independent of models.
 """
