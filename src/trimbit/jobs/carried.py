@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trimbit.jobs.checked import load_tensors, save_tensors
 
-SECONDS = 10.0  # ours: at least, between two saves
+SECONDS = 10.0  # ours: least time between two saves
 
 
 class Carried:

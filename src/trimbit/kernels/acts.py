@@ -33,7 +33,7 @@ def round_among(
 ) -> Float[Tensor, "*batch channels"]:
     """As `round_activations` with one run of only the counted channels, or of all channels if none is counted.
 
-    The other channels are rounded in the group at their place, and clipped to its range.
+    Any other channel is rounded with the scale of the group at its place, and clipped to its range.
     """
     if not counted.any():
         counted = torch.ones_like(counted)

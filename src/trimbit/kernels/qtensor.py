@@ -107,7 +107,7 @@ def pack_columns(
 
 
 def concat_rows(pieces: Sequence[QTensor]) -> QTensor:
-    """Concatenate packed weights with the same runs along their rows."""
+    """Concatenate the rows of packed weights, which all have the same runs."""
     if len(pieces) == 1:
         return pieces[0]
     zeros = [piece.zeros for piece in pieces if piece.zeros is not None]

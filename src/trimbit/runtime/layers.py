@@ -49,7 +49,7 @@ class Packed(nn.Module):
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """W x + b; the backward pass dequantises W again, so that training stores only the codes."""
+    """W x + b; the backward pass dequantises W again, so that only its codes stay in memory."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: "PackedLinear") -> Tensor:  # noqa: ANN401

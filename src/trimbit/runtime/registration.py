@@ -45,7 +45,7 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self,
         fullname: str,
-        path: Any = None,  # noqa: ANN401 # for a namespace package not a Sequence, as typeshed expects
+        path: Any = None,  # noqa: ANN401 # a Sequence in typeshed, but not for a namespace package
         target: ModuleType | None = None,
     ) -> ModuleSpec | None:
         """The module's spec with a wrapped loader; None for all other modules."""
