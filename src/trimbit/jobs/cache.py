@@ -89,7 +89,7 @@ class Cache:
         if not (path / ENTRY_FILE).is_file():
             return None
         if path not in self._open and (problem := _damage(path)):
-            log.warning("%s: %s; the entry is removed and made again", path, problem)
+            log.warning("%s: %s; removing and recomputing the entry", path, problem)
             shutil.rmtree(path)
             return None
         self._use(path)
@@ -124,7 +124,7 @@ class Cache:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                log.warning("waiting for another process that makes %s %s", stage, key)
+                log.warning("waiting for another process that is making %s %s", stage, key)
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
 

@@ -66,7 +66,7 @@ def load_json(path: Path) -> Any:  # noqa: ANN401
 
 
 def _damaged(path: Path, why: str) -> None:
-    log.warning("%s is damaged (%s); it is removed and made again", path, why)
+    log.warning("%s is damaged (%s); removing and recomputing it", path, why)
     path.unlink(missing_ok=True)
 
 

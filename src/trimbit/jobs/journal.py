@@ -28,7 +28,7 @@ class Journal:
             if not line:
                 continue
             if checksum != _checksum(text):
-                log.warning("%s, line %d is damaged; it is left out and made again", self.path, number)
+                log.warning("%s, line %d is damaged; skipping and recomputing it", self.path, number)
                 continue
             found.append(json.loads(text))
         return found

@@ -39,7 +39,7 @@ class Workers(Generic[Task, Result]):
             for future in as_completed(places):
                 yield places[future], future.result()
         except BrokenProcessPool as err:
-            raise TrimbitError("a worker process died, most likely out of memory: use fewer workers") from err
+            raise TrimbitError("a worker process died, most likely out of memory; use fewer workers") from err
 
     def close(self) -> None:
         """End the processes at once, even in the middle of a task."""
