@@ -34,7 +34,7 @@ def factors(n: int) -> tuple[int, ...]:
                 return (order, *factors(n // order))
             except PlanError:
                 continue
-    raise PlanError(f"no Hadamard matrix of order {n} can be made of Sylvester's and Paley's")
+    raise PlanError(f"no Hadamard matrix of order {n} can be built from Sylvester's and Paley's matrices")
 
 
 @cache

@@ -30,7 +30,10 @@ def quantize_tokens(
     maxima = torch.stack([part.amax(1) for part in parts], dim=1)
     scales = ((maxima - minima.float()) / top).clamp(min=0).half()
     if not bool((minima.isfinite() & scales.isfinite()).all()):
-        raise NumericsError("a key or value is not finite, or does not fit fp16: the cache cannot be quantised")
+        raise NumericsError(
+            "a key or value is not finite, or does not fit fp16, so the KV cache cannot be quantised; "
+            "use an exact cache"
+        )
     safe = torch.where(scales == 0, torch.ones_like(scales), scales).float()
     above = flat - per_column(minima.float(), group, channels)
     codes = (above / per_column(safe, group, channels)).round_().clamp_(0, top)

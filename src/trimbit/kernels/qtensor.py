@@ -39,7 +39,9 @@ class QTensor:
         want = (code_row_nbytes(self.runs), group_count(self.runs), zero_row_nbytes(self.runs))
         have = (self.codes.shape[1], self.scales.shape[1], 0 if self.zeros is None else self.zeros.shape[1])
         if want != have:
-            raise ValueError(f"bytes of codes, scales and zeros a row are {have}, but the runs ask for {want}")
+            raise ValueError(
+                f"a row has {have} (bytes of codes, scales, bytes of zero points or means), but its runs need {want}"
+            )
 
     @property
     def shape(self) -> tuple[int, int]:
