@@ -39,8 +39,8 @@ def build_layout(config: PreTrainedConfig) -> Layout:
     }
     named |= {name for unit in units.values() for name, _ in unit.kept}
     for name in sorted(named ^ shapes.keys()):
-        why = "is not described by the family row" if name in shapes else "is in the family row, but not in the model"
-        raise LayoutError(f"parameter {name} {why} {config.model_type!r}")
+        why = "is not described by its family row" if name in shapes else "is in its family row, but not in the model"
+        raise LayoutError(f"parameter {name} {why}; correct the row {config.model_type!r} in model/families.py")
     return Layout(
         config=config, family=family, sizes=sizes, weights=weights, units=units, fixed=fixed, tied=tied,
         parameters=sum(prod(shape) for shape in shapes.values()), blocks=config.num_hidden_layers, shapes=shapes,
@@ -82,7 +82,8 @@ def _add_sub_block(
             rows, cols = axes.length(row_axis, sizes), axes.length(col_axis, sizes)
             if shapes.get(f"{name}.weight") != (rows, cols):
                 raise LayoutError(
-                    f"weight {name}: shape {shapes.get(f'{name}.weight')}, but its row says {(rows, cols)}"
+                    f"weight {name} has shape {shapes.get(f'{name}.weight')}, "
+                    f"but the family table expects {(rows, cols)}"
                 )
             weights[name] = Weight(
                 name=name, unit=unit, site=f"{unit}.{site}", row_axis=row_axis, col_axis=col_axis,

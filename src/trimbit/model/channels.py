@@ -58,7 +58,7 @@ def stored_channels(layout: Layout, unit: Unit, plan: Plan) -> Channels:
         order = torch.tensor(plan.orders[site], dtype=torch.long)
         count = axes.length(readers[0].col_axis, sizes)
         if not torch.equal(order.sort().values, torch.arange(count)):
-            raise PlanError(f"site {site}: an order must have each of its {count} kept channels once")
+            raise PlanError(f"site {site}: an order must be a permutation of its {count} kept channels")
         for weight in readers:
             cols[weight.name] = cols[weight.name][order] if weight.name in cols else order
         folded = _folded_rows(layout, site, order, sizes, rotated=plan.rotation is not None)

@@ -108,6 +108,6 @@ def unknown_family(model_type: str, file: Path | None = None) -> LayoutError:
     near = difflib.get_close_matches(model_type.lower(), FAMILIES, n=1, cutoff=0.0)[0]
     return LayoutError(
         f"{'' if file is None else f'{file}: '}model type {model_type!r} is not in the family table; "
-        f"the nearest known family is {near!r} (known: {', '.join(FAMILIES)}). "
-        "docs/architecture.md says how a row is added"
+        f"the nearest known family is {near!r} (known: {', '.join(FAMILIES)}); "
+        "to add a family, see docs/architecture.md"
     )

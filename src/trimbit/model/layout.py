@@ -75,7 +75,10 @@ class Layout:
         """
         unit = self.units.get(dim.rsplit(".", 1)[0])
         if unit is None or unit.dim != dim:
-            raise PlanError(f"no dim {dim!r} in this model")
+            raise PlanError(
+                f"this model has no dim {dim!r}; "
+                f"its dims are blocks.N.attn.kv and blocks.N.mlp.mid for N below {self.blocks}"
+            )
         return unit
 
     def weight_shape(self, weight: Weight, width: int | None) -> tuple[int, int]:

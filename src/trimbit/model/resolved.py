@@ -213,15 +213,15 @@ def _check_cut(dim: str, keep: tuple[int, ...], size: int, *, rotated: bool) -> 
         raise PlanError(f"{dim}: kept indices must be distinct and below {size}")
     if rotated and dim.endswith(".mid") and keep not in {(), tuple(range(size))}:
         raise PlanError(
-            f"{dim}: {len(keep)} of {size} channels are kept, but a rotated plan keeps all or none: its "
-            "rotation mixes them. Cut the dim in a plan without one"
+            f"{dim}: {len(keep)} of {size} channels are kept, but a rotated plan must keep all or none, since its "
+            "rotation mixes them; cut this dim in a plan without a rotation"
         )
 
 
 def _check(resolved: Resolved, plan: Plan, layout: Layout) -> None:
     alive, sites = resolved.weights, {site for unit in resolved.units.values() for site in unit.sites}
     for name in sorted(alive.keys() ^ plan.weights.keys()):
-        why = "has no runs" if name in alive else "does not exist in this model, or its sub-block is dropped"
+        why = "has no runs in the plan" if name in alive else "is not in this model, or its sub-block is dropped"
         raise PlanError(f"weight {name} {why}")
     for name, weight in alive.items():
         count, cols = sum(run.count for run in weight.runs), weight.shape[1]
@@ -230,19 +230,21 @@ def _check(resolved: Resolved, plan: Plan, layout: Layout) -> None:
     for name in plan.biases:
         if name not in alive or name not in {unit.out_weight for unit in layout.units.values()}:
             raise PlanError(
-                f"weight {name} cannot gain a bias: it is not a kept weight that writes to the residual stream"
+                f"weight {name} cannot gain a bias: only kept weights that write to the residual stream can"
             )
     for name, rank in plan.adapters.items():
         if name not in alive or alive[name].origin.site not in sites:
-            raise PlanError(f"weight {name} cannot have a low-rank pair: it is not a kept weight of a block")
+            raise PlanError(f"weight {name} cannot have a low-rank pair: only kept weights of the blocks can")
         most = min(alive[name].shape)
         if not 1 <= rank <= most:
-            raise PlanError(f"weight {name}: a low-rank pair of rank {rank}, but it can have 1 to {most}")
+            raise PlanError(f"weight {name}: the low-rank pair has rank {rank}, but the rank must be 1 to {most}")
     for site in sorted({*plan.orders, *plan.acts} - sites):
         raise PlanError(f"site {site} cannot have an order or rounded inputs: no kept weight of a block reads it")
     for name, weight in alive.items():
         site = weight.origin.site
         counts, own = [run.count for run in plan.acts.get(site, ())], [run.count for run in weight.runs]
         if site in plan.acts and own != counts:
-            raise PlanError(f"site {site}: its inputs are rounded in runs of {counts}, but {name} has {own}")
+            raise PlanError(
+                f"site {site}: its inputs are rounded in runs of {counts}, but weight {name} has runs of {own}"
+            )
     check_kv_cache(plan.kv_cache, layout.config)

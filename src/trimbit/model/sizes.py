@@ -40,12 +40,12 @@ def check_kv_cache(precision: KVPrecision | None, config: PreTrainedConfig) -> N
         return
     if None not in sliding_windows(config):
         raise PlanError(
-            "kv_cache: every layer of this model has a sliding window, whose cache is kept exactly; "
-            "there is nothing to quantise, leave kv_cache out"
+            "kv_cache: every layer of this model has a sliding window, and the cache of such layers is not quantised; "
+            "leave kv_cache out"
         )
     head_dim = sizes_of(config)["d"]
     if precision.group is not None and precision.group > head_dim:
         raise PlanError(
-            f"kv_cache: a group of {precision.group} channels, but head_dim is {head_dim}; "
+            f"kv_cache: the group has {precision.group} channels, but head_dim is only {head_dim}; "
             f"give a group of at most {head_dim}, or null for a whole head"
         )

@@ -105,7 +105,7 @@ class CountingLayer(DynamicLayer):
     def crop(self, *_: Any, **__: Any) -> None:  # noqa: ANN401
         """Not supported: quantised tokens cannot become exact again."""
         raise NotImplementedError(
-            "a packed cache cannot take tokens back; generate without an assistant, "
+            "a packed cache cannot remove tokens; generate without an assistant model, "
             'or with an exact cache (cache_implementation="dynamic")'
         )
 

@@ -51,8 +51,8 @@ def restructure(model: PreTrainedModel, layout: Layout, structure: Structure) ->
     joined = join(structure, layout)
     if odd := sorted(joined.weights.keys() ^ structure.weights.keys()):
         raise ArtifactError(
-            f"structure and model disagree on {len(odd)} weights, the first is {odd[0]}; "
-            "config.json was edited or is damaged"
+            f"the structure and the model in config.json disagree on {len(odd)} weights, the first is {odd[0]}; "
+            "the file was edited or is damaged: compress the model again"
         )
     for unit in joined.units.values():
         if unit.dropped:

@@ -38,8 +38,8 @@ class TrimbitConfig(PreTrainedConfig):
     ) -> None:
         if format_version != FORMAT_VERSION:
             raise ArtifactError(
-                f"format version {format_version} of the compressed model is unknown; "
-                f"this trimbit reads {FORMAT_VERSION}"
+                f"the compressed model has format version {format_version}, but this version of trimbit reads only "
+                f"{FORMAT_VERSION}; install a matching version, or compress the model again"
             )
         super().__init__(**kwargs)
         self.base = base or {}
@@ -135,7 +135,10 @@ class TrimbitForCausalLM(PreTrainedModel, GenerationMixin):
         model, info = architecture.from_pretrained(path, *args, config=base, output_loading_info=True, **kwargs)
         wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
         if wrong:
-            raise ArtifactError(f"{path}: weights and plan disagree on {len(wrong)} tensors, the first is {wrong[0]}")
+            raise ArtifactError(
+                f"{path}: the weight files and config.json disagree on {len(wrong)} tensors, the first is {wrong[0]}; "
+                "compress the model again"
+            )
         kv_cache = parse_structure(config.structure).kv_cache
         if kv_cache is not None:
             pack_cache(model, kv_cache)

@@ -163,7 +163,7 @@ def parse_precision(name: str) -> "Int | NormalFloat | Ternary | Binary | BFloat
     match = _NAME.fullmatch(name)
     if match is None:
         known = "(int[2-8]|uint[2-8]|nf4|ternary|binary|mbinary)(g32|g64|g128|row)"
-        raise PlanError(f"unknown number format {name!r}; known are bf16 and {known}, such as int4g64")
+        raise PlanError(f"unknown number format {name!r}; known formats are bf16 and {known}, such as int4g64")
     kind = match[1]
     group: Any = int(match[2]) if match[2] else None
     if kind == "nf4":

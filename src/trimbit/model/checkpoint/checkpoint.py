@@ -133,9 +133,9 @@ class Checkpoint:
             )
         except Exception as error:
             advice = "add the original's tokenizer files"
-            raise bad(where, f"no usable tokenizer ({first_line(error)})", advice) from error
+            raise bad(where, f"has no usable tokenizer ({first_line(error)})", advice) from error
         if not tokenizer.is_fast:
-            raise bad(where, "the tokenizer has no fast version", "add a tokenizer.json")
+            raise bad(where, "has no fast tokenizer", "add a tokenizer.json")
         return tokenizer
 
     def sidecars(self) -> list[Path]:
@@ -185,4 +185,4 @@ def check_finite(tensor: Tensor, what: str, where: Path) -> None:
 def damaged(where: Path, error: Exception, problem: str) -> CheckpointError:
     """The error for a file that another library cannot read."""
     problem = f"{problem} ({first_line(error)})"
-    return bad(where, problem, "the file is truncated or corrupt, fetch it again")
+    return bad(where, problem, "the file is truncated or corrupt: download it again")

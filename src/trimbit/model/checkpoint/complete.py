@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trimbit.model.checkpoint.checkpoint import Entry, bad
 
-_TOGETHER = "config.json and weights must belong together"
+_TOGETHER = "config and weights must come from the same model"
 _BLOCK = re.compile(r".*\.(?:layers|h|blocks)\.(\d+)\.")
 
 
@@ -27,12 +27,12 @@ def require_complete(where: Path, entries: Mapping[str, Entry], needed: Mapping[
         raise bad(where, f"the files have {have} blocks, but the config says {want}", _TOGETHER)
     if missing := [name for name in needed if name not in entries]:
         more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise bad(where, f"tensor {missing[0]!r} is missing{more}", "fetch it again")
+        raise bad(where, f"tensor {missing[0]!r} is missing{more}", "download the model again")
     if unknown := sorted(entries.keys() - needed.keys()):
-        raise bad(where, f"tensor {unknown[0]!r} is no part of the model that the config describes", _TOGETHER)
+        raise bad(where, f"tensor {unknown[0]!r} is not part of the model that the config describes", _TOGETHER)
     for name, shape in needed.items():
         if entries[name].shape != shape:
-            problem = f"tensor {name!r} has shape {entries[name].shape} but the model needs {shape}"
+            problem = f"tensor {name!r} has shape {entries[name].shape}, but the model needs {shape}"
             raise bad(where, problem, _TOGETHER)
 
 

@@ -57,7 +57,7 @@ def _read_gguf_header(file: Path) -> tuple[dict[str, Any], list[_Blocks]]:
         from gguf import GGUFReader  # an extra
     except ImportError as error:
         advice = "pip install 'trimbit[gguf]'"
-        raise bad(file, "reading it needs the package gguf", advice) from error
+        raise bad(file, "reading GGUF files needs the package gguf", advice) from error
     try:
         reader = GGUFReader(file)
         fields = {
@@ -70,7 +70,7 @@ def _read_gguf_header(file: Path) -> tuple[dict[str, Any], list[_Blocks]]:
     except Exception as error:
         raise damaged(file, error, "not a readable GGUF file") from error
     if reader.byte_order == "S":
-        raise bad(file, "has the other byte order", "convert it to this machine's byte order")
+        raise bad(file, "has a different byte order than this machine", "convert it")
     if int(fields.get("split.count", 1)) > 1:
         problem = f"is one of {fields['split.count']} parts"
         raise bad(file, problem, "merge them with llama-gguf-split")
@@ -103,14 +103,14 @@ def _gguf_entries(
     for block in blocks:
         name = to_hf.get(block.name)
         if name is None or name in entries:
-            state = f"is a second {name!r}" if name else "has no counterpart"
-            problem = f"tensor {block.name!r} {state} in transformers' model, which would ignore it"
+            state = f"is a duplicate of {name!r}" if name else "has no counterpart"
+            problem = f"tensor {block.name!r} {state} in transformers' model, and would be ignored"
             raise bad(file, problem, "give the original safetensors")
         try:
             dequantize(np.zeros(GGML_QUANT_SIZES[block.kind][1], np.uint8), block.kind)
         except NotImplementedError as error:
-            problem = f"tensor {block.name!r} has type {block.kind.name}, which is not a weight's"
-            raise bad(file, problem, "give the model in another type") from error
+            problem = f"tensor {block.name!r} has type {block.kind.name}, which cannot be dequantised"
+            raise bad(file, problem, "give the model in another quantisation, or the original safetensors") from error
         entries[name] = Entry(file, block.shape, partial(_read_blocks, file, block, processor))
     return entries
 

@@ -26,7 +26,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path).expanduser()
     if not path.exists():
-        raise bad(path, "does not exist", "hub ids are not downloaded, give a local directory")
+        raise bad(path, "does not exist", "models are not downloaded from the hub: give a local directory")
     if path.is_dir():
         ggufs = [] if any(path.glob("*.safetensors*")) else sorted(path.glob("*.gguf"))
         if len(ggufs) > 1:
@@ -67,8 +67,8 @@ def materialize(module: nn.Module, checkpoint: Checkpoint, prefix: str, dtype: t
 def _filled(old: Tensor, checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tensor:
     shape = checkpoint.shape(name)
     if shape != tuple(old.shape):
-        problem = f"tensor {name!r} has shape {shape} but the model needs {tuple(old.shape)}"
-        raise bad(checkpoint.path, problem, "config.json and weights must belong together")
+        problem = f"tensor {name!r} has shape {shape}, but the model needs {tuple(old.shape)}"
+        raise bad(checkpoint.path, problem, "config and weights must come from the same model")
     is_parameter = isinstance(old, nn.Parameter)
     tensor = checkpoint.tensor(name).to(dtype if is_parameter else old.dtype)
     check_finite(tensor, f"tensor {name!r} in {tensor.dtype}", checkpoint.path)

@@ -37,7 +37,10 @@ def settle_tied_head(config: PreTrainedConfig, entries: Mapping[str, Entry]) -> 
         del found[head]
     else:
         config.tie_word_embeddings = False
-        _LOG.warning("%s: the config ties %s to %s, but their values differ: untied", found[head].file, head, embed)
+        _LOG.warning(
+            "%s: the config ties %s to %s, but their values differ; treating them as untied",
+            found[head].file, head, embed,
+        )  # fmt: skip
     return found
 
 

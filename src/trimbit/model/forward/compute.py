@@ -30,7 +30,8 @@ def fastest_device(nbytes: int = 0) -> torch.device:
     free, _ = torch.cuda.mem_get_info()
     if free < nbytes:
         log.warning(
-            "the GPU has %.1f GB of free memory, but about %.1f are needed: the CPU does it, which takes far longer",
+            "the GPU has %.1f GB of free memory, but about %.1f GB are needed; "
+            "falling back to the CPU, which is much slower",
             free / 1e9, nbytes / 1e9,
         )  # fmt: skip
         return torch.device("cpu")

@@ -63,7 +63,7 @@ class _Recorder(nn.Module):
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
         if args:
-            raise TypeError("a block was called with positional arguments beside the hidden states")
+            raise TypeError("a block was called with positional arguments other than the hidden states")
         self.kwargs = kwargs
         return hidden
 
