@@ -1,4 +1,4 @@
-"""Running and keeping long work: caches by content key, journals, training states, processes, progress.
+"""Running long work and keeping its results: stages, the cache, journals, training states, processes, progress.
 
-Takes functions and keys; gives their results, computed only once. Independent of models.
+Takes functions and content keys; gives results, each computed only once. Independent of models.
 """

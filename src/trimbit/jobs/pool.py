@@ -20,7 +20,7 @@ _work: Work[Any, Any] | None = None
 
 
 class Workers(Generic[Task, Result]):
-    """Worker processes that each call `make(*arguments)` once, and then apply the result to tasks; to be closed."""
+    """Worker processes that each call `make(*arguments)` once, and apply the function it returns to tasks."""
 
     def __init__(self, count: int, make: Callable[..., Work[Task, Result]], arguments: Sequence[Any]) -> None:
         threads = max(1, torch.get_num_threads() // count)

@@ -41,7 +41,7 @@ def _parts(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
 
 
 def require_finite(what: str, step: int, kept: int, advice: str, **found: Iterable[Tensor]) -> None:
-    """Stop a training with numbers that are not finite; `found` are its loss, gradients or parameters at `step`.
+    """Stop a training if any number is not finite; `found` has its loss, gradients, parameters etc. at `step`, by kind.
 
     Raises:
         NumericsError: naming the step, counted from one, and `kept`, the last step whose state is stored.

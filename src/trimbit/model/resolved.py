@@ -1,7 +1,7 @@
 """The resolved plan: a plan and a layout, joined into one table of every unit, weight and site as stored.
 
 All code that counts bytes, cuts modules, builds the skeleton of a compressed model or prints a plan reads this table.
-Bytes are counted only here, and only here is a plan refused that does not fit its model.
+Only here are bytes counted, and are plans refused that do not fit their model.
 """
 
 from collections.abc import Mapping

@@ -44,7 +44,7 @@ class Provenance(Schema):
 
 
 class Plan(Schema):
-    """What to do to one model; every search method returns one.
+    """The changes to make to one model; every search method returns a plan.
 
     Attributes:
         rotation: the basis of all channels below; None: the model's own basis.

@@ -67,7 +67,7 @@ class TrainingRecord(Schema):
 
 
 class UnitRow(Schema):
-    """How much of a unit a plan keeps, in which formats and how many bytes."""
+    """A unit in a plan: kept members, formats and bytes."""
 
     unit: str
     kept: int | None  # members of its dim; None: it has no dim
