@@ -119,7 +119,7 @@ def test_a_budget_that_cannot_be(refused, job, options, tmp_path, budget, words)
 
 
 def test_a_cache_that_cannot_be(refused, job, options, compressed, tmp_path):
-    words = ["kv_cache", "a group of 64 channels", "head_dim is 8"]
+    words = ["kv_cache", "the group has 64 channels", "head_dim is only 8"]
     refused(*compress(job.model, tmp_path / "out", options, "--set", "kv_cache.group=64"), words=words)
     refused(*compress(job.model, tmp_path / "out", options, "--set", "kv_cache.bits=9"), words=["kv_cache.bits: "])
     fields = json.loads((compressed / "plan.json").read_text()) | {"kv_cache": {"group": 64}}

@@ -94,8 +94,11 @@ def test_the_layout_names_every_parameter(model_type, tied):
     ("change", "message"),
     [
         ({"norms": ()}, r"layers\.0\.input_layernorm\.weight is not described"),
-        ({"norms": ("input_layernorm", "other_norm")}, r"layers\.0\.other_norm\.weight is in the family row, but not"),
-        ({"sites": {"a_in": {"self_attn.q_proj": "kv*d hidden"}, "o_in": {}}}, r"q_proj: shape \(48, 48\).*\(24, 48\)"),
+        ({"norms": ("input_layernorm", "other_norm")}, r"layers\.0\.other_norm\.weight is in its family row, but not"),
+        (
+            {"sites": {"a_in": {"self_attn.q_proj": "kv*d hidden"}, "o_in": {}}},
+            r"q_proj has shape \(48, 48\).*\(24, 48",
+        ),
     ],
 )
 def test_a_row_that_does_not_fit_is_refused(monkeypatch, change, message):

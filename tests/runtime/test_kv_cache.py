@@ -95,7 +95,7 @@ def test_rows_follow_the_beams():
     assert all(torch.equal(t, old[[1]]) for t, old in zip(tensors(layer), before, strict=True))
     layer.reset()
     assert (layer.get_seq_length(), layer.stored) == (0, ())
-    with pytest.raises(NotImplementedError, match="cannot take tokens back"):
+    with pytest.raises(NotImplementedError, match="cannot remove tokens"):
         layer.crop(-1)
 
 
@@ -176,11 +176,11 @@ def test_a_group_longer_than_a_head_is_refused(group):
     layout = build_layout(tiny_config("llama"))
     plan = make_plan(layout)
     resolve(plan.model_copy(update={"kv_cache": KVPrecision(group=8)}), layout)
-    with pytest.raises(PlanError, match=f"a group of {group} channels, but head_dim is 8"):
+    with pytest.raises(PlanError, match=f"the group has {group} channels, but head_dim is only 8"):
         resolve(plan.model_copy(update={"kv_cache": KVPrecision(group=group)}), layout)
-    with pytest.raises(PlanError, match=f"a group of {group} channels, but head_dim is 8"):
+    with pytest.raises(PlanError, match=f"the group has {group} channels, but head_dim is only 8"):
         pack_cache(tiny_model("llama"), KVPrecision(group=group))
-    with pytest.raises(PlanError, match=f"a group of {group} channels, but head_dim is 8"):
+    with pytest.raises(PlanError, match=f"the group has {group} channels, but head_dim is only 8"):
         PackedCache(tiny_model("llama"), KVPrecision(group=group))
 
 

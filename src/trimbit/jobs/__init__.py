@@ -1,4 +1,4 @@
-"""How long work is kept: content-keyed caches, journals, states of training, processes, progress.
+"""Running long work and keeping its results: stages, the cache, journals, training states, processes, progress.
 
-Takes functions and keys; gives their results, made once. Knows no models.
+Takes functions and content keys; gives results, each computed only once. Independent of models.
 """

@@ -1,10 +1,11 @@
-"""The cache of finished stages: one folder an entry, named by its content key and checked when it is opened.
+"""The cache of finished stages: one folder per entry, named by its content key and checked when opened.
 
     <root>/<stage>/<key>/        a finished entry, or a store that grows file by file
-    <root>/partial/<stage>/<key>/   what an interrupted stage has done so far; the same stage goes on from there
-    <root>/locks/<stage>-<key>   held while a process works on the entry; released by the system when it dies
+    <root>/partial/<stage>/<key>/   the partial result of an interrupted stage, which resumes from it
+    <root>/locks/<stage>-<key>   held while a process works on the entry; released by the system if it dies
 
-An entry appears whole: it is made as a partial one and renamed. `entry.json` has the digest of each of its files.
+An entry appears complete or not at all: it is made as a partial entry, then renamed. `entry.json` has the digest of
+each of its files.
 """
 
 import fcntl
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 ENTRY_FILE = "entry.json"
 PARTIAL, LOCKS = "partial", "locks"
 MAX_NBYTES = 100 * 10**9  # ours
-STALE_SECONDS = 3600.0  # ours: no file takes that long to write
+STALE_SECONDS = 3600.0  # ours: writing a file takes less than that
 
 
 def cache_root() -> Path:
@@ -47,13 +48,13 @@ class CacheEntry:
     stage: str
     key: str
     nbytes: int
-    used: float  # time of the last use, seconds since the epoch
-    complete: bool  # False: an interrupted stage
+    used: float  # time of last use, in seconds since the epoch
+    complete: bool  # False: left by an interrupted stage
     path: Path
 
 
 class Cache:
-    """Entries by stage and key under a root folder; a size limit in bytes evicts what was not used for longest."""
+    """Entries by stage and key under a root folder; above the size limit, the least recently used are evicted."""
 
     def __init__(self, root: Path | None = None, max_nbytes: int | None = None) -> None:
         self.root = root or cache_root()
@@ -61,11 +62,11 @@ class Cache:
         self._open: set[Path] = set()  # entries that this process uses
 
     def path(self, stage: str, key: str) -> Path:
-        """Where a finished entry lies."""
+        """The folder of a finished entry."""
         return self.root / stage / key
 
     def partial(self, stage: str, key: str) -> Path:
-        """The folder in which an entry is made; what an interrupted run has left there is kept, but half files."""
+        """The folder in which an entry is made; files of an interrupted run are kept, except half-written ones."""
         path = self.root / PARTIAL / stage / key
         path.mkdir(parents=True, exist_ok=True)
         _sweep(path)
@@ -80,28 +81,28 @@ class Cache:
         return path
 
     def open(self, stage: str, key: str) -> Path | None:
-        """A finished entry whose files are as they were written; None if there is none.
+        """The folder of a finished, intact entry; None if there is none.
 
-        An entry that was changed or damaged is reported and removed.
+        An entry with changed or damaged files is reported and removed.
         """
         path = self.path(stage, key)
         if not (path / ENTRY_FILE).is_file():
             return None
         if path not in self._open and (problem := _damage(path)):
-            log.warning("%s: %s; the entry is removed and made again", path, problem)
+            log.warning("%s: %s; removing and recomputing the entry", path, problem)
             shutil.rmtree(path)
             return None
         self._use(path)
         return path
 
     def commit(self, stage: str, key: str) -> Path:
-        """Turn the partial entry into a finished one; then keep to the size limit."""
+        """Turn the partial entry into a finished one, then evict entries above the size limit."""
         partial, path = self.partial(stage, key), self.path(stage, key)
         files = {str(file.relative_to(partial)): _file_digest(file) for file in _files(partial)}
         fields = {"stage": stage, "key": key, "files": files}
         (partial / ENTRY_FILE).write_text(json.dumps(fields, indent=1), encoding="utf-8")
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():  # a folder that no entry.json completed
+        if path.exists():  # a folder without entry.json
             shutil.rmtree(path)
         partial.rename(path)
         self._use(path)
@@ -116,19 +117,19 @@ class Cache:
 
     @contextmanager
     def locked(self, stage: str, key: str) -> Iterator[None]:
-        """Keep other processes from making the same entry; waits for one that does."""
+        """Lock an entry, so that only one process makes it; waits while another process holds the lock."""
         path = self.root / LOCKS / f"{stage}-{key}"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                log.warning("waiting for another process that makes %s %s", stage, key)
+                log.warning("waiting for another process that is making %s %s", stage, key)
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     def entries(self) -> list[CacheEntry]:
-        """All entries, the one that was not used for longest first."""
+        """All entries, the least recently used first."""
         found = []
         for complete, root in ((True, self.root), (False, self.root / PARTIAL)):
             for path in root.glob("*/*"):
@@ -144,7 +145,10 @@ class Cache:
         return sorted(found, key=lambda entry: entry.used)
 
     def prune(self, max_nbytes: int | None = None, older_than_days: float | None = None) -> list[CacheEntry]:
-        """Remove entries until the rest takes at most `max_nbytes`, and those not used for some days; gives them."""
+        """Remove entries not used for `older_than_days`, and the least recently used above `max_nbytes` bytes in total.
+
+        Entries in use are kept. Returns the removed entries.
+        """
         entries = [entry for entry in self.entries() if entry.path not in self._open and self._free(entry)]
         total = sum(entry.nbytes for entry in self.entries())
         removed = []
@@ -157,7 +161,7 @@ class Cache:
         return removed
 
     def clear(self) -> list[CacheEntry]:
-        """Remove all entries that no process works on; gives them."""
+        """Remove all entries that are not in use; returns them."""
         return self.prune(max_nbytes=-1)
 
     def _evict(self) -> None:
@@ -169,7 +173,7 @@ class Cache:
         os.utime(path)
 
     def _free(self, entry: CacheEntry) -> bool:
-        """Whether no process works on an entry."""
+        """Whether no process holds the lock of an entry."""
         lock = self.root / LOCKS / f"{entry.stage}-{entry.key}"
         if not lock.exists():
             return True
@@ -182,7 +186,7 @@ class Cache:
 
 
 def save_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that it appears whole or not at all; a write that fails leaves nothing behind."""
+    """Write a file that appears complete or not at all; a failed write leaves nothing behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
@@ -196,9 +200,9 @@ def save_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _sweep(folder: Path, older_than: float = 0.0) -> None:
-    """Remove half files of writers that died."""
+    """Remove half-written files of processes that died."""
     for file in folder.rglob("*.tmp"):
-        with suppress(FileNotFoundError):  # a living writer has just finished it
+        with suppress(FileNotFoundError):  # another process has just finished it
             if time.time() - file.stat().st_mtime >= older_than:
                 file.unlink()
 
@@ -213,7 +217,7 @@ def _file_digest(path: Path) -> str:
 
 
 def _damage(path: Path) -> str | None:
-    """How an entry differs from what was written; None: it does not."""
+    """How an entry differs from the files that were written; None: it does not."""
     try:
         want = dict(json.loads((path / ENTRY_FILE).read_text(encoding="utf-8"))["files"])
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""What a sweep over the blocks carries from one to the next, kept so that an interrupted sweep goes on."""
+"""Tensors that a sweep over the blocks passes from one to the next, saved so that an interrupted sweep resumes."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -8,18 +8,18 @@ from torch import Tensor
 
 from trimbit.jobs.checked import load_tensors, save_tensors
 
-SECONDS = 10.0  # ours: between two saves; a sweep loses no more than that
+SECONDS = 10.0  # ours: least time between two saves
 
 
 class Carried:
-    """Lists of tensors by name, with the number of blocks that are done."""
+    """Lists of tensors by name, and the number of finished blocks."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "carried.safetensors"
         self._saved = time.monotonic()
 
     def load(self) -> tuple[int, dict[str, list[Tensor]]] | None:
-        """Blocks that are done, and what goes into the next one; None: the sweep starts from the first."""
+        """The number of finished blocks, and the inputs of the next; None: start from the first."""
         found = load_tensors(self.path)
         if found is None:
             return None
@@ -30,7 +30,7 @@ class Carried:
         return int(metadata["done"]), lists
 
     def save(self, done: int, lists: Mapping[str, Sequence[Tensor]]) -> None:
-        """Keep what goes into block `done`, unless that was done a moment ago."""
+        """Save the inputs of block `done`, unless the last save was less than `SECONDS` ago."""
         if time.monotonic() - self._saved < SECONDS:
             return
         tensors = {f"{name}.{at:06d}": own for name, parts in lists.items() for at, own in enumerate(parts)}
@@ -38,5 +38,5 @@ class Carried:
         self._saved = time.monotonic()
 
     def finish(self) -> None:
-        """Remove it: the sweep is done."""
+        """Remove the file once the sweep is done."""
         self.path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Files of the cache that carry a digest of their content: one that is damaged is reported, removed and made again."""
+"""Cache files with a digest of their content: a damaged file is reported and removed, so that it is made again."""
 
 import hashlib
 import json
@@ -19,14 +19,14 @@ log = logging.getLogger(__name__)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Write tensors and their digest; the file appears whole."""
+    """Write tensors and their digest; the file appears complete or not at all."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {**metadata, "digest": _digest(whole, metadata)}
     save_atomically(path, lambda temporary: save_file(whole, temporary, header))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-    """Tensors and metadata; None if there is no such file, or it was damaged, which removes it."""
+    """Read tensors and metadata; None if there is no file, or it was damaged and has been removed."""
     if not path.exists():
         return None
     try:
@@ -44,14 +44,14 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
 
 
 def save_json(path: Path, value: object) -> None:
-    """Write a JSON value and its digest; the file appears whole."""
+    """Write a JSON value and its digest; the file appears complete or not at all."""
     text = json.dumps(value)
     whole = json.dumps({"digest": _text_digest(text), "value": value})
     save_atomically(path, lambda temporary: temporary.write_text(whole, encoding="utf-8"))
 
 
 def load_json(path: Path) -> Any:  # noqa: ANN401
-    """A JSON value; None if there is no such file, or it was damaged, which removes it."""
+    """Read a JSON value; None if there is no file, or it was damaged and has been removed."""
     if not path.exists():
         return None
     try:
@@ -66,7 +66,7 @@ def load_json(path: Path) -> Any:  # noqa: ANN401
 
 
 def _damaged(path: Path, why: str) -> None:
-    log.warning("%s is damaged (%s); it is removed and made again", path, why)
+    log.warning("%s is damaged (%s); removing and recomputing it", path, why)
     path.unlink(missing_ok=True)
 
 

@@ -1,4 +1,4 @@
-"""What a job runs on, and how much memory it takes."""
+"""The hardware that a job runs on, and the memory that it takes."""
 
 import platform
 import resource
@@ -11,11 +11,11 @@ import torch
 from trimbit.schema.run import Hardware
 
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")  # that matrix products may use
-SECONDS = 0.05  # between two looks at the memory
+SECONDS = 0.05  # between two samples of the memory
 
 
 def hardware() -> Hardware:
-    """The processor, the instruction sets that matter here, the threads, and the GPU if there is one."""
+    """The processor, its instruction sets in `INSTRUCTION_SETS`, the number of threads, and the GPU if there is one."""
     name, flags = platform.processor() or platform.machine(), set[str]()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -34,9 +34,10 @@ def hardware() -> Hardware:
 
 
 class PeakMemory:
-    """The peak resident memory of this process while a `with` block runs, in bytes.
+    """The peak resident memory of this process during a `with` block, in bytes.
 
-    Linux keeps a high-water mark for the whole process alone; where the block does not raise it, memory is sampled.
+    The system keeps one high-water mark for the life of the process. If the block does not raise it, the peak is that
+    of samples taken while the block ran.
     """
 
     def __enter__(self) -> "PeakMemory":
@@ -59,7 +60,7 @@ class PeakMemory:
 
 
 def resident_nbytes() -> int:
-    """Resident memory now."""
+    """Resident memory now, in bytes; the peak so far on systems without /proc."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * resource.getpagesize()

@@ -1,6 +1,6 @@
-"""Append-only JSON lines, so that an interrupted job resumes.
+"""Append-only JSON lines, from which an interrupted job resumes.
 
-Each line carries a checksum: a line that was damaged, or cut off by a crash, is reported and left out.
+Each line has a checksum: a line that is damaged, or cut off by a crash, is reported and skipped.
 """
 
 import json
@@ -13,13 +13,13 @@ log = logging.getLogger(__name__)
 
 
 class Journal:
-    """JSON objects, one a line; what they belong to is in the name of the file."""
+    """JSON objects, one a line; the name of the file says what they belong to."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole entries, in their order."""
+        """All intact entries, in order."""
         if not self.path.exists():
             return []
         found = []
@@ -28,7 +28,7 @@ class Journal:
             if not line:
                 continue
             if checksum != _checksum(text):
-                log.warning("%s, line %d is damaged; it is left out and made again", self.path, number)
+                log.warning("%s, line %d is damaged; skipping and recomputing it", self.path, number)
                 continue
             found.append(json.loads(text))
         return found
@@ -38,7 +38,7 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(entry).encode()
         with self.path.open("ab") as file:
-            file.write(b"\n" + _checksum(text) + b" " + text + b"\n")  # a new line even after half a line
+            file.write(b"\n" + _checksum(text) + b" " + text + b"\n")  # starts a new line even after a cut-off one
 
 
 def _checksum(text: bytes) -> bytes:

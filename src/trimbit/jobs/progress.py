@@ -1,4 +1,4 @@
-"""Where progress goes."""
+"""Reporting progress."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -9,10 +9,10 @@ Progress = Callable[[int, int], None]
 
 @runtime_checkable
 class Reporter(Protocol):
-    """Shows the stages of a job."""
+    """Shows the progress of a job, stage by stage."""
 
     def stage(self, name: str) -> AbstractContextManager[Progress]:
-        """A stage of work; the callable takes (done, total)."""
+        """A context for one stage; it gives a callable that takes (done, total)."""
 
 
 class Silent:

@@ -1,4 +1,4 @@
-"""Stages as values, and the runner that caches, resumes, times and reports them."""
+"""Stages as data, and the runner that caches, resumes, times and reports them."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class StageKey(Schema):
-    """Everything that the result of a stage depends on, beside the libraries.
+    """Everything that the result of a stage depends on, besides the libraries.
 
     `version` is raised whenever a change of the code changes results.
     """
@@ -29,19 +29,19 @@ class StageKey(Schema):
 
     @property
     def digest(self) -> str:
-        """The content key: stage, version, libraries and all fields."""
+        """The content key, of stage, version, libraries and all fields."""
         return digest([self.stage, self.version, libraries(), self.model_dump(mode="json")])
 
 
 @cache
 def libraries() -> tuple[str, ...]:
-    """The libraries whose version may change results."""
+    """The libraries whose versions may change results, with these versions."""
     return tuple(f"{name} {version(name)}" for name in ("torch", "transformers"))
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Where a stage works: a folder that outlives interruptions, and where its progress goes."""
+    """The context of a stage at work: a folder that survives interruptions, and a callable for its progress."""
 
     folder: Path
     progress: Progress
@@ -49,20 +49,20 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage(Generic[T]):
-    """One stage: its key, how its result is made in a folder, and how it is read from there.
+    """One stage: its key, and how to make its result in a folder and load it from there.
 
-    `make` may find in its folder what an interrupted run has left, and goes on from there.
+    If the folder has files of an interrupted run, `make` resumes from them.
     """
 
     key: StageKey
-    title: str  # that progress shows
+    title: str  # shown with its progress
     make: Callable[[Work], None]
     load: Callable[[Path], T]
 
 
 @dataclass(slots=True)
 class _Took:
-    """What a stage took."""
+    """Time and peak memory of a stage."""
 
     seconds: float = 0.0
     nbytes: int = 0
@@ -70,18 +70,18 @@ class _Took:
 
 @dataclass
 class Runner:
-    """Runs stages: each result is made once, kept in the cache, and remembered while the process lives."""
+    """Runs stages: each result is made once and cached, on disk and in this process."""
 
     cache: Cache = field(default_factory=Cache)
     reporter: Reporter = field(default_factory=Silent)
 
     def __post_init__(self) -> None:
-        self.records: dict[str, StageRecord] = {}  # by key, in the order in which they finished
+        self.records: dict[str, StageRecord] = {}  # by key, in the order they finished
         self._results: dict[str, Any] = {}
-        self._inside: list[float] = []  # of each stage that runs, the seconds of those inside it
+        self._inside: list[float] = []  # for each running stage, the seconds of the stages inside it
 
     def run(self, stage: Stage[T]) -> T:
-        """The result of a stage, from memory, from the cache, or made now."""
+        """The result of a stage: from memory, from the cache, or made now."""
         key = stage.key.digest
         if key not in self._results:
             self._results[key] = self._run(stage, key)
@@ -105,7 +105,7 @@ class Runner:
 
     @contextmanager
     def _measured(self) -> Iterator["_Took"]:
-        """What a stage takes; the stages inside it, which have records of their own, count in its memory alone."""
+        """Measure a stage; stages inside it have their own records, and count only in its memory."""
         took, started = _Took(), time.perf_counter()
         self._inside.append(0.0)
         try:
@@ -119,7 +119,7 @@ class Runner:
 
     @contextmanager
     def store(self, key: StageKey, title: str) -> Iterator[Work]:
-        """Work on a store, a result that grows file by file; its files carry their own digests."""
+        """Work on a store, a result that grows file by file; each file carries its digest."""
         name, digest_ = key.stage, key.digest
         with self._measured() as took, self.cache.locked(name, digest_), self.reporter.stage(title) as progress:
             yield Work(self.cache.store(name, digest_), progress)
@@ -131,11 +131,11 @@ class Runner:
         )  # fmt: skip
 
     def has(self, stage: Stage[T]) -> bool:
-        """Whether the result is there already."""
+        """Whether the result is in the cache."""
         return self.cache.open(stage.key.stage, stage.key.digest) is not None
 
     def forget(self, stage: Stage[T]) -> None:
-        """Remove the result of a stage, and what an interrupted run has left of it."""
+        """Remove the result of a stage, finished or partial."""
         key = stage.key.digest
         self._results.pop(key, None)
         self.cache.remove(stage.key.stage, key)

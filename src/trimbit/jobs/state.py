@@ -1,4 +1,4 @@
-"""Checkpoint of a resumable training run: parameters, optimizer moments, metadata."""
+"""The saved state of a resumable training run: parameters, optimizer moments, metadata."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of AdamW; plain SGD has none
 def save_state(
     path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, metadata: Mapping[str, str]
 ) -> None:
-    """Write the state; the file appears whole."""
+    """Write the state; the file appears complete or not at all."""
     tensors = {name: p.detach() for name, p in parameters.items()}
     parts = _parts(optimizer)
     tensors |= {f"{name}.{part}": optimizer.state[p][part] for name, p in parameters.items() for part in parts}
@@ -23,7 +23,7 @@ def save_state(
 
 
 def load_state(path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, str] | None:
-    """Take a state up; returns its metadata, or None where there is no state, or one that was damaged."""
+    """Restore a state; returns its metadata, or None if there is no state or it is damaged."""
     found = load_tensors(path)
     if found is None:
         return None
@@ -41,10 +41,10 @@ def _parts(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
 
 
 def require_finite(what: str, step: int, kept: int, advice: str, **found: Iterable[Tensor]) -> None:
-    """Stop a training whose numbers left the finite ones; `found` are its loss, gradients or parameters after `step`.
+    """Stop a training if any number is not finite; `found` has its loss, gradients, parameters etc. at `step`, by kind.
 
     Raises:
-        NumericsError: says the step, counted from one, and the last one whose state is stored, `kept`.
+        NumericsError: naming the step, counted from one, and `kept`, the last step whose state is stored.
     """
     for kind, tensors in found.items():
         if not bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all()):

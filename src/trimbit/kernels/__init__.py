@@ -1,4 +1,4 @@
-"""Storage and operators of packed data, each fast one beside a slow twin.
+"""Packed storage and its operators.
 
 Takes codes, scales and runs; gives values, or packs values into codes.
 """

@@ -1,4 +1,4 @@
-"""Channels gathered and activations rounded in plain PyTorch: the definition of correct for faster kernels."""
+"""Gathering channels and rounding activations in plain PyTorch: the reference for faster kernels."""
 
 from typing import Any
 
@@ -13,16 +13,16 @@ from trimbit.schema.activations import ActInt, ActRun
 def take_channels(
     x: Shaped[Tensor, "*batch channels"], order: Int[Tensor, " chosen"]
 ) -> Shaped[Tensor, "*batch chosen"]:
-    """x[..., order], by `gather`: on the CPU several times as fast as by an index."""
+    """x[..., order], by `gather`: on the CPU several times faster than indexing."""
     return x.gather(-1, order.long().expand(*x.shape[:-1], -1))
 
 
 def round_activations(
     x: Float[Tensor, "*batch channels"], runs: tuple[ActRun, ...]
 ) -> Float[Tensor, "*batch channels"]:
-    """The values that x stands for once each token and group is rounded; groups restart at each run.
+    """Round x, with one scale for each group of each token; groups restart at each run.
 
-    Scales are fp32, the result has x's type. Gradients pass as if nothing had been rounded (straight through).
+    Scales are fp32; the result has the dtype of x. Gradients pass straight through, as if nothing were rounded.
     """
     parts = x.split([run.count for run in runs], dim=-1)
     return torch.cat([_rounded(part, run.precision) for part, run in zip(parts, runs, strict=True)], dim=-1)
@@ -31,9 +31,9 @@ def round_activations(
 def round_among(
     x: Float[Tensor, "*batch channels"], precision: ActInt, counted: Bool[Tensor, " channels"]
 ) -> Float[Tensor, "*batch channels"]:
-    """As `round_activations` in one run that holds the counted channels alone; all of them if none is counted.
+    """As `round_activations` with one run of only the counted channels, or of all channels if none is counted.
 
-    The others are rounded in the group where they would come to stand, and clipped to what it reaches.
+    Any other channel is rounded with the scale of the group at its place, and clipped to its range.
     """
     if not counted.any():
         counted = torch.ones_like(counted)

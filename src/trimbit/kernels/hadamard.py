@@ -1,8 +1,8 @@
-"""Hadamard transforms of any order that is a product of known ones, in small matrix products; fp32 inside.
+"""Hadamard transforms of any order that is a product of known orders, by small matrix products in fp32.
 
-A Hadamard matrix has entries of 1 and -1 and orthogonal rows. Sylvester's have the orders 2^k; of a prime q, Paley
-(J. Math. Phys. 12, 1933) makes one of order q + 1 where q = 3 mod 4, and of order 2 (q + 1) where q = 1 mod 4. Their
-Kronecker products are Hadamard matrices, too.
+A Hadamard matrix has entries 1 and -1 and orthogonal rows. Sylvester's have the orders 2^k; from a prime q, Paley
+(J. Math. Phys. 12, 1933) makes one of order q + 1 if q = 3 mod 4, and of order 2 (q + 1) if q = 1 mod 4. Kronecker
+products of Hadamard matrices are Hadamard matrices.
 """
 
 from functools import cache
@@ -19,10 +19,10 @@ MOST_BITS = 6  # ours: a power of two is split into factors of at most 2^6
 
 @cache
 def factors(n: int) -> tuple[int, ...]:
-    """The orders whose Kronecker product makes order n, Paley's first; written models depend on them.
+    """Orders of matrices whose Kronecker product has order n, Paley's first; written models depend on this choice.
 
     Raises:
-        PlanError: if none is known.
+        PlanError: if none are known.
     """
     if n > 0 and n & (n - 1) == 0:
         bits = n.bit_length() - 1
@@ -34,34 +34,34 @@ def factors(n: int) -> tuple[int, ...]:
                 return (order, *factors(n // order))
             except PlanError:
                 continue
-    raise PlanError(f"no Hadamard matrix of order {n} can be made of Sylvester's and Paley's")
+    raise PlanError(f"no Hadamard matrix of order {n} can be built from Sylvester's and Paley's matrices")
 
 
 @cache
 def matrix(order: int, device: torch.device) -> Float[Tensor, "order order"]:
     """The Hadamard matrix of one factor."""
-    with torch.inference_mode(mode=False), torch.device("cpu"):  # what is kept has to serve training, too
+    with torch.inference_mode(mode=False), torch.device("cpu"):  # the cached matrix must also serve training
         own = torch.tensor(hadamard(order)) if order & (order - 1) == 0 else _paley(order)
         assert own is not None, f"{order} is no factor"
         return own.to(device, torch.float32)
 
 
 def transform(x: Float[Tensor, "*batch n"], *, inverse: bool = False) -> Float[Tensor, "*batch n"]:
-    """The product x H / sqrt(n), or x H^T / sqrt(n), in x's type; it is computed in fp32, under autocast, too.
+    """The product x H / sqrt(n), or x H^T / sqrt(n) if `inverse`, in the dtype of x; in fp32 even under autocast.
 
     Raises:
         PlanError: if no H of this order is known.
     """
     with torch.autocast(x.device.type, enabled=False):
         y: Tensor = x.float() / x.shape[-1] ** 0.5
-        for order in factors(x.shape[-1]):  # each turns its own axis, which goes to the end
+        for order in factors(x.shape[-1]):  # each factor transforms one axis, which is moved to the end
             own = matrix(order, x.device)
             y = (y.unflatten(-1, (order, -1)).transpose(-1, -2) @ (own.T if inverse else own)).flatten(-2)
         return y.to(x.dtype)
 
 
 def _paley(order: int) -> Tensor | None:
-    """Paley's matrix of this order; None if there is none for a prime q."""
+    """Paley's matrix of this order; None if no prime q gives one."""
     q = order - 1
     if q % 4 == 3 and _is_prime(q):
         return _jacobsthal(q, -1) + torch.eye(order)
@@ -73,7 +73,7 @@ def _paley(order: int) -> Tensor | None:
 
 
 def _jacobsthal(q: int, side: int) -> Tensor:
-    """Whether i - j is a square mod q (1, else -1; 0 for 0), bordered by ones on top and `side` on the left."""
+    """1 if i - j is a square mod q, else -1; 0 if i = j; with a border of ones on top and of `side` on the left."""
     character = torch.full((q,), -1.0)
     character[torch.arange(1, q).square() % q] = 1.0
     character[0] = 0.0

@@ -1,6 +1,6 @@
-"""Keys and values in codes, in plain PyTorch: the definition of correct for faster kernels.
+"""Quantised keys and values in plain PyTorch: the reference for faster kernels.
 
-Every token of every head by itself, in groups of its channels: x ~ s * c + m, with c in [0, 2^b - 1].
+Each group of channels of each token and head has its scale and minimum: x ~ s * c + m, with c in [0, 2^b - 1].
 """
 
 import torch
@@ -18,7 +18,7 @@ def quantize_tokens(
 ) -> tuple[UInt8[Tensor, "*tokens nbytes"], Float[Tensor, "*tokens groups"], Float[Tensor, "*tokens groups"]]:
     """Packed codes, scales and minima (both fp16) of each token in each head.
 
-    The grid spans a group's range, m = min and s = (max - m) / (2^b - 1), as they are after rounding to fp16.
+    The grid spans a group's range: m = min and s = (max - m) / (2^b - 1), both rounded to fp16 before use.
 
     Raises:
         NumericsError: if a scale or minimum is not finite in fp16.
@@ -30,7 +30,10 @@ def quantize_tokens(
     maxima = torch.stack([part.amax(1) for part in parts], dim=1)
     scales = ((maxima - minima.float()) / top).clamp(min=0).half()
     if not bool((minima.isfinite() & scales.isfinite()).all()):
-        raise NumericsError("a key or value is not finite, or does not fit fp16: the cache cannot be quantised")
+        raise NumericsError(
+            "a key or value is not finite, or does not fit fp16, so the KV cache cannot be quantised; "
+            "use an exact cache"
+        )
     safe = torch.where(scales == 0, torch.ones_like(scales), scales).float()
     above = flat - per_column(minima.float(), group, channels)
     codes = (above / per_column(safe, group, channels)).round_().clamp_(0, top)
@@ -46,7 +49,7 @@ def dequantize_tokens(
     channels: int,
     dtype: torch.dtype,
 ) -> Float[Tensor, "*tokens channels"]:
-    """The keys or values behind packed codes; computed in fp32."""
+    """The keys or values of packed codes, computed in fp32."""
     value = unpack(codes.flatten(0, -2), precision.bits, channels).float()
     value = value * per_column(scales.flatten(0, -2).float(), precision.group, channels)
     value = value + per_column(minima.flatten(0, -2).float(), precision.group, channels)

@@ -1,7 +1,7 @@
-"""Dense packing of the codes of a row, least significant first, with no gaps but at its end.
+"""Dense packing of the codes of a row, least significant first, padded only at its end.
 
-As bits: eight codes fill `bits` whole bytes, so n codes take ceil(n * bits / 8) bytes. As digits, where a byte holds
-`per_byte` whole codes below `base`, such as five trits: ceil(n / per_byte) bytes.
+As bits: eight codes fill `bits` whole bytes, so n codes take ceil(n * bits / 8) bytes. As digits: a byte holds
+`per_byte` whole codes below `base`, such as five trits, so n codes take ceil(n / per_byte) bytes.
 """
 
 import torch
@@ -22,7 +22,7 @@ def pack(codes: UInt8[Tensor, "rows n"], bits: int) -> UInt8[Tensor, "rows nbyte
 
 
 def unpack(packed: UInt8[Tensor, "rows nbytes"], bits: int, n: int) -> UInt8[Tensor, "rows n"]:
-    """The inverse of `pack` for n codes a row."""
+    """The inverse of `pack`, for n codes a row."""
     rows, nbytes = packed.shape
     if bits == 8:
         return packed[:, :n]
@@ -50,15 +50,15 @@ def pack_digits(codes: UInt8[Tensor, "rows n"], base: int, per_byte: int) -> UIn
 
 
 def digits(base: int, per_byte: int, device: torch.device) -> Int64[Tensor, "256 per_byte"]:
-    """The digits of each byte; of bytes that `pack_digits` never gives, those of the byte modulo base^per_byte."""
+    """The digits of each byte; bytes that `pack_digits` never gives count modulo base^per_byte."""
     worth = base ** torch.arange(per_byte, device=device)
     return torch.arange(256, device=device)[:, None] // worth % base
 
 
 def spread(packed: UInt8[Tensor, "rows nbytes"], table: Shaped[Tensor, "256 k"]) -> Shaped[Tensor, "rows n"]:
-    """The k values, n = k * nbytes in a row, that `table` has for each byte: one look-up of k values at a time."""
+    """The k values of each byte in `table`, looked up together; n = k * nbytes."""
     size = table.shape[1]
     word = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(size * table.element_size())
-    entries = table if word is None else table.view(word).flatten()  # words are looked up faster than rows of a table
+    entries = table if word is None else table.view(word).flatten()  # looking up words is faster than looking up rows
     found = torch.index_select(entries, 0, packed.flatten().int())
     return found.view(table.dtype).view(len(packed), size * packed.shape[1])

@@ -1,4 +1,4 @@
-"""A packed weight: codes, scales, zero points or means, and the runs that say how to read them."""
+"""A packed weight: codes, scales, zero points or means, and the runs that give their formats."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +14,20 @@ from trimbit.schema.precision import BFloat16, Codebook, Run, code_row_nbytes, g
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QTensor:
-    """A `rows x cols` weight, packed.
+    """A packed weight of shape `rows x cols`.
 
-    Always: `runs` cover all columns; `codes` has `code_row_nbytes(runs)` bytes a row, `scales` has `group_count(runs)`
-    values a row, `zeros` is None exactly if no run has zero points or means, else `zero_row_nbytes(runs)` bytes a row,
-    of which a mean takes two, as fp16; each run starts at a whole byte. The weight is s * c for symmetric runs (c
-    signed), s * (c - z) where there is a zero point, s * level[c] for a codebook, and m + s * level[c] where it has a
-    mean.
+    The weight is s * c for symmetric runs (c signed), s * (c - z) with a zero point, s * level[c] for a codebook, and
+    m + s * level[c] for a codebook with a mean.
+
+    Attributes:
+        codes: `code_row_nbytes(runs)` bytes a row; each run starts at a whole byte.
+        scales: `group_count(runs)` values a row.
+        zeros: zero points, or means as two bytes each (fp16): `zero_row_nbytes(runs)` bytes a row; None if no run has
+            any.
+        runs: formats along the columns; they cover all columns.
+
+    Raises:
+        ValueError: if the bytes of a row do not fit the runs.
     """
 
     codes: UInt8[Tensor, "rows code_nbytes"]
@@ -32,7 +39,9 @@ class QTensor:
         want = (code_row_nbytes(self.runs), group_count(self.runs), zero_row_nbytes(self.runs))
         have = (self.codes.shape[1], self.scales.shape[1], 0 if self.zeros is None else self.zeros.shape[1])
         if want != have:
-            raise ValueError(f"bytes of codes, scales and zeros a row are {have}, but the runs ask for {want}")
+            raise ValueError(
+                f"a row has {have} (bytes of codes, scales, bytes of zero points or means), but its runs need {want}"
+            )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -45,7 +54,7 @@ class QTensor:
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by their stored names; an unquantised weight is one bf16 `weight`."""
+        """The tensors by their stored names; an unquantised weight is a single bf16 `weight`."""
         if len(self.runs) == 1 and isinstance(self.runs[0].precision, BFloat16):
             return {"weight": self.codes.view(torch.bfloat16)}
         zeros = {} if self.zeros is None else {"zeros": self.zeros}
@@ -60,7 +69,7 @@ class QTensor:
         return cls(codes=tensors["codes"], scales=tensors["scales"], zeros=tensors.get("zeros"), runs=runs)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "rows cols"]:
-        """The weight that the codes stand for."""
+        """The dense weight."""
         return dequantize(self.codes, self.scales, self.zeros, self.runs, dtype)
 
 
@@ -70,7 +79,7 @@ def pack_columns(
     zeros: list[Float[Tensor, "rows _"] | None],
     runs: tuple[Run, ...],
 ) -> QTensor:
-    """Pack codes as `Grid` numbers them (from 0 on; values where bf16); scales and zeros have one entry a run."""
+    """Pack codes that start at 0, as in `Grid` (in bf16 runs: values); scales and zeros have one entry per run."""
     code_parts, zero_parts, at = [], [], 0
     for run, zero in zip(runs, zeros, strict=True):
         part = codes[:, at : at + run.count]
@@ -100,7 +109,7 @@ def pack_columns(
 
 
 def concat_rows(pieces: Sequence[QTensor]) -> QTensor:
-    """The weight whose rows are those of the pieces, one piece after the other; all have the same runs."""
+    """Concatenate the rows of packed weights, which all have the same runs."""
     if len(pieces) == 1:
         return pieces[0]
     zeros = [piece.zeros for piece in pieces if piece.zeros is not None]

@@ -1,4 +1,4 @@
-"""Every operation on packed weights in plain PyTorch: the definition of correct for faster kernels."""
+"""Dequantising packed weights in plain PyTorch: the reference for faster kernels."""
 
 from collections.abc import Callable
 
@@ -17,9 +17,9 @@ def dequantize(
     runs: tuple[Run, ...],
     dtype: torch.dtype,
 ) -> Float[Tensor, "rows cols"]:
-    """The weight behind packed codes; groups restart at each run.
+    """The dense weight of packed codes; groups restart at each run.
 
-    s * c; s * (c - z) where there is a zero point; s * level[c] for a codebook; m + s * level[c] where it has a mean:
+    s * c; s * (c - z) with a zero point; s * level[c] for a codebook; m + s * level[c] for a codebook with a mean:
     computed in fp32 and rounded once to `dtype`.
     """
     pieces: list[Tensor] = []
@@ -44,7 +44,7 @@ def dequantize(
 def _values(
     raw: Tensor, scale: Tensor, shift: Tensor | None, precision: Int | Codebook, count: int
 ) -> Float[Tensor, "rows count"]:
-    """The values of one run in fp32, from its bytes of codes and of zero points or means, and its scales."""
+    """The values of one run in fp32; `raw` are its codes, `shift` its zero points or means, both as stored bytes."""
     group = precision.group or count
     if isinstance(precision, Codebook):
         levels = spread(raw, _levels(precision, raw.device))[:, :count]
@@ -66,25 +66,25 @@ def _by_group(
     values: Float[Tensor, "rows count"], group: int, operation: Callable[[Tensor, Tensor], Tensor],
     per_group: Float[Tensor, "rows groups"],
 ) -> None:  # fmt: skip
-    """Change the values in place by the one value of their group; the last group may be short."""
+    """Apply `operation` in place to each group and its value; the last group may be short."""
     whole = values.shape[1] // group
     operation(values[:, : whole * group].unflatten(1, (whole, group)), per_group[:, :whole, None])
     operation(values[:, whole * group :], per_group[:, whole:])
 
 
 def per_column(per_group: Tensor, group: int | None, count: int) -> Tensor:
-    """Spread one value a group, [rows, groups], over the `count` columns of a run; the last group may be short."""
+    """Repeat one value per group, [rows, groups], over the `count` columns of a run; the last group may be short."""
     if group is None:
         return per_group.expand(-1, count)
     return per_group.repeat_interleave(group, dim=1)[:, :count]
 
 
 def _levels(codebook: Codebook, device: torch.device) -> Float[Tensor, "256 per_byte"]:
-    """The levels of the codes of each byte."""
+    """The levels of the codes in each possible byte."""
     levels = torch.tensor(codebook.levels, device=device)
     return levels[digits(len(codebook.levels), codebook.per_byte, device)]
 
 
 def _floats(stored: UInt8[Tensor, "rows nbytes"], dtype: torch.dtype) -> Float[Tensor, "rows n"]:
-    """Values that are stored as bytes; a copy, for in a lone row they may begin at an odd byte."""
+    """Floats that are stored as bytes; copied first, since in a single row they may begin at an odd byte."""
     return stored.clone(memory_format=torch.contiguous_format).view(dtype)

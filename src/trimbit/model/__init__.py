@@ -1,4 +1,4 @@
-"""What is known of the original model: its family, structure, bytes, files, and how to run it block by block.
+"""The original model: its family, structure, bytes and files, and running it block by block.
 
-Takes a config or a path; gives a `Layout`, a `Checkpoint`, a `BlockStream`.
+Takes a config or a path; gives a `Layout`, a `Checkpoint` or a `BlockStream`.
 """

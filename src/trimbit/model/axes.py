@@ -1,6 +1,6 @@
-"""Named axes of a weight: which flat indices survive a cut, and in which order.
+"""Named axes of a weight: the flat indices that a cut keeps, and their order.
 
-An axis is written like `kv*g*d` (factors, slowest first) or `kv*g*d+kv*d+kv*d` (fused parts, one after the other).
+An axis is written as `kv*g*d` (factors, slowest first) or `kv*g*d+kv*d+kv*d` (fused parts, one after the other).
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ def parts(axis: str) -> list[list[str]]:
 
 
 def length(axis: str, sizes: Mapping[str, int]) -> int:
-    """Channels along an axis, given the size of each factor."""
+    """Number of channels along an axis, given the size of each factor."""
     return sum(prod(sizes[factor] for factor in part) for part in parts(axis))
 
 
@@ -27,7 +27,7 @@ def mentions(axis: str, dim: str) -> bool:
 
 
 def members(axis: str, sizes: Mapping[str, int], dim: str) -> Int[Tensor, " channels"]:
-    """For each channel along `axis`, the index of `dim` that it belongs to; -1 in parts without that factor."""
+    """The index along `dim` that each channel of `axis` belongs to; -1 in parts without that factor."""
     pieces = []
     for part in parts(axis):
         shape = [sizes[factor] for factor in part]
@@ -41,9 +41,9 @@ def members(axis: str, sizes: Mapping[str, int], dim: str) -> Int[Tensor, " chan
 
 
 def within_heads(order: Int[Tensor, " n"], sizes: Mapping[str, int]) -> Int[Tensor, "kv dv"] | None:
-    """The order of each KV group's value channels, if `order`, of the axis `kv*g*dv`, is one; else None.
+    """Reduce an order of the axis `kv*g*dv` to one order of the value channels per KV group; None if impossible.
 
-    It is one if every channel stays in its head, and heads that share a V have the same order.
+    It is possible if every channel stays in its head, and the heads of a group have the same order.
     """
     kv, g, dv = (sizes[factor] for factor in ("kv", "g", "dv"))
     inside = order.view(kv * g, dv) - torch.arange(kv * g)[:, None] * dv
@@ -53,12 +53,12 @@ def within_heads(order: Int[Tensor, " n"], sizes: Mapping[str, int]) -> Int[Tens
 
 
 def head_indices(axis: str, sizes: Mapping[str, int], inside: Int[Tensor, "kv dv"]) -> Int[Tensor, " n"]:
-    """Flat indices along `axis`, in stored order, when each KV group's value channels take the order `inside`."""
+    """Flat indices along `axis`, in stored order, if each KV group's value channels take the order `inside`."""
     offset, pieces = 0, []
     for part in parts(axis):
         shape = [sizes[factor] for factor in part]
         grid = torch.arange(prod(shape)).view(shape)
-        if part[-1] == "dv":  # behind kv, and perhaps g
+        if part[-1] == "dv":  # after kv, and perhaps g
             spread = inside.view(inside.shape[0], *[1] * (len(part) - 2), -1).expand(shape)
             grid = grid.take_along_dim(spread, -1)
         pieces.append(grid.flatten() + offset)
@@ -67,7 +67,7 @@ def head_indices(axis: str, sizes: Mapping[str, int], inside: Int[Tensor, "kv dv
 
 
 def kept_indices(axis: str, sizes: Mapping[str, int], dim: str, keep: Int[Tensor, " members"]) -> Int[Tensor, " kept"]:
-    """Flat indices along `axis` that stay, in stored order, when `dim` keeps the indices `keep`."""
+    """Kept flat indices along `axis`, in stored order, if `dim` keeps the indices `keep`."""
     offset, pieces = 0, []
     for part in parts(axis):
         shape = [sizes[factor] for factor in part]

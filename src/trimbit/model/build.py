@@ -1,4 +1,4 @@
-"""Builds the layout of a config from its family row."""
+"""Build the layout of a config from its row in the family table."""
 
 from collections.abc import Mapping
 from math import prod
@@ -14,10 +14,10 @@ from trimbit.model.sizes import sizes_of
 
 
 def build_layout(config: PreTrainedConfig) -> Layout:
-    """Resolve the family row for one config, and check that it names every parameter.
+    """Apply the family row to a config, and check that it describes every parameter of the model.
 
     Raises:
-        LayoutError: if the family is unknown, or a parameter of the model is not described by its row.
+        LayoutError: if the family is unknown, or the row and the model disagree on a parameter or a shape.
     """
     family = family_of(config.model_type)
     shapes = parameter_shapes(config)
@@ -39,8 +39,8 @@ def build_layout(config: PreTrainedConfig) -> Layout:
     }
     named |= {name for unit in units.values() for name, _ in unit.kept}
     for name in sorted(named ^ shapes.keys()):
-        why = "is not described by the family row" if name in shapes else "is in the family row, but not in the model"
-        raise LayoutError(f"parameter {name} {why} {config.model_type!r}")
+        why = "is not described by its family row" if name in shapes else "is in its family row, but not in the model"
+        raise LayoutError(f"parameter {name} {why}; correct the row {config.model_type!r} in model/families.py")
     return Layout(
         config=config, family=family, sizes=sizes, weights=weights, units=units, fixed=fixed, tied=tied,
         parameters=sum(prod(shape) for shape in shapes.values()), blocks=config.num_hidden_layers, shapes=shapes,
@@ -82,7 +82,8 @@ def _add_sub_block(
             rows, cols = axes.length(row_axis, sizes), axes.length(col_axis, sizes)
             if shapes.get(f"{name}.weight") != (rows, cols):
                 raise LayoutError(
-                    f"weight {name}: shape {shapes.get(f'{name}.weight')}, but its row says {(rows, cols)}"
+                    f"weight {name} has shape {shapes.get(f'{name}.weight')}, "
+                    f"but the family table expects {(rows, cols)}"
                 )
             weights[name] = Weight(
                 name=name, unit=unit, site=f"{unit}.{site}", row_axis=row_axis, col_axis=col_axis,

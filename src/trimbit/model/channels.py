@@ -1,4 +1,4 @@
-"""Which original channels each weight of a unit keeps under a plan, in the order in which they are stored."""
+"""The original channels that each weight of a unit keeps under a plan, in stored order."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,12 +17,12 @@ Index = Int[Tensor, "_"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Channels:
-    """What a unit's weights take of the original's, by weight; one that is not named has all, as they are."""
+    """Kept original rows and columns of a unit's weights, in stored order; a weight without an entry keeps all."""
 
-    keep: tuple[int, ...] | None = None  # of the unit's dim, in stored order; None: all, as they are
+    keep: tuple[int, ...] | None = None  # kept indices of the unit's dim, as in the plan; None: all
     rows: Mapping[str, Index] = field(default_factory=dict)
     cols: Mapping[str, Index] = field(default_factory=dict)
-    # by site: the orders that fold into no weight, as stored
+    # by site: stored orders, those that cannot be folded into weights
     gathers: Mapping[str, Index] = field(default_factory=dict)
 
 
@@ -30,7 +30,7 @@ ALL = Channels()
 
 
 def cut_channels(layout: Layout, unit: Unit, keep: tuple[int, ...]) -> Channels:
-    """Those of a unit whose dim keeps these indices, in this order."""
+    """The channels of a unit whose dim keeps these indices, in this order."""
     index = torch.tensor(keep, dtype=torch.long)
 
     def kept(axes_of: dict[str, str]) -> dict[str, Index]:
@@ -43,10 +43,10 @@ def cut_channels(layout: Layout, unit: Unit, keep: tuple[int, ...]) -> Channels:
 
 
 def stored_channels(layout: Layout, unit: Unit, plan: Plan) -> Channels:
-    """Those of a unit that a plan cuts and puts in order; the cut fits.
+    """The channels of a unit after the cuts and orders of a plan; the cut is taken to be valid.
 
     Raises:
-        PlanError: if an order does not have each kept channel of its site once.
+        PlanError: if an order is not a permutation of the kept channels of its site.
     """
     keep = plan.cuts.get(unit.dim or "")
     cut = ALL if keep is None else cut_channels(layout, unit, keep)
@@ -58,7 +58,7 @@ def stored_channels(layout: Layout, unit: Unit, plan: Plan) -> Channels:
         order = torch.tensor(plan.orders[site], dtype=torch.long)
         count = axes.length(readers[0].col_axis, sizes)
         if not torch.equal(order.sort().values, torch.arange(count)):
-            raise PlanError(f"site {site}: an order must have each of its {count} kept channels once")
+            raise PlanError(f"site {site}: an order must be a permutation of its {count} kept channels")
         for weight in readers:
             cols[weight.name] = cols[weight.name][order] if weight.name in cols else order
         folded = _folded_rows(layout, site, order, sizes, rotated=plan.rotation is not None)
@@ -72,9 +72,9 @@ def stored_channels(layout: Layout, unit: Unit, plan: Plan) -> Channels:
 def _folded_rows(
     layout: Layout, site: str, order: Index, sizes: Mapping[str, int], *, rotated: bool
 ) -> dict[str, Index] | None:
-    """Where the rows of the cut weights that write a site go, by weight, if its order folds into them; else None.
+    """Indices that reorder the rows of the weights that write a site; None if the order cannot be folded into them.
 
-    It does in a feed-forward sub-block, unless its channels are rotated while the model runs, and where the
+    It can in a feed-forward sub-block, unless its channels are rotated while the model runs, and in attention if the
     channels of V stay in their heads.
     """
     first = layout.readers(site)[0]
@@ -90,5 +90,5 @@ def _folded_rows(
 
 
 def order_dtype(count: int) -> torch.dtype:
-    """The type of a stored order of `count` channels."""
+    """The dtype of a stored order of `count` channels."""
     return torch.int16 if count <= 2**15 else torch.int32

@@ -1,10 +1,10 @@
-"""The table of model families: one strict row each, executed by tests/model/test_families.py.
+"""The table of model families: one strict row each, tested by tests/model/test_families.py.
 
-A row maps each input site of a sub-block to the weights that read it, with their axes as `rows columns`. The first site
-reads what the sub-block's first norm gives, any other what a weight of the sub-block writes. Cutting a KV group or an
-FFN channel along these axes equals masking it, and an order of the channels of a head's values (`dv`) changes nothing
-(the tests show both for every row), so these dims are exact here. A family where that does not hold, such as OLMo-2
-with its norm over the whole q projection, cannot be a row.
+A row maps each site of a sub-block to the weights that read it, with their axes as `rows columns`. The first site is
+the output of the sub-block's first norm; any other is written by a weight of the sub-block. For every row, tests show
+that cutting a KV group or an FFN channel along these axes equals masking it, and that reordering the channels of a
+head's values (`dv`) changes nothing. A family without these properties, such as OLMo-2 with its norm over the whole q
+projection, cannot have a row.
 """
 
 import difflib
@@ -19,13 +19,13 @@ from trimbit.errors import LayoutError
 class SubBlock:
     """The attention or the feed-forward half of a block; names are relative to the block."""
 
-    module: str  # replaced by a no-op when the whole sub-block is dropped
-    dim: Literal["kv", "mid"]  # what a cut shortens
+    module: str  # replaced by a no-op if the whole sub-block is dropped
+    dim: Literal["kv", "mid"]  # the factor that a cut shortens
     sites: dict[str, dict[str, str]]  # site -> weight -> "rows columns"
-    norms: tuple[str, ...]  # modules that serve this sub-block alone and vanish with it
+    norms: tuple[str, ...]  # modules used only by this sub-block, and dropped with it
     vectors: dict[str, str] = field(default_factory=dict)  # other parameters of the sub-block -> axis
     out_site: str  # the site whose weight writes to the residual stream
-    sizes_in_config: bool = False  # the module's forward reads its head counts from its config
+    sizes_in_config: bool = False  # whether the module's forward reads its head counts from its config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,7 @@ class Family:
     embed: str = "model.embed_tokens"
     final_norm: str = "model.norm"
     head: str = "lm_head"
-    gain: Literal["weight", "1 + weight"] = "weight"  # what a norm multiplies by
+    gain: Literal["weight", "1 + weight"] = "weight"  # the factor of a norm
 
 
 def _attention(
@@ -96,7 +96,7 @@ def family_of(model_type: str) -> Family:
     """The row of a `model_type`.
 
     Raises:
-        LayoutError: if there is none; names the nearest family.
+        LayoutError: if there is none, naming the nearest family.
     """
     if model_type in FAMILIES:
         return FAMILIES[model_type]
@@ -104,10 +104,10 @@ def family_of(model_type: str) -> Family:
 
 
 def unknown_family(model_type: str, file: Path | None = None) -> LayoutError:
-    """Names the nearest family, and the file that says so."""
+    """The error for a model type without a row; names the nearest family, and the file with the model type."""
     near = difflib.get_close_matches(model_type.lower(), FAMILIES, n=1, cutoff=0.0)[0]
     return LayoutError(
         f"{'' if file is None else f'{file}: '}model type {model_type!r} is not in the family table; "
-        f"the nearest known family is {near!r} (known: {', '.join(FAMILIES)}). "
-        "docs/architecture.md says how a row is added"
+        f"the nearest known family is {near!r} (known: {', '.join(FAMILIES)}); "
+        "to add a family, see docs/architecture.md"
     )

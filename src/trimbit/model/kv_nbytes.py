@@ -1,4 +1,4 @@
-"""How large a model's cache of keys and values is."""
+"""The size of a model's KV cache."""
 
 from collections.abc import Mapping
 
@@ -13,7 +13,7 @@ def cache_nbytes(
 ) -> int:
     """Bytes of the keys and values of `context` tokens, batch 1; see `kv_cache_nbytes`.
 
-    `config` is the original's, `widths` are those of the cut dims: dropped attention stores nothing.
+    `config` is the original's; `widths` are those of the cut dims. Dropped attention stores nothing.
     """
     sizes, windows = sizes_of(config), sliding_windows(config)
     heads = [widths.get(f"blocks.{index}.attn.kv", sizes["kv"]) for index in range(len(windows))]

@@ -1,6 +1,6 @@
-"""A family row for one config: dims, sizes, weights and units, always of the *original* model.
+"""A family row applied to a config: dims, sizes, weights and units, always of the *original* model.
 
-`resolved.py` says what a plan makes of them.
+`resolved.py` applies a plan to them.
 """
 
 from collections.abc import Mapping
@@ -15,11 +15,11 @@ from trimbit.model.families import Family
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weight:
-    """A matrix that can be quantised: `rows x cols`, output by input channels."""
+    """A matrix that can be quantised, `rows x cols`: output channels by input channels."""
 
     name: str  # module path, such as model.layers.0.mlp.down_proj
     unit: str  # blocks.0.mlp
-    site: str  # blocks.0.mlp.mid: what it reads; weights that share a site share their input
+    site: str  # the input that it reads, such as blocks.0.mlp.mid; weights of one site read the same input
     row_axis: str
     col_axis: str
     rows: int
@@ -34,7 +34,7 @@ class Weight:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """A sub-block, the embedding or the head: what one choice of the search covers."""
+    """A sub-block, the embedding or the head; the search makes one choice for each unit."""
 
     name: str  # blocks.7.attn
     block: int | None
@@ -43,27 +43,27 @@ class Unit:
     size: int = 0  # of the dim
     out_weight: str | None = None  # writes to the residual stream
     module: str | None = None
-    kept: tuple[tuple[str, str], ...] = ()  # (parameter, axis) of norms and vectors, in bf16 while the unit lives
+    kept: tuple[tuple[str, str], ...] = ()  # (parameter, axis) of norms and vectors: bf16, dropped with the unit
     norms: tuple[str, ...] = ()
 
     @property
     def factor(self) -> str:
-        """The dim as axes name it, such as `kv`; empty if there is none."""
+        """The dim's name in axes, such as `kv`; empty if the unit has no dim."""
         return (self.dim or "").rsplit(".", 1)[-1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Everything the rest of the code knows about a model's structure."""
+    """The structure of a model: everything that the rest of the code knows about it."""
 
     config: PreTrainedConfig
     family: Family
     sizes: Mapping[str, int]
     weights: Mapping[str, Weight]
     units: Mapping[str, Unit]
-    fixed: tuple[str, ...]  # parameters that no plan touches, such as the final norm
+    fixed: tuple[str, ...]  # parameters that no plan changes, such as the final norm
     tied: bool
-    parameters: int  # of the original, tied ones once
+    parameters: int  # number of parameters of the original; tied ones count once
     blocks: int
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)  # of every original parameter
 
@@ -75,29 +75,32 @@ class Layout:
         """
         unit = self.units.get(dim.rsplit(".", 1)[0])
         if unit is None or unit.dim != dim:
-            raise PlanError(f"no dim {dim!r} in this model")
+            raise PlanError(
+                f"this model has no dim {dim!r}; "
+                f"its dims are blocks.N.attn.kv and blocks.N.mlp.mid for N below {self.blocks}"
+            )
         return unit
 
     def weight_shape(self, weight: Weight, width: int | None) -> tuple[int, int]:
-        """Rows and columns of a weight whose unit keeps `width` of its dim (None: all)."""
+        """Rows and columns of a weight if its unit keeps `width` of its dim (None: all)."""
         unit = self.units[weight.unit]
         sizes = self.cut_sizes(unit, width)
         return axes.length(weight.row_axis, sizes), axes.length(weight.col_axis, sizes)
 
     def cut_sizes(self, unit: Unit, width: int | None) -> dict[str, int]:
-        """Factor sizes when the unit keeps `width` of its dim."""
+        """Sizes of all factors if the unit keeps `width` of its dim (None: all)."""
         if unit.dim is None or width is None:
             return dict(self.sizes)
         return {**self.sizes, unit.factor: width}
 
     def readers(self, site: str) -> tuple[Weight, ...]:
-        """The weights of a block that read a site; none if it is not the site of a block."""
+        """The weights that read a site of a block; empty for any other site."""
         unit = self.units.get(site.rsplit(".", 1)[0])
         names = () if unit is None or unit.block is None else unit.weights
         return tuple(self.weights[name] for name in names if self.weights[name].site == site)
 
     def input_of(self, site: str) -> tuple[str, bool]:
-        """The module that a site's input is known by, and whether it gives it (a norm) or takes it (a weight)."""
+        """The module whose output (True: a norm) or input (False: a weight) is a site's input."""
         first = self.readers(site)[0]
         unit = self.units[first.unit]
         at_start = self.weights[unit.weights[0]].site == site
@@ -105,7 +108,7 @@ class Layout:
 
 
 def header_bound(layout: Layout, rank: int = 0) -> int:
-    """An upper bound on the header of any plan without orders: every weight with all its tensors, offsets in full."""
+    """An upper bound in bytes on the header of any plan without orders, with all tensors that a weight can have."""
     parts = ("codes", "scales", "zeros", "bias", *(("adapter.a", "adapter.b") if rank else ()))
     names = [f"{w}.{part}" for w in layout.weights for part in parts]
     names += [name for unit in layout.units.values() for name, _ in unit.kept] + list(layout.fixed)

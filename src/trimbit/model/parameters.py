@@ -1,4 +1,4 @@
-"""Names and shapes of the parameters of a config's model."""
+"""Names and shapes of a model's parameters, from its config."""
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -7,7 +7,7 @@ from trimbit.model.families import FAMILIES
 
 
 def parameter_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of each parameter by transformers' name; a tied head is none of them."""
+    """The shape of each parameter, by its name in transformers; without a tied head."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

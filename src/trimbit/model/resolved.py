@@ -1,7 +1,7 @@
-"""Plan and layout joined, once: what a plan makes of every unit, weight and site of a model.
+"""The resolved plan: a plan and a layout, joined into one table of every unit, weight and site as stored.
 
-Whatever counts bytes, cuts modules, builds the skeleton of a compressed model or prints a plan reads this table. This
-is the one byte count, and the one place where a plan that does not fit its model is refused.
+All code that counts bytes, cuts modules, builds the skeleton of a compressed model or prints a plan reads this table.
+Only here are bytes counted, and are plans refused that do not fit their model.
 """
 
 from collections.abc import Mapping
@@ -30,28 +30,28 @@ class ResolvedWeight:
     origin: Weight
     shape: tuple[int, int]
     runs: tuple[Run, ...]  # along its columns
-    rows: Index | None  # the original's, in stored order; None: all, as they are
+    rows: Index | None  # original indices, in stored order; None: all, in original order
     cols: Index | None
     refit: bool  # gains a bias
-    rank: int  # of its low-rank pair; 0: it has none
+    rank: int  # of its low-rank pair; 0: no pair
 
     @property
     def name(self) -> str:
-        """Its module's path."""
+        """The path of its module."""
         return self.origin.name
 
     @property
     def bias(self) -> bool:
-        """Whether it has a bias, its own or the refit's."""
+        """Whether it has a bias, from the original or from the refit."""
         return self.origin.bias or self.refit
 
     @property
     def plain(self) -> bool:
-        """Whether it is stored as a matrix, not in codes."""
+        """Whether it is stored unquantised, as a bf16 matrix."""
         return len(self.runs) == 1 and isinstance(self.runs[0].precision, BFloat16)
 
     def tensors(self) -> dict[str, TensorSpec]:
-        """Its stored tensors."""
+        """Its stored tensors, by name."""
         name, (rows, cols) = self.name, self.shape
         specs = {f"{name}.bias": TensorSpec("BF16", (rows,))} if self.bias else {}
         if self.rank:
@@ -68,36 +68,36 @@ class ResolvedWeight:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedSite:
-    """What is done, while the model runs, to an input that weights of a block read."""
+    """How an input of a block's weights is reordered and rounded while the model runs."""
 
-    module: str  # that the input is known by
-    at_output: bool  # whether the module gives it, as a norm does, or takes it
-    gather: Index | None  # the stored order; None: none, or one that is folded into the weights
+    module: str  # where the input is changed
+    at_output: bool  # True: at the module's output (a norm); False: at its input (a weight)
+    gather: Index | None  # the stored order; None: no order, or one folded into the weights
     acts: tuple[ActRun, ...]
 
     def stored(self) -> dict[str, Tensor]:
-        """The stored order by its name, if there is one."""
+        """The stored order, by the name of its tensor; empty if there is none."""
         return {} if self.gather is None else {f"{self.module}.order": self.gather}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedUnit:
-    """A unit as it is stored; one that is dropped has no weights, sites and vectors."""
+    """A unit as it is stored; a dropped unit has no weights, sites or vectors."""
 
     origin: Unit
-    width: int | None  # what is left of its dim; None: it has none
-    keep: tuple[int, ...] | None  # which of its dim, in stored order; None: all, as they are
+    width: int | None  # kept members of its dim; None: it has no dim
+    keep: tuple[int, ...] | None  # their original indices, as in the plan; None: all
     weights: Mapping[str, ResolvedWeight] = field(default_factory=dict)
     sites: Mapping[str, ResolvedSite] = field(default_factory=dict)
     vectors: Mapping[str, int] = field(default_factory=dict)  # lengths of its norms and vectors
 
     @property
     def dropped(self) -> bool:
-        """Whether nothing is left of it."""
+        """Whether the whole unit is dropped."""
         return self.width == 0
 
     def tensors(self) -> dict[str, TensorSpec]:
-        """Its stored tensors."""
+        """Its stored tensors, by name."""
         specs: dict[str, TensorSpec] = {}
         for weight in self.weights.values():
             site = self.sites.get(weight.origin.site)
@@ -116,17 +116,17 @@ class ResolvedUnit:
 class Resolved:
     """A compressed model, unit by unit in the order of the original."""
 
-    structure: Structure  # what config.json keeps of it
+    structure: Structure  # the part stored in config.json
     units: Mapping[str, ResolvedUnit]
-    fixed: Mapping[str, tuple[int, ...]]  # shapes of the parameters that no plan touches
+    fixed: Mapping[str, tuple[int, ...]]  # shapes of the parameters that no plan changes
 
     @property
     def weights(self) -> dict[str, ResolvedWeight]:
-        """Those that are left."""
+        """The kept weights, by name."""
         return {name: weight for unit in self.units.values() for name, weight in unit.weights.items()}
 
     def tensors(self) -> dict[str, TensorSpec]:
-        """All stored tensors."""
+        """All stored tensors, by name."""
         specs = {name: spec for unit in self.units.values() for name, spec in unit.tensors().items()}
         return specs | {name: TensorSpec("BF16", shape) for name, shape in self.fixed.items()}
 
@@ -145,7 +145,7 @@ def resolve(plan: Plan, layout: Layout) -> Resolved:
     """Join a plan with the layout of its model.
 
     Raises:
-        PlanError: if it does not fit, naming the dim, weight or site, and the two numbers that disagree.
+        PlanError: if the plan does not fit, naming the dim, weight or site and the two numbers that disagree.
     """
     for dim, keep in plan.cuts.items():
         _check_cut(dim, keep, layout.unit_of_dim(dim).size, rotated=plan.rotation is not None)
@@ -168,7 +168,7 @@ def resolve(plan: Plan, layout: Layout) -> Resolved:
 def join(
     structure: Structure, layout: Layout, channels: Mapping[str, Channels] = MappingProxyType({})
 ) -> Resolved:  # fmt: skip
-    """Join a structure with a layout, without a check; `channels` are not known of what is read from config.json."""
+    """Join a structure with a layout, unchecked; `channels` are unknown if the structure comes from config.json."""
     units = {
         name: resolve_unit(layout, unit, structure, channels.get(name, ALL)) for name, unit in layout.units.items()
     }
@@ -176,13 +176,13 @@ def join(
 
 
 def cut_alone(layout: Layout, unit: Unit, keep: tuple[int, ...]) -> ResolvedUnit:
-    """A unit whose dim keeps these indices, and which has no formats yet."""
+    """A unit cut to these indices of its dim, without formats."""
     structure = Structure(widths={unit.dim or "": len(keep)}, weights={})
     return resolve_unit(layout, unit, structure, cut_channels(layout, unit, keep))
 
 
 def resolve_unit(layout: Layout, unit: Unit, structure: Structure, channels: Channels = ALL) -> ResolvedUnit:
-    """What a structure makes of one unit, without a check; an order whose channels are not known is zeros."""
+    """One unit of a structure, unchecked; stored orders that `channels` lacks are filled with zeros."""
     width = structure.widths.get(unit.dim, unit.size) if unit.dim is not None else None
     if width == 0:
         return ResolvedUnit(origin=unit, width=0, keep=())
@@ -213,15 +213,15 @@ def _check_cut(dim: str, keep: tuple[int, ...], size: int, *, rotated: bool) -> 
         raise PlanError(f"{dim}: kept indices must be distinct and below {size}")
     if rotated and dim.endswith(".mid") and keep not in {(), tuple(range(size))}:
         raise PlanError(
-            f"{dim}: {len(keep)} of {size} channels are kept, but a rotated plan keeps all or none: its "
-            "rotation mixes them. Cut the dim in a plan without one"
+            f"{dim}: {len(keep)} of {size} channels are kept, but a rotated plan must keep all or none, since its "
+            "rotation mixes them; cut this dim in a plan without a rotation"
         )
 
 
 def _check(resolved: Resolved, plan: Plan, layout: Layout) -> None:
     alive, sites = resolved.weights, {site for unit in resolved.units.values() for site in unit.sites}
     for name in sorted(alive.keys() ^ plan.weights.keys()):
-        why = "has no runs" if name in alive else "does not exist in this model, or its sub-block is dropped"
+        why = "has no runs in the plan" if name in alive else "is not in this model, or its sub-block is dropped"
         raise PlanError(f"weight {name} {why}")
     for name, weight in alive.items():
         count, cols = sum(run.count for run in weight.runs), weight.shape[1]
@@ -230,19 +230,21 @@ def _check(resolved: Resolved, plan: Plan, layout: Layout) -> None:
     for name in plan.biases:
         if name not in alive or name not in {unit.out_weight for unit in layout.units.values()}:
             raise PlanError(
-                f"weight {name} cannot gain a bias: it is not a kept weight that writes to the residual stream"
+                f"weight {name} cannot gain a bias: only kept weights that write to the residual stream can"
             )
     for name, rank in plan.adapters.items():
         if name not in alive or alive[name].origin.site not in sites:
-            raise PlanError(f"weight {name} cannot have a low-rank pair: it is not a kept weight of a block")
+            raise PlanError(f"weight {name} cannot have a low-rank pair: only kept weights of the blocks can")
         most = min(alive[name].shape)
         if not 1 <= rank <= most:
-            raise PlanError(f"weight {name}: a low-rank pair of rank {rank}, but it can have 1 to {most}")
+            raise PlanError(f"weight {name}: the low-rank pair has rank {rank}, but the rank must be 1 to {most}")
     for site in sorted({*plan.orders, *plan.acts} - sites):
         raise PlanError(f"site {site} cannot have an order or rounded inputs: no kept weight of a block reads it")
     for name, weight in alive.items():
         site = weight.origin.site
         counts, own = [run.count for run in plan.acts.get(site, ())], [run.count for run in weight.runs]
         if site in plan.acts and own != counts:
-            raise PlanError(f"site {site}: its inputs are rounded in runs of {counts}, but {name} has {own}")
+            raise PlanError(
+                f"site {site}: its inputs are rounded in runs of {counts}, but weight {name} has runs of {own}"
+            )
     check_kv_cache(plan.kv_cache, layout.config)

@@ -1,4 +1,4 @@
-"""The weight files: which tensors go into each, and how many bytes it takes, before anything is written."""
+"""The weight files before they are written: the tensors in each, and its size in bytes."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -8,12 +8,12 @@ from math import prod
 ITEM_NBYTES = {"U8": 1, "I16": 2, "F16": 2, "BF16": 2, "I32": 4}
 MAX_SHARD_NBYTES = 5 * 10**9  # code: the default of save_pretrained in transformers before 5
 METADATA = {"format": "pt"}
-_RANK = {"I32": 0, "BF16": 1, "F16": 2, "I16": 3, "U8": 4}  # the order in which safetensors stores types
+_RANK = {"I32": 0, "BF16": 1, "F16": 2, "I16": 3, "U8": 4}  # the order in which safetensors stores dtypes
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Type and shape of one stored tensor, in the names of safetensors."""
+    """Dtype and shape of one stored tensor, as safetensors names them."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -25,7 +25,7 @@ class TensorSpec:
 
 
 def shards(specs: Mapping[str, TensorSpec], max_nbytes: int = MAX_SHARD_NBYTES) -> list[dict[str, TensorSpec]]:
-    """Split tensors into files of at most `max_nbytes` bytes of data, in order."""
+    """Split tensors, in order, into files of at most `max_nbytes` bytes of data; a larger tensor gets its own file."""
     files: list[dict[str, TensorSpec]] = [{}]
     size = 0
     for name, spec in specs.items():

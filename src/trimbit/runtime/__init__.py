@@ -1,4 +1,4 @@
-"""What `import trimbit` loads: runs a compressed directory inside transformers.
+"""Running a compressed directory inside transformers, after `import trimbit`.
 
-Takes a structure from config.json; gives a model with packed layers.
+Takes the structure in config.json; gives a model with packed layers.
 """

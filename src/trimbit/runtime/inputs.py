@@ -1,7 +1,7 @@
-"""What happens to a site's input before its weights read it: channels go into the stored order, then are rounded.
+"""Hooks that reorder the channels of a site's input into the stored order, and then round them.
 
-It is done once for all weights of the site: to what a norm gives, or to what a lone weight takes. The order lies in a
-buffer `order` of that module.
+This is done once for all weights of the site: at the output of a norm, or at the input of a single weight. The order is
+a buffer `order` of that module.
 """
 
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ from trimbit.schema.activations import ActRun
 
 @dataclass(frozen=True)
 class _InputHook:
-    """Hooks of a module, or of what stands around it."""
+    """Hooks on a module, or on its wrapper."""
 
-    owner: nn.Module  # has the order
+    owner: nn.Module  # the module with the buffer `order`
     acts: tuple[ActRun, ...]
 
     def after(self, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ class _InputHook:
 def transform_input(
     module: nn.Module, *, at_output: bool, order: Int[Tensor, " n"] | None = None, acts: tuple[ActRun, ...] = ()
 ) -> None:
-    """Reorder and round what a module gives, or, if it is a weight's layer, what it takes."""
+    """Reorder and round the output of a module, or its input if `at_output` is false."""
     if order is None and not acts:
         return
     if order is not None:
@@ -49,7 +49,7 @@ def transform_input(
 
 
 def move_hooks(module: nn.Module, around: nn.Module) -> None:
-    """Let what stands around a module change its input, for all that it holds."""
+    """Move the input hooks of a module to its wrapper, so that they act on the input of the whole wrapper."""
     hooks = [*module._forward_pre_hooks.values()]
     module._forward_pre_hooks.clear()
     for hook in hooks:
@@ -57,5 +57,5 @@ def move_hooks(module: nn.Module, around: nn.Module) -> None:
 
 
 def stored_order(module: nn.Module) -> Tensor | None:
-    """The order that a module gathers its input, or what it gives, in; None if it does not."""
+    """The order in which a module's input or output is gathered; None if it is not reordered."""
     return module._buffers.get("order")

@@ -1,8 +1,8 @@
-"""A transformers cache whose keys and values are packed, but for the first and the last tokens.
+"""A transformers cache that packs keys and values, except those of the first and the last tokens.
 
-A call reads what was stored before it, dequantised, and its own tokens as they are. Only then is quantised, once and
-for all, what it pushed out of the recent tokens. So what is stored depends on the tokens alone and not on the calls
-that they came in, given the same keys and values.
+A call reads stored tokens dequantised, and its own tokens exactly. Afterwards the tokens that are no longer recent are
+quantised, once and for all. So the stored tokens do not depend on how they were split into calls, given the same keys
+and values.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ from trimbit.schema.kv_cache import KVPrecision
 
 @dataclass(kw_only=True)
 class PackedTokens:
-    """The keys, or the values, of one layer."""
+    """The stored keys, or values, of one layer."""
 
     sink: Float[Tensor, "batch heads first channels"]
     codes: UInt8[Tensor, "batch heads packed nbytes"]
@@ -35,7 +35,7 @@ class PackedTokens:
 
     @classmethod
     def empty(cls, like: Float[Tensor, "batch heads tokens channels"], precision: KVPrecision) -> "PackedTokens":
-        """No tokens yet, of this batch, these heads and channels."""
+        """An empty store, with the batch size, heads and channels of `like`."""
         batch, heads, _, channels = like.shape
         grid = like.new_empty(batch, heads, 0, precision.n_groups(channels), dtype=torch.float16)
         codes = like.new_empty(batch, heads, 0, precision.code_nbytes(channels), dtype=torch.uint8)
@@ -45,7 +45,7 @@ class PackedTokens:
     def append(
         self, new: Float[Tensor, "batch heads new channels"], precision: KVPrecision
     ) -> Float[Tensor, "batch heads tokens channels"]:
-        """All tokens as this call reads them; then store the new ones."""
+        """Store new tokens; returns all tokens, as this call reads them."""
         read = torch.cat([self.sink, *self._unpacked(new, precision), self.recent, new], dim=2)
         exact = torch.cat([self.recent, new], dim=2)
         first = min(precision.sink_tokens - self.sink.shape[2], exact.shape[2])
@@ -59,7 +59,7 @@ class PackedTokens:
                 torch.cat([old, part], dim=2)
                 for old, part in zip((self.codes, self.scales, self.minima), parts, strict=True)
             )
-        self.recent = exact[:, :, leaving:].clone()  # a view would hold a whole prompt in memory
+        self.recent = exact[:, :, leaving:].clone()  # a view would keep the whole prompt in memory
         return read
 
     def _unpacked(self, new: Tensor, precision: KVPrecision) -> list[Tensor]:
@@ -68,20 +68,20 @@ class PackedTokens:
         return [dequantize_tokens(self.codes, self.scales, self.minima, precision, new.shape[3], new.dtype)]
 
     def tensors(self) -> Iterator[Tensor]:
-        """All that is stored."""
+        """All stored tensors."""
         return (getattr(self, part.name) for part in fields(self))
 
     def rearrange(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Change the rows of the batch."""
+        """Apply a change of the batch's rows to all tensors."""
         for part in fields(self):
             setattr(self, part.name, change(getattr(self, part.name)))
 
 
 class CountingLayer(DynamicLayer):
-    """Stands where attention was dropped: counts tokens and stores nothing."""
+    """The cache of a layer whose attention was dropped: counts tokens and stores nothing."""
 
     is_croppable = False
-    supports_early_init = False  # what is stored is of the first call's batch
+    supports_early_init = False  # the batch size is known only at the first call
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -95,7 +95,7 @@ class CountingLayer(DynamicLayer):
         return key_states, value_states
 
     def get_seq_length(self) -> int:
-        """Tokens so far."""
+        """Number of tokens so far."""
         return self.tokens
 
     def reset(self) -> None:
@@ -103,14 +103,14 @@ class CountingLayer(DynamicLayer):
         self.tokens, self.stored, self.is_initialized = 0, (), False
 
     def crop(self, *_: Any, **__: Any) -> None:  # noqa: ANN401
-        """Refused: what was quantised cannot become exact again."""
+        """Not supported: quantised tokens cannot become exact again."""
         raise NotImplementedError(
-            "a packed cache cannot take tokens back; generate without an assistant, "
+            "a packed cache cannot remove tokens; generate without an assistant model, "
             'or with an exact cache (cache_implementation="dynamic")'
         )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Follow the beams."""
+        """Reorder the rows for beam search."""
         self._rearrange(lambda part: part.index_select(0, beam_idx.to(part.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -118,7 +118,7 @@ class CountingLayer(DynamicLayer):
         self._rearrange(lambda part: part.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows."""
+        """Keep only these rows."""
         self._rearrange(lambda part: part[indices])
 
     def _rearrange(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -127,14 +127,14 @@ class CountingLayer(DynamicLayer):
 
 
 class PackedLayer(CountingLayer):
-    """The keys and values of one layer with full attention."""
+    """The packed keys and values of one layer with full attention."""
 
     def __init__(self, precision: KVPrecision) -> None:
         super().__init__()
         self.precision = precision
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
-        """Keys and values of all tokens, as this call reads them."""
+        """Store new tokens; returns the keys and values of all tokens, as this call reads them."""
         if not self.is_initialized:
             self.stored = tuple(PackedTokens.empty(new, self.precision) for new in (key_states, value_states))
         super().update(key_states, value_states)
@@ -143,13 +143,13 @@ class PackedLayer(CountingLayer):
 
 
 class PackedCache(Cache):
-    """A cache for one model; layers with a sliding window, which forget by themselves, keep it exactly.
+    """A cache for one model; layers with a sliding window, which drop old tokens anyway, are not quantised.
 
-    The first tokens are the first columns of a batch: padding on the left takes their place, and where there is some
-    the row's own first tokens are quantised.
+    The first tokens are the first columns of a batch. In a row with left padding, these are padding, and the row's own
+    first tokens are quantised.
 
     Raises:
-        PlanError: if a group is longer than a head, or no layer reads all tokens.
+        PlanError: if a group is longer than a head, or no layer has full attention.
     """
 
     def __init__(self, model: PreTrainedModel, precision: KVPrecision) -> None:
@@ -165,11 +165,11 @@ class PackedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is stored now."""
+        """Bytes of all tensors stored now."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
 
     def tensors(self) -> Iterator[Tensor]:
-        """All that is stored now."""
+        """All tensors stored now."""
         layer: Any
         for layer in self.layers:
             if isinstance(layer, CountingLayer):
@@ -180,21 +180,21 @@ class PackedCache(Cache):
 
 
 def precision_of(model: PreTrainedModel) -> KVPrecision | None:
-    """How a model stores keys and values; None: as they are."""
+    """The format of a model's KV cache; None: keys and values are not quantised."""
     return getattr(model, "trimbit_kv_cache", None)
 
 
 def cache_for(model: PreTrainedModel) -> Cache:
-    """An empty cache of the kind that the model's plan asks for, or else an exact one."""
+    """An empty cache for a model: packed if its plan asks for it, otherwise exact."""
     precision = precision_of(model)
     return DynamicCache(config=model.config) if precision is None else PackedCache(model, precision)
 
 
 def pack_cache(model: PreTrainedModel, precision: KVPrecision) -> None:
-    """Make `model.generate` use a packed cache, unless the caller asks for another one or for none.
+    """Make `model.generate` use a packed cache, unless the caller asks for another cache or for none.
 
     Raises:
-        PlanError: if the model cannot have it.
+        PlanError: if the format does not fit the model.
     """
     check_kv_cache(precision, model.config)
     model.trimbit_kv_cache = precision  # type: ignore[assignment] # neither a tensor nor a module
@@ -213,7 +213,7 @@ def _generate(
         return next((value for value in given if value is not None), None)
 
     kind = told("cache_implementation")
-    exact = kind not in {None, "hybrid"}  # which Gemma's files say, and transformers does not heed
+    exact = kind not in {None, "hybrid"}  # in Gemma's files; transformers ignores it
     given = any(kwargs.get(name) is not None for name in (CACHE, OLD))
     if not given and told("use_cache") is not False and not exact:
         kwargs[CACHE] = cache_for(model)

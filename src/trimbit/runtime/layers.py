@@ -1,4 +1,4 @@
-"""Packed layers: weights stay packed in memory and are dequantised layer by layer while computing."""
+"""Packed layers: weights stay packed in memory; each layer dequantises its weight when it runs."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from trimbit.kernels.qtensor import QTensor
 from trimbit.kernels.weights import dequantize
 from trimbit.schema.precision import Run, code_row_nbytes, group_count, zero_row_nbytes
 
-HEAD_ROWS = 8192  # rows of the head that are dequantised at a time: bounds memory
+HEAD_ROWS = 8192  # rows of the head dequantised at a time, to bound memory
 
 
 class Packed(nn.Module):
@@ -32,13 +32,13 @@ class Packed(nn.Module):
 
     @classmethod
     def of(cls, packed: QTensor) -> "Packed":
-        """The same as a module."""
+        """A module with the tensors of a packed weight."""
         made = cls(packed.shape[0], packed.runs)
         made.codes, made.scales, made.zeros = packed.codes, packed.scales, packed.zeros
         return made
 
     def dense(self, dtype: torch.dtype, rows: slice | Tensor = slice(None)) -> Float[Tensor, "rows cols"]:
-        """Some rows of the matrix."""
+        """The dequantised matrix, or some of its rows."""
         zeros = None if self.zeros is None else self.zeros[rows]
         return dequantize(self.codes[rows], self.scales[rows], zeros, self.runs, dtype)
 
@@ -49,7 +49,7 @@ class Packed(nn.Module):
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """W x + b whose W is dequantised again for the gradient of x, so that training keeps the codes alone."""
+    """W x + b; the backward pass dequantises W again, so that only its codes stay in memory."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: "PackedLinear") -> Tensor:  # noqa: ANN401
@@ -62,7 +62,7 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 class Adapter(nn.Module):
-    """A low-rank pair beside a weight: y = B A x."""
+    """The low-rank pair of a weight: y = B A x, with A [rank, cols] and B [rows, rank]."""
 
     def __init__(self, rows: int, cols: int, rank: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -70,25 +70,25 @@ class Adapter(nn.Module):
         self.b = nn.Parameter(torch.zeros(rows, rank, dtype=dtype), requires_grad=False)
 
     def forward(self, x: Float[Tensor, "*batch cols"]) -> Float[Tensor, "*batch rows"]:
-        """Two thin products."""
+        """B A x, by two thin products."""
         return functional.linear(functional.linear(x, self.a), self.b)
 
 
 class AdaptedLinear(nn.Linear):
-    """An unquantised y = W x + b with a low-rank pair beside it, unless it is taken out."""
+    """An unquantised y = W x + b, plus a low-rank pair B A x if `adapter` is set."""
 
     def __init__(self, cols: int, rows: int, *, bias: bool, dtype: torch.dtype) -> None:
         super().__init__(cols, rows, bias=bias, dtype=dtype)
         self.adapter: Adapter | None = None
 
     def forward(self, x: Float[Tensor, "*batch cols"]) -> Float[Tensor, "*batch rows"]:
-        """The layer and its pair."""
+        """The output of the layer plus that of its pair."""
         y = super().forward(x)
         return y if self.adapter is None else y + self.adapter(x)
 
 
 class PackedLinear(Packed):
-    """y = W x + b with W packed, and perhaps a low-rank pair beside it."""
+    """y = W x + b with W packed, plus a low-rank pair B A x if `adapter` is set."""
 
     def __init__(self, rows: int, runs: tuple[Run, ...], *, bias: bool, dtype: torch.dtype) -> None:
         super().__init__(rows, runs)
@@ -99,7 +99,7 @@ class PackedLinear(Packed):
 
     @property
     def qweight(self) -> Tensor:
-        """The codes, by the name that PEFT knows quantised layers by."""
+        """The codes, under the name by which PEFT recognises quantised layers."""
         return self.codes
 
     def forward(self, x: Float[Tensor, "*batch cols"]) -> Float[Tensor, "*batch rows"]:
@@ -112,7 +112,7 @@ class PackedLinear(Packed):
 
 
 class PackedEmbedding(Packed):
-    """Rows of a packed table, times a constant where the family scales its embedding."""
+    """An embedding with a packed table; its rows are multiplied by a constant in families that do so."""
 
     anchor: Tensor
 
@@ -121,24 +121,24 @@ class PackedEmbedding(Packed):
         self.num_embeddings = rows
         self.embedding_dim = sum(run.count for run in runs)
         self.register_buffer("anchor", torch.zeros(0, dtype=dtype), persistent=False)  # follows the model's dtype
-        self.embed_scale = scale  # no buffer: nothing would fill it after a load from the meta device
+        self.embed_scale = scale  # not a buffer: loading from the meta device would leave it unfilled
 
     def forward(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch cols"]:
-        """Look rows up and dequantise them alone."""
+        """Look up rows, and dequantise only these."""
         dtype = self.anchor.dtype
         rows = self.dense(dtype, tokens.flatten()).view(*tokens.shape, -1)
         return rows if self.embed_scale is None else rows * torch.tensor(self.embed_scale, dtype=dtype)
 
 
 class TiedHead(nn.Module):
-    """A head that reads the embedding's table, packed or not, which is stored once."""
+    """A head that shares the embedding's table, packed or not."""
 
     def __init__(self, embedding: nn.Module) -> None:
         super().__init__()
         self.__dict__["embedding"] = embedding
 
     def forward(self, x: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch vocab"]:
-        """Logits, some thousand rows of the table at a time."""
+        """Logits; a packed table is dequantised `HEAD_ROWS` rows at a time."""
         embedding = self.__dict__["embedding"]
         if not isinstance(embedding, Packed):
             return functional.linear(x, embedding.weight)

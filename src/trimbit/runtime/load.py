@@ -1,4 +1,4 @@
-"""Opens an original checkpoint or a compressed directory for running."""
+"""Load an original checkpoint or a compressed directory, to run it."""
 
 from pathlib import Path
 
@@ -14,16 +14,16 @@ from trimbit.model.forward.stream import build_skeleton
 
 
 def load_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Load an original checkpoint or a compressed directory for running.
+    """Load an original checkpoint or a compressed directory, to run it.
 
     Raises:
-        TrimbitError: if it is neither.
+        TrimbitError: if it is neither, or is damaged.
     """
     if is_compressed(path):
         try:
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
         except SafetensorError as err:
-            raise ArtifactError(f"{path}: a weight file is damaged ({err}); write the directory again") from err
+            raise ArtifactError(f"{path}: a weight file is damaged ({err}); compress the model again") from err
         except (OSError, ValueError, RuntimeError) as err:
             raise ArtifactError(f"{path}: cannot load the compressed model: {str(err).splitlines()[0]}") from err
         model.eval()
@@ -51,5 +51,5 @@ def load_tokenizer(path: Path):  # type: ignore[no-untyped-def]  # noqa: ANN201
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as err:
-        problem = f"no usable tokenizer ({first_line(err)})"
+        problem = f"has no usable tokenizer ({first_line(err)})"
         raise ArtifactError(f"{path}: {problem}; add the original's tokenizer files") from err

@@ -1,6 +1,6 @@
-"""Registers compressed directories with transformers when that is imported, without importing it.
+"""Register compressed directories with transformers once it is imported, without importing it.
 
-transformers takes seconds to import; a command that only reads JSON should not wait for it.
+Importing transformers takes seconds; a command that only reads JSON should not wait for it.
 """
 
 import sys
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def register_with_transformers() -> None:
-    """Make transformers' Auto classes know compressed directories: now if it is imported, else once it is."""
+    """Make transformers' Auto classes know compressed directories: now if it is imported, else when it is."""
     when_imported("transformers", _register)
 
 
@@ -23,21 +23,21 @@ def _register() -> None:
 
 
 def when_imported(name: str, action: Callable[[], None]) -> None:
-    """Call `action` once the module `name` is imported: now if it is, else at the end of its import.
+    """Call `action` once the module `name` is imported: now if it already is, else at the end of its import.
 
     An import in another thread waits until `action` is done. If the import or `action` fails, the import raises the
-    error, and the next one tries again.
+    error, and the next import tries again.
     """
     finder = _Finder(name, action)
     if not any(isinstance(one, _Finder) and one.name == name for one in sys.meta_path):
         sys.meta_path.insert(0, finder)
-    if name in sys.modules:  # looked up only now: another thread may have imported it since
+    if name in sys.modules:  # checked last: another thread may have just imported it
         finder.remove()
         action()
 
 
 class _Finder(MetaPathFinder):
-    """Lets the finders behind it find one module, and wraps its loader."""
+    """Lets later finders find one module, and wraps its loader."""
 
     def __init__(self, name: str, action: Callable[[], None]) -> None:
         self.name, self.action = name, action
@@ -45,7 +45,7 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self,
         fullname: str,
-        path: Any = None,  # noqa: ANN401 # of a namespace package it is not the Sequence that typeshed asks for
+        path: Any = None,  # noqa: ANN401 # a Sequence in typeshed, but not for a namespace package
         target: ModuleType | None = None,
     ) -> ModuleSpec | None:
         """The module's spec with a wrapped loader; None for all other modules."""
@@ -60,18 +60,18 @@ class _Finder(MetaPathFinder):
         return None
 
     def remove(self) -> None:
-        """Leave the import system as it was."""
+        """Remove this finder, and restore the import system."""
         sys.meta_path[:] = [one for one in sys.meta_path if not (isinstance(one, _Finder) and one.name == self.name)]
 
     def imported(self) -> None:
-        """Act and leave. Another hook may have made this one wrap the loader twice: the second time does nothing."""
+        """Act, and remove this finder; only once, even if another hook had the loader wrapped twice."""
         if self in sys.meta_path:
             self.action()
             self.remove()
 
 
 class _Loader(Loader):
-    """Loads by the loader that was found, then acts."""
+    """Loads a module by the wrapped loader, then runs the action."""
 
     def __init__(self, inner: Loader, finder: _Finder) -> None:
         self.inner, self.finder = inner, finder
@@ -81,7 +81,7 @@ class _Loader(Loader):
         return self.inner.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """As the wrapped loader does, which takes its place first: the module keeps no trace of this one."""
+        """As the wrapped loader does; the module is first given that loader, so that it keeps no trace of this one."""
         module.__loader__ = self.inner
         if module.__spec__ is not None:
             module.__spec__.loader = self.inner

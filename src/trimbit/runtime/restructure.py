@@ -1,4 +1,4 @@
-"""Gives a model of the original architecture the shapes and packed layers of a `Structure`."""
+"""Give a model of the original architecture the shapes and packed layers of a `Structure`."""
 
 import copy
 from typing import Any
@@ -18,7 +18,7 @@ from trimbit.schema.structure import Structure
 
 
 def set_width(root: nn.Module, layout: Layout, unit: ResolvedUnit, prefix: str = "") -> None:
-    """Tell an attention module how many KV groups it has left; feed-forward modules need not know."""
+    """Set the number of kept KV groups in an attention module; feed-forward modules do not need it."""
     width, name = unit.width, unit.origin.module
     if unit.origin.factor != "kv" or width is None or width == unit.origin.size:
         return
@@ -34,7 +34,7 @@ def set_width(root: nn.Module, layout: Layout, unit: ResolvedUnit, prefix: str =
 
 
 def change_inputs(root: nn.Module, unit: ResolvedUnit, prefix: str = "") -> None:
-    """Reorder and round the inputs of a unit that is cut already; `prefix` is cut off the unit's names."""
+    """Reorder and round the inputs of a unit that is already cut; `prefix` is removed from the unit's names."""
     for site in unit.sites.values():
         module = root.get_submodule(site.module.removeprefix(prefix))
         device = next(iter(module.state_dict().values())).device
@@ -43,7 +43,7 @@ def change_inputs(root: nn.Module, unit: ResolvedUnit, prefix: str = "") -> None
 
 
 def restructure(model: PreTrainedModel, layout: Layout, structure: Structure) -> None:
-    """Give a model of the original architecture (usually on the meta device) the modules that a structure asks for.
+    """Replace modules of an original model, usually on the meta device, by those that a structure asks for.
 
     Raises:
         ArtifactError: if the structure belongs to another model.
@@ -51,8 +51,8 @@ def restructure(model: PreTrainedModel, layout: Layout, structure: Structure) ->
     joined = join(structure, layout)
     if odd := sorted(joined.weights.keys() ^ structure.weights.keys()):
         raise ArtifactError(
-            f"structure and model disagree on {len(odd)} weights, the first is {odd[0]}; "
-            "config.json was edited or is damaged"
+            f"the structure and the model in config.json disagree on {len(odd)} weights, the first is {odd[0]}; "
+            "the file was edited or is damaged: compress the model again"
         )
     for unit in joined.units.values():
         if unit.dropped:

@@ -1,4 +1,4 @@
-"""What a rotated model turns while it runs (QuaRot, arXiv:2404.00456): the online half of the rotation."""
+"""The online part of a rotation (QuaRot, arXiv:2404.00456): transforms done while the model runs."""
 
 import hashlib
 from collections.abc import Callable
@@ -16,26 +16,26 @@ from trimbit.schema.plan import Rotation
 
 @cache
 def _signs(n: int, seed: int, device: torch.device) -> Float[Tensor, " n"]:
-    """Random signs, by a hash: a written model depends on them, and torch may change its generators."""
+    """Random signs, from a hash: written models depend on them, and torch may change its generators."""
     with torch.inference_mode(mode=False), torch.device("cpu"):
         drawn = torch.tensor(list(hashlib.shake_256(str(seed).encode()).digest(n)))
         return (1.0 - 2.0 * (drawn % 2)).to(device)
 
 
 def turn(x: Float[Tensor, "*batch hidden"], rotation: Rotation) -> Float[Tensor, "*batch hidden"]:
-    """The residual stream's new coordinates, x Q."""
+    """The residual stream in the new basis, x Q."""
     return transform(x * _signs(x.shape[-1], rotation.seed, x.device).to(x.dtype))
 
 
 def turn_back(x: Float[Tensor, "*batch hidden"], rotation: Rotation) -> Float[Tensor, "*batch hidden"]:
-    """Its old coordinates, x Q^T."""
+    """The residual stream back in the old basis, x Q^T."""
     return transform(x, inverse=True) * _signs(x.shape[-1], rotation.seed, x.device).to(x.dtype)
 
 
 def go_online(root: nn.Module, layout: Layout, rotation: Rotation, prefix: str = "") -> None:
-    """Give a model with folded weights, or a part of it whose names lack `prefix`, what is turned while it runs.
+    """Install the online transforms in a model with folded weights, or in a part of it whose names lack `prefix`.
 
-    Inputs of a weight that are reordered or rounded are so after this, if that is installed after this.
+    Call this before `transform_input`, so that inputs are reordered and rounded after the rotation.
     """
     family, existing = layout.family, dict(root.named_modules())
 

@@ -1,11 +1,11 @@
 """The transformers plugin: after `import trimbit`, `AutoModelForCausalLM.from_pretrained(directory)` works.
 
-A compressed directory has a `model_type` of its own with the original config nested, so that without this import
-transformers refuses it instead of filling the missing weights with random numbers.
+A compressed directory has its own `model_type`, with the original config nested. So without this import transformers
+refuses it, instead of filling the missing weights with random numbers.
 
-`import transformers` loads this module (`registration.py`) and waits for it. Modules of this package that import
-transformers, too, are therefore imported where a model is loaded, not here: a thread that imports one of them could
-otherwise wait for a thread that imports transformers, and that one for it.
+`import transformers` loads this module (see `registration.py`) and waits for it. Modules of this package that import
+transformers are therefore imported when a model is loaded, not here. Otherwise a thread that imports one of them and a
+thread that imports transformers could wait for each other forever.
 """
 
 import json
@@ -38,8 +38,8 @@ class TrimbitConfig(PreTrainedConfig):
     ) -> None:
         if format_version != FORMAT_VERSION:
             raise ArtifactError(
-                f"format version {format_version} of the compressed model is unknown; "
-                f"this trimbit reads {FORMAT_VERSION}"
+                f"the compressed model has format version {format_version}, but this version of trimbit reads only "
+                f"{FORMAT_VERSION}; install a matching version, or compress the model again"
             )
         super().__init__(**kwargs)
         self.base = base or {}
@@ -57,13 +57,13 @@ class TrimbitQuantizationConfig(QuantizationConfigMixin):
     """Carries the structure into `from_pretrained`."""
 
     def __init__(self, structure: dict[str, Any], **_: Any) -> None:  # noqa: ANN401
-        self.quant_method = MODEL_TYPE  # type: ignore[assignment] # transformers' own enum is closed
+        self.quant_method = MODEL_TYPE  # type: ignore[assignment] # transformers' enum is closed
         self.structure = structure
 
 
 @register_quantizer(MODEL_TYPE)
 class TrimbitQuantizer(HfQuantizer):
-    """Puts packed modules of the right shapes into the skeleton before the weights are loaded."""
+    """Puts packed modules of the right shapes into the model before its weights are loaded."""
 
     requires_calibration = True
 
@@ -75,17 +75,17 @@ class TrimbitQuantizer(HfQuantizer):
         restructure(model, build_layout(original_config(model.config)), parse_structure(config.structure))
 
     def is_serializable(self) -> bool:
-        """`save_pretrained` is refused: copy the directory instead."""
+        """False: `save_pretrained` is refused; copy the directory instead."""
         return False
 
     @property
     def is_trainable(self) -> bool:
-        """The packed weights are frozen."""
+        """False: the packed weights are frozen."""
         return False
 
 
 def original_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The original config behind the one that `from_pretrained` works on."""
+    """The original config, restored from the one that `from_pretrained` works on."""
     fields = config.to_dict()
     fields.pop("quantization_config", None)
     fields["tie_word_embeddings"] = fields.pop("trimbit_tied")
@@ -93,7 +93,7 @@ def original_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def parse_structure(fields: dict[str, Any]) -> Structure:
-    """Strict reading of the structure in config.json.
+    """Read the structure in config.json strictly.
 
     Raises:
         ArtifactError: if it has an unknown key or a wrong type.
@@ -105,33 +105,40 @@ def parse_structure(fields: dict[str, Any]) -> Structure:
 
 
 class TrimbitForCausalLM(PreTrainedModel, GenerationMixin):
-    """What AutoModelForCausalLM finds; loads the original architecture with packed modules."""
+    """The class that AutoModelForCausalLM finds; it loads the original architecture with packed modules."""
 
     config_class = TrimbitConfig
 
     @classmethod
-    def from_pretrained(  # type: ignore[override] # gives the original's class, not this one
+    def from_pretrained(  # type: ignore[override] # returns the original's class, not this one
         cls,
         path: str | PathLike[str],
         *args: Any,  # noqa: ANN401
         config: TrimbitConfig | None = None,
         **kwargs: Any,  # noqa: ANN401
     ) -> PreTrainedModel:
-        """Load a compressed directory; takes what `from_pretrained` takes."""
+        """Load a compressed directory; takes the arguments of `from_pretrained`.
+
+        Raises:
+            ArtifactError: if tensors are missing or left over, or the structure is not valid.
+        """
         from trimbit.runtime.kv_cache import pack_cache
 
         config = config or TrimbitConfig.from_pretrained(path)
         base = config.original()
         base.trimbit_tied = base.tie_word_embeddings
-        base.tie_word_embeddings = False  # the head is a module that reads the embedding; there is nothing to tie
+        base.tie_word_embeddings = False  # the head is a module that reads the embedding: nothing to tie
         base.quantization_config = {"quant_method": MODEL_TYPE, "structure": config.structure}
         architecture: Any = AutoModelForCausalLM._model_mapping[type(base)]
-        if kwargs.get("dtype") in {None, "auto"}:  # the type of these files, not that of the original's
+        if kwargs.get("dtype") in {None, "auto"}:  # the dtype of these files, not of the original's
             kwargs["dtype"] = config.dtype or "bfloat16"
         model, info = architecture.from_pretrained(path, *args, config=base, output_loading_info=True, **kwargs)
         wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
         if wrong:
-            raise ArtifactError(f"{path}: weights and plan disagree on {len(wrong)} tensors, the first is {wrong[0]}")
+            raise ArtifactError(
+                f"{path}: the weight files and config.json disagree on {len(wrong)} tensors, the first is {wrong[0]}; "
+                "compress the model again"
+            )
         kv_cache = parse_structure(config.structure).kv_cache
         if kv_cache is not None:
             pack_cache(model, kv_cache)
@@ -139,7 +146,7 @@ class TrimbitForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def register() -> None:
-    """Make the Auto classes know compressed directories; again is no error."""
+    """Make the Auto classes know compressed directories; may be called again."""
     AutoConfig.register(MODEL_TYPE, TrimbitConfig, exist_ok=True)
     AutoModelForCausalLM.register(TrimbitConfig, TrimbitForCausalLM, exist_ok=True)
 

@@ -1,4 +1,4 @@
-"""Data that crosses a file boundary: plans, recipes, budgets, measurements, evaluations. Strict and frozen; no torch.
+"""Data that is stored in files: plans, recipes, budgets, measurements, evaluations. Strict and frozen; no torch.
 
-Takes JSON or YAML that was parsed; gives checked values, or an error that names the key.
+Takes parsed JSON or YAML; gives checked values, or an error that names the key.
 """

@@ -1,4 +1,4 @@
-"""How the inputs of a weight are rounded while the model runs."""
+"""Formats for the inputs of weights, which are rounded while the model runs."""
 
 from pydantic import Field
 
@@ -7,14 +7,14 @@ from trimbit.schema.precision import Grouped
 
 
 class ActInt(Grouped):
-    """How the inputs of a weight are rounded while the model runs; nothing of it is stored.
+    """A format for the inputs of a weight, which are rounded while the model runs; nothing is stored.
 
-    Dynamic and symmetric, each token and group by itself: x ~ s c with c in [-2^(b-1), 2^(b-1) - 1] and
-    s = clip max|x| / (2^(b-1) - 1).
+    Rounding is symmetric and dynamic, with one scale for each group of each token: x ~ s c with c in
+    [-2^(b-1), 2^(b-1) - 1] and s = clip max|x| / (2^(b-1) - 1).
     """
 
     bits: int = Field(ge=2, le=8)
-    clip: float = Field(default=1.0, gt=0, le=1)  # share of a group's range; what is beyond saturates
+    clip: float = Field(default=1.0, gt=0, le=1)  # share of a group's range; values beyond it saturate
 
     @property
     def name(self) -> str:
@@ -23,7 +23,7 @@ class ActInt(Grouped):
 
 
 class ActRun(Schema):
-    """How `count` consecutive input channels of a site are rounded; groups restart at each run."""
+    """One format for `count` consecutive input channels of a site; groups restart at each run."""
 
     count: int = Field(ge=1)
-    precision: ActInt | None  # None: not at all
+    precision: ActInt | None  # None: not rounded

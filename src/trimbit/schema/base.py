@@ -1,4 +1,4 @@
-"""What crosses a file boundary: strict, frozen data, read from JSON and named by its content."""
+"""The base class of all stored data, reading it from JSON, and content keys."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 class Schema(BaseModel):
-    """What crosses a file boundary: frozen, strict, and refusing unknown keys."""
+    """Base class of all data that is stored in files: frozen and strict; unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -18,7 +18,7 @@ T = TypeVar("T", bound=Schema)
 
 
 def parse_json(kind: type[T], path: Path, error: type[Exception]) -> T:
-    """Read strict JSON of this kind, or raise `error` with the file, the key and the reason in one line."""
+    """Read JSON as a `kind`; on failure raise `error` with the file, the key and the reason in one line."""
     try:
         return kind.model_validate_json(path.read_bytes())
     except OSError as err:
@@ -28,7 +28,7 @@ def parse_json(kind: type[T], path: Path, error: type[Exception]) -> T:
 
 
 def first_problem(err: ValidationError) -> str:
-    """The first problem of a failed validation and how many follow, in one line."""
+    """The first problem of a failed validation and the number of further ones, in one line."""
     first, *rest = err.errors(include_url=False, include_input=False)
     where = ".".join(str(part) for part in first["loc"]) or "document"
     what = "unknown key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
@@ -38,6 +38,6 @@ def first_problem(err: ValidationError) -> str:
 
 
 def digest(value: object) -> str:
-    """Content key of a JSON-like value: 16 hex digits of the sha256 of its canonical form."""
+    """Content key of a JSON-like value: the first 16 hex digits of the SHA-256 of its canonical JSON."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The budget: a limit on the weight files."""
+"""The budget: a limit on the size of the weight files."""
 
 import re
 from fractions import Fraction
@@ -12,14 +12,17 @@ _UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2*
 
 
 class Budget(Schema):
-    """A limit on the weight files, headers included: `45MB`, `45MiB`, `2.5bpw` or `0.2x`."""
+    """A limit on the size of the weight files, headers included: `45MB`, `45MiB`, `2.5bpw` or `0.2x`.
+
+    `bpw` is bits per parameter of the original, `x` a share of the original's size in 16 bits.
+    """
 
     value: float = Field(gt=0)
     unit: str
 
     @classmethod
     def parse(cls, text: str) -> "Budget":
-        """Read a budget as the user writes it.
+        """Parse a budget as the user writes it.
 
         Raises:
             BudgetError: if it is not a positive number with a known unit.
@@ -34,7 +37,7 @@ class Budget(Schema):
 
     def nbytes(self, parameters: int) -> int:
         """The limit in bytes for an original model with this many parameters."""
-        value = Fraction(str(self.value))  # the decimal that was written: 1.001kB is 1001 bytes, not 1000.99...
+        value = Fraction(str(self.value))  # the decimal as written: 1.001kB is 1001 bytes, not 1000.99...
         if self.unit == "bpw":
             return int(value * parameters / 8)
         if self.unit == "x":

@@ -1,4 +1,4 @@
-"""The result of a search: the plan, and the plans that were tried on the way."""
+"""The result of a search: the plan found, and the plans tried on the way."""
 
 from trimbit.schema.base import Schema
 from trimbit.schema.objective import Outcome
@@ -6,18 +6,18 @@ from trimbit.schema.plan import Plan
 
 
 class Tried(Schema):
-    """A plan that was tried, and what was measured of it; KL in nats a token, on the rows that plans are chosen by."""
+    """A plan that was tried, and its measured results; KL in nats a token, on the rows used to choose plans."""
 
     plan: Plan
-    estimated_kl: float | None = None  # assembled from candidates
-    applied_kl: float | None = None  # applied for real
-    outcome: Outcome | None = None  # of a search by whole plans
+    estimated_kl: float | None = None  # of a model assembled from candidates
+    applied_kl: float | None = None  # of the plan applied for real
+    outcome: Outcome | None = None  # only in searches over whole plans
 
 
 class Found(Schema):
-    """What a search found."""
+    """The result of a search."""
 
     plan: Plan
     tried: tuple[Tried, ...] = ()
-    curve: tuple[dict[str, float], ...] = ()  # of a training, a step each
-    gap: float | None = None  # relative distance to the proven optimum, where a solver proves one
+    curve: tuple[dict[str, float], ...] = ()  # of a training of masks, one entry per step
+    gap: float | None = None  # relative gap to the optimum, as proven by the solver; None: nothing proven

@@ -1,4 +1,4 @@
-"""Damage of each choice of each unit, measured or predicted: plain data, stored, and solved again for any budget."""
+"""Damage of each choice of each unit, measured or predicted; once stored, it serves the search at any budget."""
 
 from typing import Literal
 
@@ -10,7 +10,7 @@ By = Literal["measured", "predicted"]
 
 
 class FormatDamage(Schema):
-    """Change of the whole model's KL when one site's weights take a format, all else as in the background."""
+    """Change of the whole model's KL if one site's weights take a format and all else is as in the background."""
 
     site: str
     precision: Precision
@@ -19,7 +19,7 @@ class FormatDamage(Schema):
 
 
 class WidthDamage(Schema):
-    """Change of the whole model's KL when a dim keeps `width` channels or KV groups, all else as in the background."""
+    """Change of the whole model's KL if a dim keeps `width` channels or KV groups, all else as in the background."""
 
     dim: str
     width: int
@@ -28,9 +28,9 @@ class WidthDamage(Schema):
 
 
 class Background(Schema):
-    """The plan around which damage is measured: widths of the cut dims, and a format for each site.
+    """The plan in which single choices are changed to measure their damage: widths of cut dims, and formats by site.
 
-    In a plan that is tried as a whole a weight may have a format of its own, under its own name.
+    If whole plans are tried, `formats` may also name single weights.
     """
 
     widths: dict[str, int]
@@ -38,7 +38,7 @@ class Background(Schema):
 
 
 class Measurements(Schema):
-    """Damage of every choice in nats of KL a token, against the dense model."""
+    """Damage of every choice: KL to the dense model in nats a token."""
 
     schema_version: Literal[1] = 1
     model: ModelRef
@@ -47,6 +47,6 @@ class Measurements(Schema):
     seed: int
     background: Background
     background_damage: float
-    rankings: dict[str, tuple[int, ...]]  # dim -> indices, the one to keep longest first
+    rankings: dict[str, tuple[int, ...]]  # dim -> indices, the most important first
     formats: tuple[FormatDamage, ...]
     widths: tuple[WidthDamage, ...]

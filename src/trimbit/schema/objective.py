@@ -1,4 +1,4 @@
-"""What a search by trials of whole plans goes by, and what a trial found."""
+"""The objective of a search over whole plans, and the outcome of a trial."""
 
 from typing import Literal
 
@@ -8,21 +8,21 @@ from trimbit.schema.base import Schema
 
 
 class Objective(Schema):
-    """What a search by trials of whole plans goes by. KL and NLL are on held-out tokens and measured in any case."""
+    """The objective of a search over whole plans. KL and NLL, on held-out tokens, are measured in any case."""
 
     by: Literal["kl", "nll", "accuracy"] = "kl"  # paper: accuracy; ours: KL, whose noise is far below its differences
-    steps: int = Field(default=0, ge=0)  # of recovery, before a plan is judged
-    tasks: tuple[str, ...] = ()  # zero-shot ones whose mean is the accuracy; code (harrysyz99/Qmixtuner): hellaswag
-    data: str | None = None  # the folder of their files
-    documents: int | None = Field(default=500, ge=1)  # of each task, the first
-    workers: int = Field(default=1, ge=1)  # processes that judge the plans of a batch, a whole model in each
+    steps: int = Field(default=0, ge=0)  # training steps of recovery before a plan is judged
+    tasks: tuple[str, ...] = ()  # zero-shot; their mean is the accuracy; code (harrysyz99/Qmixtuner): hellaswag
+    data: str | None = None  # folder with the files of the tasks
+    documents: int | None = Field(default=500, ge=1)  # number per task, from the start; None: all
+    workers: int = Field(default=1, ge=1)  # processes for the plans of a batch, each with a whole model in memory
 
 
 class Outcome(Schema):
-    """What a trial of a whole plan found."""
+    """The outcome of a trial of a whole plan."""
 
     kl: float  # KL(original || model), nats a token
-    nll: float  # of the token that follows, nats
+    nll: float  # of the next token, nats
     accuracy: float | None = None
     stderr: float | None = None  # of the accuracy
-    correct: str | None = None  # of each document, one task after the other: "1" or "0"
+    correct: str | None = None  # "1" or "0" for each document, task by task

@@ -1,4 +1,4 @@
-"""The plan: what is cut and how many bits the rest gets."""
+"""The plan: what is cut, and the formats of the rest."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -21,38 +21,40 @@ class ModelRef(Schema):
 
 
 class Rotation(Schema):
-    """The basis of a model's channels: Hadamard matrices, as `rotate.py` says; nothing of it is stored."""
+    """The basis of a model's channels: Hadamard matrices, as in `transform/rotate.py`; the matrices are not stored."""
 
     kind: Literal["hadamard"] = "hadamard"
-    seed: int = Field(default=0, ge=0)  # of the signs of the residual stream's
+    seed: int = Field(default=0, ge=0)  # of the random signs of the residual stream's matrix
 
 
 class Provenance(Schema):
     """How a plan was found."""
 
     method: str
-    recipe: dict[str, Any]  # resolved; the plan is applied by it, or was by this other one
-    calibration: str  # the name of the text, or `self`
+    recipe: dict[str, Any]  # resolved; the recipe that found the plan, or, once it was applied, the one that applied it
+    calibration: str  # name of the text, or `self`
     calibration_digest: str | None = None  # of its tokens
     measurement_hash: str | None
     seed: int
     predicted_damage: float | None  # nats of KL a token, by the additive model of the search
-    measured_damage: float | None  # nats of KL a token, of the whole plan on held-out calibration tokens
+    measured_damage: float | None  # nats of KL a token, of the whole model on the report rows
     nbytes: int  # of the weight files, headers included
     notes: tuple[str, ...] = ()
-    content: str = ""  # in a file: key of the plan that all this was found of
+    content: str = ""  # in a file: content key of the plan that these fields describe
 
 
 class Plan(Schema):
-    """What to do to one model; every search method returns one.
+    """The changes to make to one model; every search method returns a plan.
 
-    `rotation` is the basis of all channels below; None: the model's own. `cuts` maps a dim to its kept original indices
-    (an empty tuple drops the sub-block), in the order in which they are stored. `orders` maps a site to a permutation
-    of its kept input channels: as its i-th channel it stores the kept one of number orders[site][i]. `weights` maps a
-    weight to runs along its stored input channels, and `acts` a site to how its inputs are rounded, in runs of the same
-    lengths; a site without is not rounded. `biases` names weights that gain a bias, `adapters` those that have a
-    low-rank pair in bf16 beside them, with its rank. `kv_cache` is how keys and values are stored while the model
-    generates; None: as they are.
+    Attributes:
+        rotation: the basis of all channels below; None: the model's own basis.
+        cuts: dim -> its kept original indices, in stored order; an empty tuple drops the sub-block.
+        orders: site -> a permutation of its kept input channels; stored channel i is kept channel orders[site][i].
+        weights: weight -> its runs, along its stored input channels.
+        acts: site -> formats of its inputs, in runs as long as those of its weights; other inputs are not rounded.
+        biases: weights that gain a bias.
+        adapters: weight -> rank of its low-rank pair, which is stored in bf16.
+        kv_cache: format of the KV cache; None: keys and values are not quantised.
     """
 
     schema_version: Literal[1] = 1
@@ -69,16 +71,16 @@ class Plan(Schema):
 
     @property
     def content(self) -> str:
-        """Content key: of what is done to the model, however it was found."""
+        """Content key of all that the plan does to the model; provenance does not count."""
         return digest(self.model_dump(mode="json", exclude={"found_by"}))
 
     @property
     def widths(self) -> dict[str, int]:
-        """Kept members of the dims that are cut."""
+        """The number of kept members of each cut dim."""
         return {dim: len(keep) for dim, keep in self.cuts.items()}
 
     def to_json(self) -> str:
-        """The content of plan.json; it carries the content key, by which an edited plan is recognised."""
+        """The text of plan.json, with the content key, which shows if the file was edited later."""
         return self.with_provenance(content=self.content).model_dump_json(indent=1) + "\n"
 
     def with_provenance(self, **fields: object) -> "Plan":
@@ -87,7 +89,7 @@ class Plan(Schema):
 
 
 def load_plan(path: Path) -> Plan:
-    """Read a plan. If the file was edited by hand, its recorded results are cleared.
+    """Read a plan; if the file was edited by hand, drop its recorded results.
 
     Raises:
         PlanError: if the file is missing, is not JSON, or has an unknown key, type or schema version.

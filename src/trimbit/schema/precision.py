@@ -1,9 +1,9 @@
-"""Number formats and what a weight costs in bytes. No torch here: these are data.
+"""Number formats, and the bytes of a weight in them. No torch: these are plain data.
 
 A format has a short name, used in recipes, plans and tables: `int4g64` is symmetric, 4 bits, one fp16 scale per 64
-input channels; `uint4g64` has a zero point as well, stored in 4 bits; `int4row` has one group per row; `nf4g64` is
+input channels; `uint4g64` also has a zero point, stored in 4 bits; `int4row` has one group per row; `nf4g64` is
 NormalFloat; `ternaryg64` is -1, 0 or 1 times the scale, five codes a byte; `binaryg64` is a sign times the scale, and
-`mbinaryg64` has an fp16 mean beside it; `bf16` is not quantised.
+`mbinaryg64` adds an fp16 mean; `bf16` is not quantised.
 """
 
 import re
@@ -18,13 +18,13 @@ SCALE_NBYTES = 2  # fp16
 
 
 class Grouped(Schema):
-    """What has one fp16 scale for each group of input channels of a row."""
+    """Base of the formats with one fp16 scale for each group of input channels of a row."""
 
     group: Literal[32, 64, 128] | None  # None: one group a row
 
     @property
     def suffix(self) -> str:
-        """The group in the short name."""
+        """The part of the short name that gives the group."""
         return "row" if self.group is None else f"g{self.group}"
 
     def n_groups(self, count: int) -> int:
@@ -64,18 +64,18 @@ NF4_LEVELS = (
 
 
 class Codebook(Grouped):
-    """A few levels by number: w ~ s * levels[c], with c as a digit to the base of the number of levels.
+    """A fixed list of levels: w ~ s * levels[c]; a code c is stored as a digit in base len(levels).
 
-    A byte holds as many digits as fit, the least significant first, and no digit is split.
+    A byte holds as many digits as fit, the least significant first; no digit is split between bytes.
     """
 
     stem: ClassVar[str]
     levels: ClassVar[tuple[float, ...]]
-    per_byte: ClassVar[int]  # the most for which len(levels)^per_byte <= 256
+    per_byte: ClassVar[int]  # codes; the most with len(levels)^per_byte <= 256
 
     @property
     def bits(self) -> float:
-        """Bits that a code takes."""
+        """Bits per code."""
         return 8 / self.per_byte
 
     @property
@@ -93,9 +93,9 @@ class Codebook(Grouped):
 
 
 class NormalFloat(Codebook):
-    """NF4 (QLoRA, arXiv:2305.14314): 16 levels where a normal distribution has its mass, scaled by each group's absmax.
+    """NF4 (QLoRA, arXiv:2305.14314): w ~ s * NF4_LEVELS[c], with 16 levels, dense where a normal distribution is.
 
-    w ~ s * NF4_LEVELS[c]. Ours: s is fp16, not fp32, and its sign chooses the side of the coarser levels.
+    Ours: s is fp16, not fp32, and its sign chooses the side of the coarser levels.
     """
 
     stem: ClassVar[str] = "nf4"
@@ -104,7 +104,7 @@ class NormalFloat(Codebook):
 
 
 class Ternary(Codebook):
-    """-s, 0 or s. Five codes fill a byte, 3^5 = 243, so that one takes 1.6 bits; the least would be log2(3) = 1.585."""
+    """-s, 0 or s. A byte holds five codes (3^5 = 243), so a code takes 1.6 bits; the least would be log2(3) = 1.585."""
 
     stem: ClassVar[str] = "ternary"
     levels: ClassVar[tuple[float, ...]] = (-1.0, 0.0, 1.0)
@@ -112,7 +112,7 @@ class Ternary(Codebook):
 
 
 class Binary(Codebook):
-    """m - s or m + s: a sign a weight; with a mean, m is fp16 as well, one a group, and else 0."""
+    """m - s or m + s, one bit a weight; with `mean`, each group has an fp16 m, otherwise m = 0."""
 
     mean: bool
     stem: ClassVar[str] = "binary"
@@ -125,7 +125,7 @@ class Binary(Codebook):
         return f"{'m' if self.mean else ''}{self.stem}{self.suffix}"
 
     def zero_nbytes(self, count: int) -> int:
-        """Bytes of the means of `count` channels of one row, which take the place of zero points."""
+        """Bytes of the means of `count` channels of one row, stored in place of zero points."""
         return SCALE_NBYTES * self.n_groups(count) if self.mean else 0
 
 
@@ -156,14 +156,14 @@ def parse_precision(name: str) -> "Int | NormalFloat | Ternary | Binary | BFloat
     """The format with this short name.
 
     Raises:
-        PlanError: if there is none.
+        PlanError: if there is no such format.
     """
     if name == "bf16":
         return BF16
     match = _NAME.fullmatch(name)
     if match is None:
         known = "(int[2-8]|uint[2-8]|nf4|ternary|binary|mbinary)(g32|g64|g128|row)"
-        raise PlanError(f"unknown number format {name!r}; known are bf16 and {known}, such as int4g64")
+        raise PlanError(f"unknown number format {name!r}; known formats are bf16 and {known}, such as int4g64")
     kind = match[1]
     group: Any = int(match[2]) if match[2] else None
     if kind == "nf4":
@@ -181,7 +181,7 @@ def _from_name(value: Any) -> Any:  # noqa: ANN401
     try:
         return parse_precision(value)
     except PlanError as err:
-        raise ValueError(str(err)) from err  # pydantic adds where it stands
+        raise ValueError(str(err)) from err  # pydantic turns it into a ValidationError that says where
 
 
 Precision = Annotated[
@@ -214,5 +214,5 @@ def zero_row_nbytes(runs: tuple[Run, ...]) -> int:
 
 
 def group_count(runs: tuple[Run, ...]) -> int:
-    """Scales in one row."""
+    """Number of scales in one row."""
     return sum(run.precision.n_groups(run.count) for run in runs)

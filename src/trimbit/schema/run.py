@@ -1,4 +1,4 @@
-"""What a job did: stages with their time and memory, plans that were tried, and the result; `run.json`."""
+"""The record of a job, `run.json`: its stages with time and memory, the plans tried, and the result."""
 
 from typing import Literal
 
@@ -10,10 +10,10 @@ RUN_FILE = "run.json"
 
 
 class Hardware(Schema):
-    """What a figure was measured on."""
+    """The hardware that a figure was measured on."""
 
     cpu: str
-    instruction_sets: tuple[str, ...]  # those that matrix products may use, such as avx2, avx512f, avx512_bf16
+    instruction_sets: tuple[str, ...]  # that matrix products may use, such as avx2, avx512f, avx512_bf16
     threads: int
     gpu: str | None = None
 
@@ -24,14 +24,14 @@ class StageRecord(Schema):
     stage: str
     key: str  # content key of the result
     cached: bool  # taken from the cache
-    seconds: float  # without those of the stages that ran inside it
-    peak_rss_nbytes: int  # of the process while the stage ran
+    seconds: float  # excluding stages that ran inside it
+    peak_rss_nbytes: int  # peak memory of the process while the stage ran
 
 
 class TextRecord(Schema):
-    """The calibration text and what its rows are for."""
+    """The calibration text, and the number of rows for each use."""
 
-    name: str  # `self`, or the file's name
+    name: str  # `self` or the file's name
     digest: str  # of all tokens
     length: int  # tokens in a row
     fit_rows: int
@@ -48,8 +48,8 @@ class TriedPlan(Schema):
     plan: str  # content key
     nbytes: int
     predicted_kl: float | None = None  # by the additive model
-    estimated_kl: float | None = None  # assembled from candidates, on the rows that plans are chosen by
-    applied_kl: float | None = None  # applied, on the same rows
+    estimated_kl: float | None = None  # assembled from candidates, on the rows used to choose plans
+    applied_kl: float | None = None  # applied for real, on the same rows
     nll: float | None = None  # of the next token, nats
     accuracy: float | None = None
     accuracy_stderr: float | None = None
@@ -67,29 +67,29 @@ class TrainingRecord(Schema):
 
 
 class UnitRow(Schema):
-    """What a plan keeps of a unit, in which formats and bytes."""
+    """A unit in a plan: kept members, formats and bytes."""
 
     unit: str
     kept: int | None  # members of its dim; None: it has no dim
     size: int | None
-    formats: dict[str, str]  # roles that share a format, such as "q k v" -> its runs
+    formats: dict[str, str]  # roles that share runs, such as "q k v" -> these runs
     nbytes: int
 
 
 class CacheRecord(Schema):
-    """The shape of the cache of keys and values, layer by layer."""
+    """The shape of the KV cache, layer by layer."""
 
     precision: KVPrecision | None
     head_dim: int
-    heads: tuple[int, ...]  # KV heads that are left
-    windows: tuple[int | None, ...]  # sliding windows; None: a layer reads all tokens
+    heads: tuple[int, ...]  # kept KV heads
+    windows: tuple[int | None, ...]  # sliding windows; None: full attention
 
     def nbytes(self, context: int) -> int:
         """Bytes at `context` tokens, batch 1."""
         return kv_cache_nbytes(self.heads, self.windows, self.head_dim, self.precision, context)
 
     def bf16_nbytes(self, context: int) -> int:
-        """The same if nothing were quantised."""
+        """The same with nothing quantised."""
         return kv_cache_nbytes(self.heads, self.windows, self.head_dim, None, context)
 
 
@@ -103,15 +103,15 @@ class Run(Schema):
     parameters: int  # of the original
     seed: int
     text: TextRecord | None
-    budget: str | None  # as it was written
+    budget: str | None  # as the user wrote it
     budget_nbytes: int
     nbytes: int  # of the weight files
     plan: str  # content key
     method: str
     predicted_kl: float | None
-    chosen_kl: float | None  # on the rows that plans were chosen by
-    report_kl: float | None  # on rows that nothing was fitted to or chosen by
-    gap: float | None = None  # how much better a plan may be by the solver's objective, as a share; None: not proven
+    chosen_kl: float | None  # on the rows used to choose plans
+    report_kl: float | None  # on the report rows: nothing was fitted to them or chosen by them
+    gap: float | None = None  # relative gap to the optimum of the solver's objective, as proven by the solver
     tried: tuple[TriedPlan, ...] = ()
     training: tuple[TrainingRecord, ...] = ()
     stages: tuple[StageRecord, ...] = ()

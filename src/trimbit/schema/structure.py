@@ -1,4 +1,4 @@
-"""What the runtime needs of a plan; it is stored in config.json."""
+"""The part of a plan that the runtime needs; stored in config.json."""
 
 from pydantic import Field
 
@@ -10,12 +10,12 @@ from trimbit.schema.precision import Run
 
 
 class Structure(Schema):
-    """What the runtime needs of a plan, without the index lists.
+    """The part of a plan that the runtime needs, without index lists; the fields are as in `Plan`.
 
-    Of the orders it names the sites whose order is stored as a tensor; the others are folded into the weights.
+    `gathers` names the sites whose order is stored as a tensor; all other orders are folded into the weights.
     """
 
-    widths: dict[str, int]  # of the dims that are cut
+    widths: dict[str, int]  # of the cut dims
     weights: dict[str, tuple[Run, ...]]
     biases: tuple[str, ...] = ()
     adapters: dict[str, int] = Field(default_factory=dict)

@@ -79,8 +79,8 @@ def test_pickles_are_refused(model: Path, name: str) -> None:
         ),
         ({"model_type": "lama"}, "nearest .* 'llama'", LayoutError),
         ({"model_type": "mine", "auto_map": {}}, "needs remote code", CheckpointError),
-        ({"model_type": None}, "names no model_type", CheckpointError),
-        ({"hidden_size": "many"}, "transformers refuses it", CheckpointError),
+        ({"model_type": None}, "has no model_type", CheckpointError),
+        ({"hidden_size": "many"}, "transformers cannot read it", CheckpointError),
     ],
 )
 def test_configs_that_are_refused(model: Path, changes: dict[str, object], match: str, error: type[Exception]) -> None:
@@ -91,7 +91,7 @@ def test_configs_that_are_refused(model: Path, changes: dict[str, object], match
 @pytest.mark.parametrize("text", ["{", "[]", "\xff"])
 def test_config_that_is_not_json(model: Path, text: str) -> None:
     (model / "config.json").write_bytes(text.encode("latin-1"))
-    refuses(model, "not JSON|not an object")
+    refuses(model, "not JSON|not a JSON object")
 
 
 def test_known_type_with_auto_map_uses_the_library(model: Path) -> None:

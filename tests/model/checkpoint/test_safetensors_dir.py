@@ -72,14 +72,14 @@ def test_index_errors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda state: state.pop("lm_head.weight"), "'lm_head.weight' is missing; fetch it again"),
+        (lambda state: state.pop("lm_head.weight"), "'lm_head.weight' is missing; download the model again"),
         (lambda state: state.pop(Q), f"'{Q}' is missing"),
         (lambda state: [state.pop(name) for name in [*state][:3]], "is missing, and 2 more"),
         (
             lambda state: state.update({Q.replace("layers.1", "layers.7"): state[Q].clone()}),
-            "have 8 blocks, but the config says 2; .* belong together",
+            "have 8 blocks, but the config says 2; .* the same model",
         ),
-        (lambda state: state.update({f"{Q[:-6]}bias": torch.ones(4)}), "q_proj.bias' is no part of the model"),
+        (lambda state: state.update({f"{Q[:-6]}bias": torch.ones(4)}), "q_proj.bias' is not part of the model"),
         (lambda state: state.update({Q: state[Q][:-1].clone()}), f"'{Q}' has shape .* but the model needs"),
     ],
     ids=["head", "weight", "weights", "more blocks", "bias", "shape"],

@@ -224,7 +224,7 @@ def test_an_unquantised_qtensor_is_one_bf16_weight(generator):
 def test_a_qtensor_of_other_sizes_is_refused(part, generator):
     q = rtn.quantize(torch.randn(3, 78, generator=generator), None, MIXED, rtn.Config())
     tensors = {**q.tensors(), part: q.tensors()[part][:, 1:]}
-    with pytest.raises(ValueError, match="the runs ask for"):
+    with pytest.raises(ValueError, match="its runs need"):
         QTensor(**tensors, runs=MIXED)
 
 
@@ -234,5 +234,5 @@ def test_zero_points_without_a_run_that_has_them_are_refused():
         torch.zeros(3, 1).half(),
         torch.zeros(3, 1, dtype=torch.uint8),
     )
-    with pytest.raises(ValueError, match="the runs ask for"):
+    with pytest.raises(ValueError, match="its runs need"):
         QTensor(codes=codes, scales=scales, zeros=zeros, runs=runs((8, "int4row")))

@@ -1,4 +1,4 @@
 """Reads original models tensor by tensor.
 
-Takes a path to safetensors or GGUF; gives a `Checkpoint`.
+Takes a path to a directory of safetensors or to a GGUF file; gives a `Checkpoint`.
 """

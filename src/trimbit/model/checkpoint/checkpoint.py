@@ -1,6 +1,6 @@
-"""An original model on disk: tensors, tokenizer and hashes, read when asked for, and errors that say what is wrong.
+"""An original model on disk: its tensors, tokenizer and hashes are read on demand.
 
-Every tensor is copied out of its file, so that no mapping stays resident between two reads.
+Every tensor is copied out of its file, so that no memory map stays resident between reads.
 """
 
 import difflib
@@ -32,18 +32,18 @@ _NOT_ARCHITECTURE = _NAMES_AND_VERSIONS | {"torch_dtype", "dtype"}
 
 
 def bad(where: Path, problem: str, advice: str) -> CheckpointError:
-    """One line: where, what is wrong, what to do."""
+    """The error for a bad file, in one line: where, what is wrong, what to do."""
     return CheckpointError(f"{where}: {problem}; {advice}")
 
 
 def first_line(error: BaseException) -> str:
-    """The type and the first line of an error of another library."""
+    """The type and the first line of another library's error."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
 
 
 class Entry(NamedTuple):
-    """Where one tensor lies: its weight file, its shape, and how to copy it out."""
+    """One stored tensor: its weight file, its shape, and the function that reads it."""
 
     file: Path
     shape: tuple[int, ...]
@@ -52,16 +52,15 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """An original model on disk, opened and checked, with its tensors left where they are.
-
-    Made by `open_checkpoint`.
+    """An original model on disk, opened and checked; its tensors are not loaded. Made by `open_checkpoint`.
 
     Attributes:
         path: what the user gave, a directory or a `.gguf` file.
-        config: the transformers config of the original model; it says untied where a stored head differs from the
-            embedding, whatever the file says.
-        model_id: hub id recorded in config.json, else the directory's name; a GGUF's general.name.
-        license: id from the GGUF metadata or the model card's front matter; None if neither has it.
+        config: the transformers config of the original model; if a stored head differs from the embedding, it says
+            untied, even if the file says tied.
+        model_id: hub id from config.json or the hub's cache, else the directory's name; a GGUF's general.name or file
+            name.
+        license: its id, from the GGUF metadata or the front matter of the model card; None if not given there.
     """
 
     path: Path
@@ -73,7 +72,7 @@ class Checkpoint:
 
     @property
     def names(self) -> frozenset[str]:
-        """Transformers' parameter names; a tied `lm_head.weight` is not among them."""
+        """Parameter names as in transformers, without a tied head."""
         return frozenset(self._entries)
 
     def _entry(self, name: str) -> Entry:
@@ -83,7 +82,7 @@ class Checkpoint:
         return self._entries[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor as transformers has it, without reading it.
+        """Shape of a tensor as in transformers, without reading the tensor.
 
         Raises:
             CheckpointError: if there is no such tensor.
@@ -91,7 +90,7 @@ class Checkpoint:
         return self._entry(name).shape
 
     def tensor(self, name: str) -> Tensor:
-        """Reads one tensor onto the CPU into memory of its own.
+        """Read one tensor onto the CPU, into its own memory.
 
         Returns:
             bf16, fp16 or fp32 as stored; fp32 from a GGUF, whose blocks are dequantised.
@@ -108,7 +107,7 @@ class Checkpoint:
         return tensor
 
     def changed(self, change: Callable[[str, Tensor], Tensor]) -> "Checkpoint":
-        """The same files, with `change(name, tensor)` in place of each tensor as it is read; shapes must stay."""
+        """A checkpoint that applies `change(name, tensor)` to each tensor as it is read; shapes must not change."""
 
         def entry(name: str, own: Entry) -> Entry:
             return own._replace(read=lambda: change(name, own.read()))
@@ -116,10 +115,10 @@ class Checkpoint:
         return replace(self, _entries={name: entry(name, own) for name, own in self._entries.items()})
 
     def tokenizer(self) -> Any:  # noqa: ANN401 - AutoTokenizer has no common typed base
-        """The model's fast tokenizer; read once, for a GGUF's takes seconds.
+        """The model's fast tokenizer; cached, since reading that of a GGUF takes seconds.
 
         Raises:
-            CheckpointError: if there is none, it cannot be read, or it only exists as remote code.
+            CheckpointError: if there is none, it cannot be read, it needs remote code, or it is not fast.
         """
         return self._tokenizer
 
@@ -134,16 +133,16 @@ class Checkpoint:
             )
         except Exception as error:
             advice = "add the original's tokenizer files"
-            raise bad(where, f"no usable tokenizer ({first_line(error)})", advice) from error
+            raise bad(where, f"has no usable tokenizer ({first_line(error)})", advice) from error
         if not tokenizer.is_fast:
-            raise bad(where, "the tokenizer has no fast version", "add a tokenizer.json")
+            raise bad(where, "has no fast tokenizer", "add a tokenizer.json")
         return tokenizer
 
     def sidecars(self) -> list[Path]:
-        """Files to carry over: tokenizer, chat template, generation config, licence.
+        """Files to copy next to the weights: tokenizer, chat templates, generation config, licence.
 
         Returns:
-            Sorted paths below `path` (chat templates may lie in a subfolder); none for a GGUF.
+            Sorted paths below `path` (chat templates may be in a subfolder); empty for a GGUF.
         """
         if self._gguf:
             return []
@@ -152,7 +151,7 @@ class Checkpoint:
         return sorted(file for file, name in names.items() if _SIDECARS.fullmatch(name))
 
     def weights_hash(self) -> str:
-        """SHA-256 (hex) over the SHA-256 of each weight file, in name order; computed once."""
+        """SHA-256 (hex) of the SHA-256 digests of the weight files, in name order; computed once."""
         return self._weights_hash
 
     @cached_property
@@ -164,26 +163,26 @@ class Checkpoint:
         return total.hexdigest()
 
     def config_hash(self) -> str:
-        """SHA-256 (hex) of the config as canonical JSON, without version, name and dtype."""
+        """SHA-256 (hex) of the config as canonical JSON, without its version, name and dtype fields."""
         fields = {k: v for k, v in self.config.to_dict().items() if k not in _NOT_ARCHITECTURE}
         text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_finite(tensor: Tensor, what: str, where: Path) -> None:
-    """Refuse NaN and Inf, naming the tensor.
+    """Refuse a tensor with NaN or Inf.
 
     Raises:
-        CheckpointError: if there is one.
+        CheckpointError: if there is any, naming the tensor.
     """
     if tensor.numel() == 0 or all(torch.isfinite(end) for end in torch.aminmax(tensor)):
-        return  # aminmax carries NaN through and needs no temporary
+        return  # aminmax propagates NaN and needs no temporary
     nans, infs = int(tensor.isnan().sum()), int(tensor.isinf().sum())
     problem = f"{what} has {nans} NaN and {infs} Inf values of {tensor.numel()}"
     raise bad(where, problem, "get an intact copy of the model, or use a wider dtype")
 
 
 def damaged(where: Path, error: Exception, problem: str) -> CheckpointError:
-    """A file that another library cannot read."""
+    """The error for a file that another library cannot read."""
     problem = f"{problem} ({first_line(error)})"
-    return bad(where, problem, "the file is truncated or corrupt, fetch it again")
+    return bad(where, problem, "the file is truncated or corrupt: download it again")

@@ -1,4 +1,4 @@
-"""Opens a `.gguf` file: its blocks are dequantised to fp32 when a tensor is read."""
+"""Open a `.gguf` file; each tensor is dequantised to fp32 when it is read."""
 
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -18,7 +18,7 @@ from trimbit.model.parameters import parameter_shapes
 
 
 class _Blocks(NamedTuple):
-    """One tensor's blocks in a GGUF file; `shape` has numpy's order, rows first."""
+    """The stored blocks of one tensor in a GGUF file; `shape` is in numpy's order, rows first."""
 
     name: str
     kind: Any  # gguf.GGMLQuantizationType
@@ -28,7 +28,7 @@ class _Blocks(NamedTuple):
 
 
 def open_gguf(path: Path, file: Path) -> Checkpoint:
-    """Opens a GGUF file that the user gave as `path` or in it; see `open_checkpoint` for the errors."""
+    """Open the GGUF `file`, which is `path` or in the directory `path`; see `open_checkpoint` for the errors."""
     fields, blocks = _read_gguf_header(file)
     arch = str(fields.get("general.architecture"))
     if arch not in hf_gguf.GGUF_SUPPORTED_ARCHITECTURES:
@@ -52,12 +52,12 @@ def open_gguf(path: Path, file: Path) -> Checkpoint:
 
 
 def _read_gguf_header(file: Path) -> tuple[dict[str, Any], list[_Blocks]]:
-    """The `general.*` and `split.*` metadata and where each tensor lies; the mapping is let go."""
+    """The `general.*` and `split.*` metadata, and the blocks of each tensor; the memory map is not kept."""
     try:
         from gguf import GGUFReader  # an extra
     except ImportError as error:
         advice = "pip install 'trimbit[gguf]'"
-        raise bad(file, "reading it needs the package gguf", advice) from error
+        raise bad(file, "reading GGUF files needs the package gguf", advice) from error
     try:
         reader = GGUFReader(file)
         fields = {
@@ -70,7 +70,7 @@ def _read_gguf_header(file: Path) -> tuple[dict[str, Any], list[_Blocks]]:
     except Exception as error:
         raise damaged(file, error, "not a readable GGUF file") from error
     if reader.byte_order == "S":
-        raise bad(file, "has the other byte order", "convert it to this machine's byte order")
+        raise bad(file, "has a different byte order than this machine", "convert it")
     if int(fields.get("split.count", 1)) > 1:
         problem = f"is one of {fields['split.count']} parts"
         raise bad(file, problem, "merge them with llama-gguf-split")
@@ -78,9 +78,9 @@ def _read_gguf_header(file: Path) -> tuple[dict[str, Any], list[_Blocks]]:
 
 
 def _gguf_names(arch: str, layers: int, names: Iterable[str]) -> dict[str, str]:
-    """GGUF's name -> transformers' name; one that GGUF has no name for is left out.
+    """Names in GGUF -> names in transformers; parameters without a GGUF name are left out.
 
-    `get_gguf_hf_weights_map` agrees, but rebuilds gguf's table for each module, which takes ten seconds.
+    `get_gguf_hf_weights_map` gives the same, but rebuilds gguf's table for each module, which takes ten seconds.
     """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map  # an extra
 
@@ -103,14 +103,14 @@ def _gguf_entries(
     for block in blocks:
         name = to_hf.get(block.name)
         if name is None or name in entries:
-            state = f"is a second {name!r}" if name else "has no counterpart"
-            problem = f"tensor {block.name!r} {state} in transformers' model, which would ignore it"
+            state = f"is a duplicate of {name!r}" if name else "has no counterpart"
+            problem = f"tensor {block.name!r} {state} in transformers' model, and would be ignored"
             raise bad(file, problem, "give the original safetensors")
         try:
             dequantize(np.zeros(GGML_QUANT_SIZES[block.kind][1], np.uint8), block.kind)
         except NotImplementedError as error:
-            problem = f"tensor {block.name!r} has type {block.kind.name}, which is not a weight's"
-            raise bad(file, problem, "give the model in another type") from error
+            problem = f"tensor {block.name!r} has type {block.kind.name}, which cannot be dequantised"
+            raise bad(file, problem, "give the model in another quantisation, or the original safetensors") from error
         entries[name] = Entry(file, block.shape, partial(_read_blocks, file, block, processor))
     return entries
 

@@ -1,4 +1,4 @@
-"""Opens an original causal language model, and fills modules with its weights tensor by tensor."""
+"""Open an original causal language model, and fill modules with its weights, tensor by tensor."""
 
 from pathlib import Path
 
@@ -11,22 +11,22 @@ from trimbit.model.checkpoint.safetensors_dir import open_directory
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens an uncompressed causal language model; never reads the network.
+    """Open an uncompressed causal language model from disk; the network is never used.
 
-    Only headers are read, and where the config ties a head that is stored nevertheless, head and embedding.
+    Only headers are read; but if the config ties the head and it is stored anyway, head and embedding are compared.
 
     Args:
         path: a directory with config.json and safetensors, a `.gguf` file, or a directory whose
             only weights are one `.gguf` file.
 
     Raises:
-        CheckpointError: if it is missing, damaged, pickled, already quantised or compressed, or
+        CheckpointError: if it is missing, incomplete, damaged, pickled, already quantised or compressed, or
             needs remote code.
-        LayoutError: if transformers does not know its model type.
+        LayoutError: if transformers does not know its model type, naming the nearest known family.
     """
     path = Path(path).expanduser()
     if not path.exists():
-        raise bad(path, "does not exist", "hub ids are not downloaded, give a local directory")
+        raise bad(path, "does not exist", "models are not downloaded from the hub: give a local directory")
     if path.is_dir():
         ggufs = [] if any(path.glob("*.safetensors*")) else sorted(path.glob("*.gguf"))
         if len(ggufs) > 1:
@@ -41,20 +41,19 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def materialize(module: nn.Module, checkpoint: Checkpoint, prefix: str, dtype: torch.dtype) -> None:
-    """Fills every parameter of a module, usually on the meta device, one tensor at a time.
+    """Fill every parameter of a module, usually on the meta device, one tensor at a time.
 
-    Parameters that share one tensor stay shared. Persistent buffers are filled in their own dtype;
-    non-persistent buffers are left alone.
+    Parameters that share one tensor still share it afterwards. Persistent buffers are filled in their own dtype;
+    non-persistent buffers are not changed.
 
     Args:
-        module: for example one decoder layer; changed in place, its parameters land on the CPU.
-        checkpoint: where the tensors come from.
-        prefix: what precedes the module's own names in the checkpoint, such as "model.layers.0.".
+        module: for example one decoder layer; changed in place; its new parameters are on the CPU.
+        checkpoint: the source of the tensors.
+        prefix: prepended to the module's names to give those in the checkpoint, such as "model.layers.0.".
         dtype: of the parameters.
 
     Raises:
-        CheckpointError: if a tensor is missing, has another shape, or is not finite (even
-            if only after the cast).
+        CheckpointError: if a tensor is missing, has another shape, or is not finite before or after the cast.
     """
     done: dict[int, Tensor] = {}
     for name, old in module.state_dict(keep_vars=True).items():
@@ -68,8 +67,8 @@ def materialize(module: nn.Module, checkpoint: Checkpoint, prefix: str, dtype: t
 def _filled(old: Tensor, checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tensor:
     shape = checkpoint.shape(name)
     if shape != tuple(old.shape):
-        problem = f"tensor {name!r} has shape {shape} but the model needs {tuple(old.shape)}"
-        raise bad(checkpoint.path, problem, "config.json and weights must belong together")
+        problem = f"tensor {name!r} has shape {shape}, but the model needs {tuple(old.shape)}"
+        raise bad(checkpoint.path, problem, "config and weights must come from the same model")
     is_parameter = isinstance(old, nn.Parameter)
     tensor = checkpoint.tensor(name).to(dtype if is_parameter else old.dtype)
     check_finite(tensor, f"tensor {name!r} in {tensor.dtype}", checkpoint.path)

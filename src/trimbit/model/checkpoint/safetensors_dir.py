@@ -1,4 +1,4 @@
-"""Opens a directory with `model.safetensors`, or with shards and an index."""
+"""Open a directory with `model.safetensors`, or with shards and an index."""
 
 import json
 import re
@@ -18,16 +18,16 @@ from trimbit.model.families import unknown_family
 from trimbit.model.parameters import parameter_shapes
 
 _FLOATS = ("BF16", "F16", "F32")
-_RECOMPUTED = ".rotary_emb.inv_freq"  # a buffer that old checkpoints hold and the config implies
+_RECOMPUTED = ".rotary_emb.inv_freq"  # a buffer in old checkpoints, which is computed from the config
 
 
 def open_directory(path: Path) -> Checkpoint:
-    """Opens a directory with config.json and safetensors; see `open_checkpoint` for the errors."""
+    """Open a directory with config.json and safetensors; see `open_checkpoint` for the errors."""
     raw = _read_config(path)
     try:
         config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        problem = f"transformers refuses it ({first_line(error)})"
+        problem = f"transformers cannot read it ({first_line(error)})"
         raise bad(path / "config.json", problem, "correct the config") from error
     files = _weight_files(path)
     entries: dict[str, Entry] = {}
@@ -35,7 +35,7 @@ def open_directory(path: Path) -> Checkpoint:
         held = _safetensors_entries(file)
         if listed is not None and (odd := sorted(set(held) ^ listed)):
             state = "is in the index but not here" if odd[0] in listed else "is not in the index"
-            raise bad(file, f"tensor {odd[0]!r} {state}", "fetch shards and index again")
+            raise bad(file, f"tensor {odd[0]!r} {state}", "download the shards and the index again")
         entries |= held
     entries = {k: v for k, v in entries.items() if not k.endswith(_RECOMPUTED)}
     entries = settle_tied_head(config, entries)
@@ -46,7 +46,7 @@ def open_directory(path: Path) -> Checkpoint:
 
 
 def _model_id(path: Path, recorded: str) -> str:
-    """The hub id that the config has recorded, or that the hub's cache has in its folders; else the folder's name."""
+    """The hub id from the config, or from the folder names of the hub's cache; else the folder's name."""
     if re.fullmatch(r"[\w.-]+/[\w.-]+", recorded):
         return recorded
     whole = path.resolve()
@@ -59,9 +59,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise bad(file, f"is not JSON ({first_line(error)})", "fetch it again") from error
+        raise bad(file, f"is not JSON ({first_line(error)})", "download it again") from error
     if not isinstance(data, dict):
-        raise bad(file, f"holds a {type(data).__name__}, not an object", "fetch it again")
+        raise bad(file, f"holds a {type(data).__name__}, not a JSON object", "download it again")
     return data
 
 
@@ -72,13 +72,13 @@ def _read_config(path: Path) -> dict[str, Any]:
     raw = _read_json(file)
     model_type = raw.get("model_type")
     if model_type == "trimbit":
-        raise bad(path, "already compressed by trimbit", "compress the original instead")
+        raise bad(path, "is already compressed by trimbit", "compress the original instead")
     if raw.get("quantization_config") is not None:
         settings = raw["quantization_config"]
         method = settings.get("quant_method", "unnamed") if isinstance(settings, dict) else settings
-        raise bad(path, f"already quantised (method {method})", "compress the original instead")
+        raise bad(path, f"is already quantised (method {method})", "compress the original instead")
     if not isinstance(model_type, str):
-        raise bad(file, "names no model_type", "give the config of a Hugging Face causal LM")
+        raise bad(file, "has no model_type", "give the config of a Hugging Face causal LM")
     if model_type not in CONFIG_MAPPING:
         if "auto_map" in raw:
             problem = f"model type {model_type!r} needs remote code, which is never run"
@@ -88,7 +88,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _weight_files(path: Path) -> dict[Path, set[str] | None]:
-    """The weight files, each with the tensors the index lists for it (None without index)."""
+    """The weight files, each with the tensors that the index lists for it (None: there is no index)."""
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if single.is_file():
         return {single: None}
@@ -100,12 +100,12 @@ def _weight_files(path: Path) -> dict[Path, set[str] | None]:
         raise bad(path, problem, "give a directory with weights")
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise bad(index, "has no weight_map", "fetch it again")
+        raise bad(index, "has no weight_map", "download it again")
     files: dict[Path, set[str] | None] = {}
     for shard in sorted({str(shard) for shard in weight_map.values()}):
         file = path / shard
         if Path(shard).name != shard or not file.is_file():
-            raise bad(index, f"shard {shard!r} is not in the directory", "fetch the missing shard")
+            raise bad(index, f"shard {shard!r} is not in the directory", "download the missing shard")
         files[file] = {name for name, its in weight_map.items() if its == shard}
     return files
 
@@ -129,7 +129,7 @@ def _safetensors_entries(file: Path) -> dict[str, Entry]:
 def _read_safetensor(file: Path, name: str) -> Tensor:
     with safe_open(file, framework="pt", device="cpu") as opened:
         tensor: Tensor = opened.get_tensor(name)
-        return tensor.clone()  # depending on the version, a view of a mapping of the file
+        return tensor.clone()  # in some versions it is a view of a memory map
 
 
 def _card_license(card: Path) -> str | None:
@@ -142,7 +142,7 @@ def _card_license(card: Path) -> str | None:
     try:
         fields = yaml.safe_load(match[1])
     except yaml.YAMLError as error:
-        problem = f"front matter is not YAML ({first_line(error)})"
+        problem = f"its front matter is not YAML ({first_line(error)})"
         raise bad(card, problem, "correct it") from error
     value = fields.get("license") if isinstance(fields, dict) else None
     return ", ".join(map(str, value)) if isinstance(value, list) else value and str(value)

@@ -1,4 +1,4 @@
-"""A head that is stored although the config ties it to the embedding: it is compared, as transformers does."""
+"""A head that is stored although the config ties it to the embedding: the two are compared, as in transformers."""
 
 import logging
 from collections.abc import Mapping
@@ -11,18 +11,18 @@ from trimbit.model.checkpoint.checkpoint import Entry
 from trimbit.model.families import FAMILIES
 
 _LOG = logging.getLogger(__name__)
-_ROWS = 4096  # compared at a time: bounds memory
+_ROWS = 4096  # compared at a time, to bound memory
 
 
 def settle_tied_head(config: PreTrainedConfig, entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """The tensors of a model whose config ties the head to the embedding, each stored value once.
+    """The tensors of a model without a duplicate of the embedding, if the config ties the head to it.
 
-    A stored head that equals the embedding is left out. One that differs is kept, and `config` then says untied: the
-    head is counted and compressed like any weight. A head without an embedding takes the embedding's place.
+    A stored head that equals the embedding is left out. A head that differs is kept, and `config` is set to untied: the
+    head is then counted and compressed like any other weight. A head without an embedding replaces the embedding.
 
     Args:
-        config: changed in place where the head differs.
-        entries: tensors of safetensors files by transformers' names.
+        config: changed in place if the head differs.
+        entries: tensors of safetensors files, by their names in transformers.
     """
     found = dict(entries)
     family = FAMILIES.get(config.model_type)
@@ -37,12 +37,15 @@ def settle_tied_head(config: PreTrainedConfig, entries: Mapping[str, Entry]) -> 
         del found[head]
     else:
         config.tie_word_embeddings = False
-        _LOG.warning("%s: the config ties %s to %s, but their values differ: untied", found[head].file, head, embed)
+        _LOG.warning(
+            "%s: the config ties %s to %s, but their values differ; treating them as untied",
+            found[head].file, head, embed,
+        )  # fmt: skip
     return found
 
 
 def _same(embed: str, table: Entry, head: str, other: Entry) -> bool:
-    """Whether two stored matrices have the same values, read some rows at a time."""
+    """Whether two stored matrices have the same values; they are read some rows at a time."""
     if table.shape != other.shape:
         return False
     with (

@@ -1,4 +1,4 @@
-"""Runs the original model, one block at a time or whole.
+"""Run the original model, one block at a time or as a whole.
 
 Takes a `Checkpoint` and tokens; gives hidden states and logits.
 """

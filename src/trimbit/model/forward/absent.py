@@ -1,4 +1,4 @@
-"""What stands where a sub-block is gone."""
+"""Replacements for dropped sub-blocks."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from trimbit.model.layout import Unit
 
 
 class NoAttention(nn.Module):
-    """Stands where attention was dropped: adds nothing, but keeps the cache's count of tokens."""
+    """Replaces dropped attention: adds zero, but keeps the token count of the KV cache correct."""
 
     def __init__(self, layer_idx: int) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class NoAttention(nn.Module):
 
 
 class NoFeedForward(nn.Module):
-    """Stands where a feed-forward sub-block was dropped: adds nothing."""
+    """Replaces a dropped feed-forward sub-block: adds zero."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Zero."""
@@ -40,7 +40,7 @@ def set_module(root: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def drop_unit(root: nn.Module, unit: Unit, prefix: str = "") -> None:
-    """Replace a whole sub-block by a no-op and its norms by the identity; `prefix` is cut off the unit's names."""
+    """Replace a whole sub-block by a no-op and its norms by the identity; `prefix` is removed from the unit's names."""
     assert unit.module is not None
     assert unit.block is not None
     gone = NoAttention(unit.block) if unit.name.endswith(".attn") else NoFeedForward()

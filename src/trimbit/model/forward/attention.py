@@ -1,6 +1,6 @@
-"""Attention of few queries over many keys, where the heads of a group share keys and values without copying them.
+"""Attention for few queries and many keys: the heads of a group share keys and values without copies of them.
 
-PyTorch's fused attention takes most of the time of sampling on a CPU, where each row asks one query at a time.
+When text is sampled on a CPU, one query per row at a time, PyTorch's fused attention takes most of the time.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ def grouped_attention(
     value: Float[Tensor, "rows groups keys dv"], attention_mask: Tensor | None, scaling: float | None = None,
     softcap: float | None = None, **_: Any,  # noqa: ANN401
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """softmax(Q K^T * scaling + mask) V, as transformers asks for it; the softmax in fp32."""
+    """softmax(Q K^T * scaling + mask) V, with the softmax in fp32; the signature is that of transformers."""
     rows, heads, queries, width = query.shape
     groups = key.shape[1]
     grouped = query.reshape(rows, groups, heads // groups * queries, width)
@@ -37,7 +37,7 @@ def grouped_attention(
 
 @contextmanager
 def grouped(model: PreTrainedModel) -> Iterator[None]:
-    """Run a model with this attention."""
+    """Run a model with `grouped_attention`."""
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     try:

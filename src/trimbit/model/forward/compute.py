@@ -1,7 +1,7 @@
-"""Matrix products in the dtype that is asked for, by the instructions that the CPU has.
+"""Matrix products in a given dtype, as fast as the CPU's instructions allow.
 
-Without bf16 instructions PyTorch multiplies bf16 matrices several times slower than fp32 ones. There they are
-multiplied as fp32, and the result is rounded: the same product, summed in another order.
+On CPUs without bf16 instructions, PyTorch multiplies bf16 matrices several times slower than fp32 matrices. There
+the product is computed in fp32 and rounded to bf16: the same product, summed in another order.
 """
 
 import logging
@@ -18,19 +18,20 @@ log = logging.getLogger(__name__)
 _ATEN = torch.ops.aten
 _PRODUCTS = {
     *(getattr(_ATEN, name).default for name in ("mm", "addmm", "bmm", "baddbmm")),
-    *(_ATEN.linear.default, _ATEN.matmul.default),  # whole in inference mode alone
-    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default,  # forwards, it is as fast in bf16
+    *(_ATEN.linear.default, _ATEN.matmul.default),  # decomposed before dispatch, except in inference mode
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default,  # its forward pass is as fast in bf16
 }
 
 
 def fastest_device(nbytes: int = 0) -> torch.device:
-    """The GPU where there is one that has `nbytes` of free memory; where it has less, the CPU, with a warning."""
+    """The GPU if there is one with `nbytes` of free memory, else the CPU; warns if the GPU has less."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     free, _ = torch.cuda.mem_get_info()
     if free < nbytes:
         log.warning(
-            "the GPU has %.1f GB of free memory, but about %.1f are needed: the CPU does it, which takes far longer",
+            "the GPU has %.1f GB of free memory, but about %.1f GB are needed; "
+            "falling back to the CPU, which is much slower",
             free / 1e9, nbytes / 1e9,
         )  # fmt: skip
         return torch.device("cpu")
@@ -39,21 +40,21 @@ def fastest_device(nbytes: int = 0) -> torch.device:
 
 @contextmanager
 def computing(compute: torch.dtype, device: str = "cpu") -> Iterator[None]:
-    """No gradients, and matrix products in `compute`."""
+    """Compute without gradients, with matrix products in `compute`."""
     with torch.no_grad(), products_in(compute, device):
         yield
 
 
 @contextmanager
 def products_in(compute: torch.dtype, device: str = "cpu") -> Iterator[None]:
-    """Matrix products in `compute`, those of gradients too where they are taken inside."""
+    """Compute matrix products in `compute`, including those of a backward pass inside the context."""
     cast = torch.autocast(device, dtype=torch.bfloat16, enabled=compute is torch.bfloat16, cache_enabled=False)
     with cast, fast_bf16() if device == "cpu" and compute is torch.bfloat16 else nullcontext():
         yield
 
 
 def native(compute: torch.dtype, device: str) -> torch.dtype:
-    """fp32 in the place of bf16 on a CPU without instructions for it, to store what is multiplied often."""
+    """The dtype for matrices that are multiplied often: fp32 instead of bf16 on a CPU without bf16 instructions."""
     return torch.float32 if compute is torch.bfloat16 and device == "cpu" and _without_bf16() else compute
 
 
@@ -62,14 +63,14 @@ def _without_bf16() -> bool:
 
 
 def fast_bf16() -> AbstractContextManager[Any]:
-    """Products of bf16 matrices as fast as the CPU can."""
+    """Multiply bf16 matrices the fastest way on this CPU."""
     if _without_bf16():
         return RoundedProducts()  # type: ignore[no-untyped-call]
     return nullcontext()
 
 
 class RoundedProducts(TorchDispatchMode):
-    """Products of bf16 matrices on the CPU as those of fp32 ones, rounded."""
+    """Multiply bf16 matrices on the CPU in fp32, and round the product to bf16."""
 
     def __torch_dispatch__(
         self,

@@ -1,4 +1,4 @@
-"""Run one half of a block alone, or only its last projection."""
+"""Run only one half of a block, or only its last projection."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from trimbit.model.layout import Layout, Unit
 
 @contextmanager
 def only_half(block: nn.Module, layout: Layout, unit: Unit) -> Iterator[None]:
-    """Make a block run one sub-block alone: x + f(norm(x)), with the other one a no-op."""
+    """Make a block run only one sub-block, x + f(norm(x)); the other becomes a no-op."""
     assert unit.block is not None
     attention = unit.name.endswith(".attn")
     other = (layout.family.mlp if attention else layout.family.attn).module
@@ -26,7 +26,7 @@ def only_half(block: nn.Module, layout: Layout, unit: Unit) -> Iterator[None]:
 
 @contextmanager
 def input_known(root: nn.Module, unit: Unit, x: Tensor, prefix: str = "") -> Iterator[None]:
-    """Make a sub-block run from its last projection on, whose input x, reordered and rounded, is known."""
+    """Make a sub-block run only its last projection, on the known input x, already reordered and rounded."""
     assert unit.module is not None
     assert unit.out_weight is not None
     module: Any = root.get_submodule(unit.module.removeprefix(prefix))

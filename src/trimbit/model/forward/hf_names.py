@@ -1,8 +1,8 @@
-"""What transformers calls a model's cache of keys and values, as an argument and in an output."""
+"""The name of the KV cache in transformers, both as an argument of a model and in its output."""
 
 from dataclasses import fields
 
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-OLD = "past_key_values"  # until 5.23
+OLD = "past_key_values"  # name until transformers 5.23
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else OLD

@@ -1,6 +1,6 @@
-"""The whole model in memory, in the type it computes in: weights are swapped in place.
+"""The whole model in memory, in the dtype of its matrix products; weights are replaced in place.
 
-Only the measurement of damage needs this; everything else streams block by block.
+Used where the model runs many times, as when damage is measured or text is sampled.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from trimbit.model.forward.stream import BlockStream, build_skeleton
 
 
 class InMemoryModel:
-    """A causal LM whose parameters can be replaced; every weight that writes to the residual stream has a bias."""
+    """A causal LM whose parameters can be replaced; all weights that write to the residual stream have a bias."""
 
     def __init__(self, stream: BlockStream) -> None:
         self.layout = stream.layout

@@ -1,4 +1,4 @@
-"""Logits and KL, some tokens at a time, so that a whole window times the vocabulary is never in memory."""
+"""Logits and KL, some tokens at a time, so that the logits of a whole window are never in memory."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -12,21 +12,21 @@ from transformers import PreTrainedConfig
 from trimbit.model.forward.compute import fast_bf16
 
 LOGIT_TOKENS = 128  # 25 MB at a vocabulary of 49,152: below 32 MiB glibc reuses memory instead of mapping it again
-LOGIT_TOKENS_GPU = 1024  # in so few products that a GPU does not wait for the next one
-NOTHING = -100  # follows the last token of a row
+LOGIT_TOKENS_GPU = 1024  # few large products keep a GPU busy
+NOTHING = -100  # label of the last token of a row, which no token follows
 Head = Callable[[Tensor], Tensor]
 Logits = Iterator[tuple[slice, Float[Tensor, "part vocab"]]]
 
 
 class Divergence(NamedTuple):
-    """A model beside a reference on the same tokens."""
+    """A model compared with a reference on the same tokens."""
 
     kl: float  # KL(reference || model), nats a token
-    nll: float  # of the token that follows, in the model, nats
+    nll: float  # of the next token, under the model, nats
 
 
 def logit_slices(head: Head, config: PreTrainedConfig, hidden: Float[Tensor, "tokens hidden"]) -> Logits:
-    """Logits in fp32 of the final hidden states, some tokens at a time, with the family's soft cap."""
+    """Logits in fp32 of the final hidden states, some tokens at a time; with the config's soft cap, if it has one."""
     cap = getattr(config, "final_logit_softcapping", None)
     step = LOGIT_TOKENS if hidden.device.type == "cpu" else LOGIT_TOKENS_GPU
     for start in range(0, hidden.shape[0], step):
@@ -42,7 +42,7 @@ def kl(log_p: Float[Tensor, "part vocab"], log_q: Float[Tensor, "part vocab"]) -
 
 
 def following(tokens: Int[Tensor, "rows length"]) -> Int[Tensor, " tokens"]:
-    """The token after each one, of all rows."""
+    """The next token of each token, for all rows; `NOTHING` at the end of a row."""
     return functional.pad(tokens[:, 1:], (0, 1), value=NOTHING).flatten()
 
 
@@ -50,7 +50,7 @@ def compare_logits(
     log_ps: Iterable[Float[Tensor, "part vocab"]], logits: Iterator[tuple[slice, Float[Tensor, "part vocab"]]],
     after: Int[Tensor, " tokens"],
 ) -> Divergence:  # fmt: skip
-    """Compare a reference's log-probabilities with a model's logits, slice by slice; `after` is what follows each."""
+    """Compare a reference's log-probabilities with a model's logits, slice by slice; `after` has the next tokens."""
     divergence = surprise = 0.0
     for log_p, (part, own) in zip(log_ps, logits, strict=True):
         log_q = torch.log_softmax(own, -1)
@@ -64,10 +64,10 @@ def loss_gradient(
     head: Head, config: PreTrainedConfig, hidden: Float[Tensor, "tokens hidden"], labels: Int[Tensor, " tokens"],
     taught: Logits | None, count: int,
 ) -> float:  # fmt: skip
-    """Go back from cross-entropy, or from KL(taught || model), over `count`; gives the part of the loss.
+    """Backpropagate cross-entropy, or KL(taught || model) if `taught` is given, summed over tokens, over `count`.
 
-    The head goes forward and back some tokens at a time, so that the logits of no more are in memory. In the logits the
-    gradient of both losses is the model's distribution less the one that is wanted.
+    The head runs forward and backward some tokens at a time, so that only their logits are in memory. For both losses,
+    the gradient in the logits is the model's distribution minus the target distribution. Returns the loss.
     """
     leaf, total = hidden.detach().requires_grad_(), 0.0
     for part, logits in logit_slices(head, config, leaf):

@@ -1,4 +1,4 @@
-"""A causal LM run one block at a time: the skeleton holds the embedding and the final norm, blocks come and go.
+"""A causal LM run one block at a time: only the embedding and the final norm stay loaded.
 
 Hidden states are fp32; matrix products run in `compute` (bfloat16 by default) under autocast, so that the residual
 stream keeps its precision.
@@ -25,15 +25,15 @@ from trimbit.model.layout import Layout
 from trimbit.schema.plan import Rotation
 
 CPU = torch.device("cpu")
-CHUNK_TOKENS = 2048  # tokens run at a time: bounds activations
+CHUNK_TOKENS = 2048  # tokens run at a time, to bound the memory of activations
 Chunks = list[Float[Tensor, "_ length hidden"]]  # the last may have fewer rows
 
 
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a config, parameters on the meta device and computed buffers (such as RoPE's) real.
+    """The model of a config with its parameters on the meta device; computed buffers (such as RoPE's) are real.
 
-    Attention is sdpa where the family has it; Gemma 2 runs eager. Buffers are as transformers has them in a model
-    of this dtype, which rounds Gemma's factor on the embedding.
+    Attention is sdpa if the family supports it; Gemma 2 runs eager. Buffers are those of a transformers model of this
+    dtype, which rounds Gemma's factor on the embedding.
     """
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype)
@@ -48,7 +48,7 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMo
 
 
 class _Recorder(nn.Module):
-    """Stands in for a block and keeps what it was called with."""
+    """Replaces a block, and records the arguments of its call."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -63,13 +63,13 @@ class _Recorder(nn.Module):
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
         if args:
-            raise TypeError("a block was called with positional arguments beside the hidden states")
+            raise TypeError("a block was called with positional arguments other than the hidden states")
         self.kwargs = kwargs
         return hidden
 
 
 def block_arguments(model: PreTrainedModel, rows: int, length: int) -> list[dict[str, Any]]:
-    """What the model passes to each of its blocks (mask, rotary embeddings, positions) for inputs of this shape."""
+    """The arguments (mask, rotary embeddings, positions) of each block, for model inputs of this shape."""
     decoder = model.get_decoder()
     blocks = decoder.layers
     device = next((buffer.device for buffer in decoder.buffers(recurse=True) if not buffer.is_meta), None)  # RoPE's
@@ -86,7 +86,7 @@ def block_arguments(model: PreTrainedModel, rows: int, length: int) -> list[dict
 def run_block(
     block: nn.Module, arguments: dict[str, Any], hidden: Float[Tensor, "rows length hidden"]
 ) -> Float[Tensor, "rows length hidden"]:
-    """A block's output in fp32; `arguments` are its own of `block_arguments`."""
+    """A block's output in fp32; `arguments` are those of this block, from `block_arguments`."""
     out = block(hidden, **arguments)
     return (out[0] if isinstance(out, tuple) else out).float()  # type: ignore[no-any-return]
 
@@ -94,13 +94,13 @@ def run_block(
 class BlockStream:
     """The dense model of a checkpoint, one block at a time."""
 
-    rotation: Rotation | None = None  # of its channels
+    rotation: Rotation | None = None  # the basis of its channels
 
     def __init__(
         self, checkpoint: Checkpoint, layout: Layout, compute: torch.dtype = torch.bfloat16,
         device: torch.device = CPU,
     ) -> None:  # fmt: skip
-        """`device` holds the embedding, the final norm and whatever block is there."""
+        """`device` holds the embedding, the final norm and the loaded blocks."""
         self.checkpoint = checkpoint
         self.layout = layout
         self.compute = compute
@@ -120,13 +120,13 @@ class BlockStream:
         self._arguments: dict[tuple[int, int, torch.device], list[dict[str, Any]]] = {}
 
     def embed(self, tokens: Int[Tensor, "rows length"]) -> Float[Tensor, "rows length hidden"]:
-        """The first block's input."""
+        """The input of the first block, in fp32."""
         with torch.no_grad():
             return self._embed(tokens.to(self.device)).float()  # type: ignore[no-any-return]
 
     @contextmanager
     def embedding_replaced(self, table: Float[Tensor, "vocab hidden"]) -> Iterator[None]:
-        """Embed with another table."""
+        """Use another embedding table inside the context."""
         original = self._embed.weight
         self._embed.weight = nn.Parameter(table.to(self.device), requires_grad=False)
         try:
@@ -135,17 +135,17 @@ class BlockStream:
             self._embed.weight = original
 
     def final_norm(self, hidden: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
-        """The head's input."""
+        """The input of the head."""
         with torch.no_grad():
             return self.norm(hidden)  # type: ignore[no-any-return]
 
     def head(self) -> Head:
-        """The dense head, in the type that the model computes in."""
+        """The dense head, in the dtype of matrix products."""
         name = self.layout.family.embed if self.layout.tied else self.layout.family.head
         return partial(functional.linear, weight=self.checkpoint.tensor(f"{name}.weight").to(self.device, self.compute))
 
     def load(self, index: int) -> nn.Module:
-        """A fresh copy of a block with its weights in fp32."""
+        """A new copy of a block, with its weights in fp32."""
         prefix = f"{self.layout.family.blocks}.{index}"
         block = type(self.skeleton.get_submodule(prefix))
         with torch.device("meta"):
@@ -155,34 +155,34 @@ class BlockStream:
         return fresh.eval().to(self.device)
 
     def go_online(self, root: nn.Module, prefix: str = "") -> None:
-        """Give a module with this model's weights what is computed between them, where that is not its own forward.
+        """Install the online part of the model's rotation in a module with its weights; without a rotation, do nothing.
 
-        `prefix` is cut off the names of the model.
+        `prefix` is removed from the model's names.
         """
 
     def run(
         self, index: int, block: nn.Module, hidden: Float[Tensor, "rows length hidden"]
     ) -> Float[Tensor, "rows length hidden"]:
-        """One block's output, on the device of both; the block may be compressed."""
+        """One block's output, without gradients; block, which may be compressed, and hidden states share a device."""
         with computing(self.compute, hidden.device.type):
             return self.forward(index, block, hidden)
 
     def forward(
         self, index: int, block: nn.Module, hidden: Float[Tensor, "rows length hidden"]
     ) -> Float[Tensor, "rows length hidden"]:
-        """One block's output, with whatever gradients and types the caller computes in."""
+        """One block's output; gradients and the dtype of products are set by the caller."""
         rows, length, _ = hidden.shape
         key = (rows, length, hidden.device)
         if key not in self._arguments:
             made = block_arguments(self.skeleton, rows, length)
-            moved: dict[int, Tensor] = {}  # blocks share theirs
+            moved: dict[int, Tensor] = {}  # blocks share their arguments
             self._arguments[key] = tree_map_only(
                 Tensor, lambda own: moved.setdefault(id(own), own.to(hidden.device)), made
             )
         return run_block(block, self._arguments[key][index], hidden)
 
     def site_modules(self, index: int, block: nn.Module) -> dict[str, nn.Module]:
-        """For each site of a block that still exists, a module that reads it."""
+        """A module that reads each site of a block, for sites that still exist."""
         prefix = f"{self.layout.family.blocks}.{index}."
         modules: dict[str, nn.Module] = {}
         existing = dict(block.named_modules())
