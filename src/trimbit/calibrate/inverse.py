@@ -1,4 +1,4 @@
-"""Inverses of damped second moments, in fp64, refusing what is not positive definite."""
+"""Inverses of damped second moments; a matrix that is not positive definite is an error."""
 
 import torch
 from jaxtyping import Float
@@ -14,10 +14,10 @@ def damped(h: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:
 
 
 def damped_inverse(h: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:
-    """The inverse of `damped`.
+    """The inverse of the damped H.
 
     Raises:
-        NumericsError: if that matrix is not positive definite; says the damping that would work.
+        NumericsError: if H is not finite, or the damped H not positive definite, naming a damping that would work.
     """
     if not bool(h.isfinite().all()):
         raise NumericsError("the second moment H of a layer's inputs is not finite: the model overflows on this text")
@@ -36,7 +36,7 @@ def inverse_factor(h: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n 
     """U upper triangular with U^T U = (H + damping * mean(diag H) * I)^-1.
 
     Raises:
-        NumericsError: if that matrix is not positive definite; says the damping that would work.
+        NumericsError: if H is not finite, or the damped H not positive definite, naming a damping that would work.
     """
     upper: Tensor = torch.linalg.cholesky(damped_inverse(h, damping), upper=True)
     return upper
