@@ -1,8 +1,8 @@
 """The zero-shot tasks and their files.
 
-lm-eval defines `acc` (the likeliest choice) for every task, and `acc_norm` (log-likelihood divided by the choice's
-characters) for PIQA, HellaSwag, ARC and OpenBookQA. The headline is `acc_norm` if there is one, else `acc` (BoolQ,
-WinoGrande); both are kept.
+lm-eval defines `acc` (the likeliest choice) for every task, and `acc_norm` (log-likelihood divided by the length of the
+choice in characters) for PIQA, HellaSwag, ARC and OpenBookQA. The headline is `acc_norm` if there is one, else `acc`
+(BoolQ, WinoGrande); both are kept.
 """
 
 import gzip
@@ -56,7 +56,7 @@ SOURCES = {
 
 
 def task_keys(names: tuple[str, ...], folder: Path | None) -> list[str]:
-    """What scores depend on besides the model: lm-eval's version and the digests of local task files."""
+    """What scores depend on apart from the model: lm-eval's version and the digests of local task files."""
     files = [hashlib.sha256(_file(name, folder).read_bytes()).hexdigest() for name in names if folder is not None]
     return [version("lm_eval"), *files]
 
@@ -88,7 +88,7 @@ def _check_rows(file: Path, fields: tuple[str, ...]) -> None:
 
 
 def mean_score(found: dict[str, TaskScore]) -> Score:
-    """The mean of the tasks' headline scores; the standard error takes their errors as independent."""
+    """The mean of the tasks' headline scores; its standard error treats the errors of the tasks as independent."""
     scores = [task.score for task in found.values()]
     errors = [score.stderr for score in scores if score.stderr is not None]
     return Score(
