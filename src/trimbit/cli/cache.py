@@ -1,4 +1,4 @@
-"""The commands that look after the cache of finished stages: cache show, prune, clear."""
+"""The commands for the cache of finished stages: cache show, cache prune, cache clear."""
 
 import json
 from datetime import datetime
@@ -51,7 +51,7 @@ def cache_prune(
         float | None, typer.Option("--older-than", help="remove entries that were not used for this many days", min=0)
     ] = None,
 ) -> None:
-    """Remove entries that were not used for long. An entry that a job works on stays."""
+    """Remove the entries that were used longest ago. Entries that a job is working on are kept."""
     from trimbit.errors import DataError
     from trimbit.jobs.cache import Cache
     from trimbit.schema.budget import Budget
@@ -69,7 +69,7 @@ def cache_prune(
 
 @cache_app.command(name="clear")
 def cache_clear() -> None:
-    """Remove all entries. An entry that a job works on stays."""
+    """Remove all entries, except those that a job is working on."""
     from trimbit.jobs.cache import Cache
 
     _print_removed(Cache().clear())

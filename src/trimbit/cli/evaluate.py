@@ -1,4 +1,4 @@
-"""The command that measures: eval."""
+"""The command that measures a model: eval."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def eval_command(
     dtype: Annotated[str, typer.Option("--dtype", help="bfloat16 or float32")] = "bfloat16",
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Measure perplexity, KL to the original, bytes, memory and speed on a text; accuracy on zero-shot tasks."""
+    """Measure perplexity, KL to the original, bytes, memory and speed on a text, and accuracy on zero-shot tasks."""
     import torch
 
     from trimbit.errors import DataError

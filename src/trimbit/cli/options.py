@@ -1,11 +1,11 @@
-"""Arguments and options that several commands share."""
+"""Arguments and options shared by several commands."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-CONTEXT = 2048  # tokens; of windows, and what a cache is counted at
+CONTEXT = 2048  # tokens per window, and in the KV caches whose size is shown
 
 Model = Annotated[Path, typer.Argument(help="a directory with config.json and safetensors, or a .gguf file")]
 Out = Annotated[Path, typer.Argument(help="the directory or file to write")]

@@ -15,7 +15,7 @@ def recipes(
         bool, typer.Option("--all", help="print every parameter that --set can change; this loads PyTorch")
     ] = False,
 ) -> None:
-    """List the recipes; or print one as it is written, or with all that `--set` can change."""
+    """List the recipes, or print one: as it is written, or with all that `--set` can change."""
     import yaml
 
     from trimbit.pipeline.recipes import load_recipe, names

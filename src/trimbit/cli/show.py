@@ -19,7 +19,7 @@ def show(
     context: Annotated[int, typer.Option("--context", help="tokens that the cache is counted at", min=1)] = CONTEXT,
     as_json: AsJson = False,
 ) -> None:
-    """Print a result: size, KL, kept heads and channels, formats, plans that were tried, stages, the KV cache."""
+    """Print what a directory holds: size, KL, kept heads and channels, formats, plans tried, stages, KV cache."""
     run, plan = read_result(path)
     if as_json:
         typer.echo(json.dumps(fields(run, context), indent=1))
@@ -28,10 +28,10 @@ def show(
 
 
 def read_result(path: Path) -> "tuple[Run, Plan]":
-    """`run.json` and `plan.json` of a compressed directory, checked against each other and the weight files.
+    """Read `run.json` and `plan.json` of a compressed directory; check them against each other and the weight files.
 
     Raises:
-        ArtifactError: if it is no compressed directory, a file is missing or damaged, or the plan was edited.
+        ArtifactError: if it is not a compressed directory, a file is missing or damaged, or the plan was edited.
     """
     from trimbit.artifact.files import PLAN_FILE, is_compressed, weight_nbytes
     from trimbit.errors import ArtifactError
@@ -56,7 +56,7 @@ def read_result(path: Path) -> "tuple[Run, Plan]":
 
 
 def fields(run: "Run", context: int) -> dict[str, Any]:
-    """What `--json` prints: run.json, with the sizes that follow from it."""
+    """What `--json` prints: run.json and the sizes derived from it."""
     cache = run.kv_cache
     return run.model_dump(mode="json") | {
         "bf16_nbytes": 2 * run.parameters,
