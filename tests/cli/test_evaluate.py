@@ -110,14 +110,14 @@ def test_what_was_found_on_a_text_is_told_if_the_tasks_fail(run, job, task_data,
 def test_text_shorter_than_a_window(refused, job, tmp_path):
     write_text(tmp_path / "short.txt", 20)
     short = ["--recipe", job.recipe, "--calibration", tmp_path / "short.txt"]
-    refused(*compress(job.model, tmp_path / "out", short), words=["short.txt", "20 tokens found, 32 needed"])
+    refused(*compress(job.model, tmp_path / "out", short), words=["short.txt", "20 tokens, but one window needs 32"])
     write_text(tmp_path / "short.txt", 100)
     refused(
         *compress(job.model, tmp_path / "out", short),
-        words=["short.txt", "19 rows of 32", "has 3", "12 for calibration.rows"],
+        words=["short.txt", "19 rows of 32", "has only 3", "12 for calibration.rows"],
     )
     few = ["--text", tmp_path / "short.txt", "--context", 128]
-    refused("eval", job.model, *few, words=["short.txt", "100 tokens found, 128 needed"])
+    refused("eval", job.model, *few, words=["short.txt", "100 tokens, but one window needs 128"])
 
 
 def test_no_such_text(refused, job, tmp_path):

@@ -26,8 +26,8 @@ def damped_inverse(h: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n 
         eigenvalues = torch.linalg.eigvalsh(h)
         need = max(2 * float(-eigenvalues[0] / h.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)), 1e-6)
         raise NumericsError(
-            f"H is not positive definite with damping {damping:g}: its eigenvalues go from {eigenvalues[0]:.3g} to "
-            f"{eigenvalues[-1]:.3g}; a damping of {need:.1g} would work, and so may more calibration text"
+            f"H is not positive definite with damping {damping:g}: its eigenvalues range from {eigenvalues[0]:.3g} to "
+            f"{eigenvalues[-1]:.3g}; use a damping of {need:.1g}, or try more calibration text"
         )
     return torch.cholesky_inverse(factor)
 

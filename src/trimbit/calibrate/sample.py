@@ -155,7 +155,7 @@ def _start_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows
     eos = frozenset([ends] if isinstance(ends, int) else ends) | {tokenizer.eos_token_id} - {None}
     bos = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if bos is None:
-        msg = "the tokenizer has neither BOS nor EOS to start a text with; calibrate with a file"
+        msg = "the tokenizer has neither BOS nor EOS to start a text; calibrate on a text file (--calibration FILE)"
         raise DataError(msg)
     chats = rows // 2 if tokenizer.chat_template else 0
     before, answer = _template(tokenizer, length) if chats else ([], [])
@@ -171,11 +171,14 @@ def _template(tokenizer: PreTrainedTokenizerBase, length: int) -> tuple[list[int
     text = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
     before, *after = [encode(part, tokenizer).tolist() for part in str(text).split(_SENTINEL)]
     if len(after) != 1 or not before or not after[0]:
-        msg = f"the chat template must hold a user's words once, between tokens; it made {text!r}"
+        msg = (
+            "the chat template must contain the user's message once, with tokens before and after it, but it gave "
+            f"{text!r}; calibrate on a text file (--calibration FILE)"
+        )
         raise DataError(msg)
     needed = len(before) + length // 4 + len(after[0]) + 1
     if needed > length:
-        msg = f"a chat takes {needed} tokens or more, rows have {length}; make the rows longer"
+        msg = f"a chat needs at least {needed} tokens, but rows have {length}; use longer rows (calibration.length)"
         raise DataError(msg)
     return before, after[0]
 
@@ -185,7 +188,10 @@ def _check_sampling(model: PreTrainedModel, **numbers: int) -> None:
         require_positive(what, value)
     most = getattr(model.config, "max_position_embeddings", None)
     if most is not None and numbers["length"] > most:
-        msg = f"rows of {numbers['length']} tokens asked, the model has {most} positions"
+        msg = (
+            f"rows of {numbers['length']} tokens were requested, but the model has only {most} positions; use shorter "
+            "rows (calibration.length)"
+        )
         raise DataError(msg)
     if model.training:
         msg = "the model is in training mode; call model.eval() first"

@@ -56,7 +56,7 @@ def teacher_outputs(
     def hidden_of(tokens: Tensor) -> Tensor:
         found = load_tensors(place(tokens))
         if found is None:
-            raise ArtifactError(f"{place(tokens)} was damaged meanwhile; run again")
+            raise ArtifactError(f"{place(tokens)} is missing or was damaged during the run; run again")
         return found[0]["hidden"].to(stream.compute)
 
     return Teacher(hidden=hidden_of, head=stream.head())

@@ -49,7 +49,7 @@ class TokenSet:
             DataError: if the counts do not add up to the number of rows.
         """
         if sum(counts) != len(self.tokens):
-            msg = f"{self.name}: parts of {counts} rows asked of {len(self.tokens)}"
+            msg = f"{self.name}: parts of {counts} rows were requested, but there are {len(self.tokens)} rows"
             raise DataError(msg)
         return tuple(replace(self, tokens=part) for part in self.tokens.split(list(counts)))
 
@@ -66,7 +66,10 @@ class TokenSet:
         whole = body.shape[1] // size * size
         cut = body[:, :whole].reshape(-1, size)
         if whole == 0 or (count is not None and len(cut) < count):
-            msg = f"{self.name}: {count or 1} pieces of {length} tokens asked, {len(self.tokens)} rows have {len(cut)}"
+            msg = (
+                f"{self.name}: {count or 1} pieces of {length} tokens were requested, but {len(self.tokens)} rows have "
+                f"only {len(cut)}"
+            )
             raise DataError(msg)
         cut = cut[:count]
         return replace(self, tokens=cut if bos is None else torch.cat([cut.new_full((len(cut), 1), bos), cut], dim=1))
@@ -96,7 +99,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
     """
     suffix, text = _decoded(path)
     if suffix != ".jsonl":
-        msg = f"{path}: a .jsonl file is needed, with or without .gz"
+        msg = f"{path}: must be a .jsonl file, with or without .gz"
         raise DataError(msg)
     return _rows(path, text)
 
@@ -106,7 +109,7 @@ def _decoded(path: Path) -> tuple[str, str]:
     suffix = (path.with_suffix("") if path.suffix == ".gz" else path).suffix
     if suffix not in SUFFIXES or not path.is_file():
         problem = "no such file" if suffix in SUFFIXES else f"unknown suffix {path.suffix!r}"
-        msg = f"{path}: {problem}; known are {', '.join(SUFFIXES)}, each also with .gz"
+        msg = f"{path}: {problem}; supported are {', '.join(SUFFIXES)}, each also with .gz"
         raise DataError(msg)
     try:
         data = path.read_bytes()
@@ -134,7 +137,7 @@ def _documents(path: Path, text: str) -> Iterator[str]:
         if document is None:
             found = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
             known = f"{', '.join(TEXT_KEYS)}, or {' + '.join(INSTRUCT_KEYS)}"
-            msg = f"{path}, line {number}: found {found or 'no keys'}; needs a string in {known}"
+            msg = f"{path}, line {number}: found {found or 'no keys'}, but a row needs a string under {known}"
             raise DataError(msg)
         yield document
 
@@ -172,7 +175,7 @@ def windows(ids: Int[Tensor, " n"], length: int, *, bos: int | None) -> Int[Tens
     body = length - (bos is not None)
     require_positive("window length without BOS", body)
     if len(ids) < body:
-        msg = f"{len(ids)} tokens found, {body} needed for one window; give more text"
+        msg = f"the text has {len(ids)} tokens, but one window needs {body}; give more text or use shorter windows"
         raise DataError(msg)
     rows = ids[: len(ids) // body * body].reshape(-1, body)
     return rows if bos is None else torch.cat([rows.new_full((len(rows), 1), bos), rows], dim=1)
@@ -206,8 +209,8 @@ def from_file(path: Path, tokenizer: PreTrainedTokenizerBase, *, rows: int, leng
     found = evaluation_windows(path, tokenizer, context=length, max_windows=None)
     if len(found) < rows:
         msg = (
-            f"{path}: {rows} rows of {length} tokens asked, the text has {len(found)}; "
-            f"ask for at most {len(found)} rows, shorten them or give more text"
+            f"{path}: {rows} rows of {length} tokens were requested, but the text has only {len(found)}; "
+            f"request at most {len(found)} rows, shorten them or give more text"
         )
         raise DataError(msg)
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
@@ -221,7 +224,7 @@ def require_positive(what: str, value: int) -> None:
         DataError: if it is, naming it.
     """
     if value < 1:
-        msg = f"{what} is {value}; must be at least 1"
+        msg = f"{what} is {value}, but must be at least 1"
         raise DataError(msg)
 
 
