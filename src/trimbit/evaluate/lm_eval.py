@@ -41,7 +41,7 @@ def check_tasks(names: tuple[str, ...], folder: Path | None, max_documents: int 
     if any(find_spec(package) is None for package in NEEDS):
         raise DataError("zero-shot tasks need the package lm-eval: pip install 'trimbit[eval]'")
     if max_documents is not None and max_documents < 1:
-        raise DataError(f"the limit of documents is {max_documents}; must be at least 1")
+        raise DataError(f"the limit of documents is {max_documents}, but must be at least 1")
     for name in names or ("",):
         if name not in SOURCES:
             raise DataError(f"no task {name!r}; known are {', '.join(SOURCES)}")
@@ -134,7 +134,7 @@ def _check_target(task: Any, number: int, doc: dict[str, Any]) -> None:  # noqa:
     choices = task.doc_to_choice(doc)
     target = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     if not isinstance(target, int) or not 0 <= target < len(choices):
-        raise ValueError(f"row {number + 1}: the target {target!r} is none of {len(choices)} choices")
+        raise ValueError(f"row {number + 1}: the target {target!r} is not one of the {len(choices)} choices")
 
 
 def _reason(err: BaseException) -> str:

@@ -61,7 +61,7 @@ def evaluate(
     config = _config(path)
     positions = getattr(config, "max_position_embeddings", context)
     if not 2 <= context <= positions:
-        raise DataError(f"the context is {context} tokens: this model reads 2 to {positions} (--context)")
+        raise DataError(f"the context is {context} tokens, but this model takes 2 to {positions}; change --context")
     if against is not None:
         _require_original(path, config.vocab_size, against)
     model = load_model(path, dtype)
@@ -114,12 +114,15 @@ def _require_original(path: Path, vocab_size: int, against: Path) -> None:
         raise ArtifactError(f"{against} is compressed; give the original model (--against)")
     original = open_checkpoint(against)
     if vocab_size != original.config.vocab_size:
-        raise ArtifactError(f"{path} and {against} have vocabularies of other sizes: their outputs do not compare")
+        raise ArtifactError(
+            f"{path} and {against} have vocabularies of different sizes, {vocab_size:,} and "
+            f"{original.config.vocab_size:,}, so their outputs cannot be compared; give the original model (--against)"
+        )
     if is_compressed(path):
         made = load_plan(path / PLAN_FILE).model
         if made.weights_hash != original.weights_hash():
             log.warning(
-                "%s was made from other files than %s: from %s (weights %s)",
+                "%s was not made from the files in %s, but from %s (weights %s)",
                 path, against, made.id, made.weights_hash[:12],
             )  # fmt: skip
 

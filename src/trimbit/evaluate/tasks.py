@@ -66,7 +66,7 @@ def _file(name: str, folder: Path) -> Path:
     for file in (folder / f"{stem}.jsonl.gz", folder / f"{stem}.jsonl"):
         if file.is_file():
             return file
-    raise DataError(f"{folder}: holds neither {stem}.jsonl.gz nor {stem}.jsonl, which {name} needs")
+    raise DataError(f"{folder} has neither {stem}.jsonl.gz nor {stem}.jsonl; the task {name} needs one of them")
 
 
 def _check_rows(file: Path, fields: tuple[str, ...]) -> None:
@@ -78,13 +78,13 @@ def _check_rows(file: Path, fields: tuple[str, ...]) -> None:
                 row = json.loads(line)
                 missing = [field for field in fields if not isinstance(row, dict) or row.get(field) is None]
                 if missing:
-                    raise DataError(f"{file}, line {number}: has no {', '.join(missing)}")
+                    raise DataError(f"{file}, line {number}: the row has no {', '.join(missing)}")
     except json.JSONDecodeError as err:
         raise DataError(f"{file}, line {number}: not valid JSON: {err}") from err
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as err:
         raise DataError(f"{file}: cannot be read: {err}") from err
     if number == 0:
-        raise DataError(f"{file}: is empty")
+        raise DataError(f"{file} is empty")
 
 
 def mean_score(found: dict[str, TaskScore]) -> Score:
