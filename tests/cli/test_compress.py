@@ -94,14 +94,14 @@ def test_a_packed_cache_from_the_recipe_to_generation(run, job, options, compres
 def test_an_output_that_exists(refused, job, options, tmp_path, command):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("precious")
-    refused(command, job.model, tmp_path / "out", "--budget", BUDGET, *options, words=["out exists already"])
+    refused(command, job.model, tmp_path / "out", "--budget", BUDGET, *options, words=["out already exists"])
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
 @pytest.mark.parametrize("command", ["plan", "compress"])
 def test_an_output_needs_a_folder_to_lie_in(refused, job, options, tmp_path, command):
     (tmp_path / "file").write_text("")
-    words = [f"cannot write {tmp_path / 'file' / 'out'}", "no directory"]
+    words = [f"cannot write {tmp_path / 'file' / 'out'}", "is not a writable directory"]
     refused(command, job.model, tmp_path / "file" / "out", "--budget", BUDGET, *options, words=words)
 
 

@@ -24,10 +24,10 @@ def require_absent(out: Path, *, file: bool = False) -> None:
         ArtifactError: if something else exists under this name, or the directory above it is not writable.
     """
     if out.exists() and (file or not out.is_dir() or any(out.iterdir())):
-        raise ArtifactError(f"{out} exists already; give a new {'file' if file else 'directory'} or remove it")
+        raise ArtifactError(f"{out} already exists; give a new {'file' if file else 'directory'} or remove it")
     above = next(folder for folder in out.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ArtifactError(f"cannot write {out}: {above} is no directory that can be written to")
+        raise ArtifactError(f"cannot write {out}: {above} is not a writable directory")
 
 
 def config_fields(config: "PreTrainedConfig", structure: Structure) -> dict[str, Any]:
