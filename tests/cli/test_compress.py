@@ -113,7 +113,7 @@ def test_a_plan_is_applied_by_its_own_recipe_and_seed(run, job, options, tmp_pat
         assert run(command, job.model, out, *given)[0] == 0
     code, _, err = run("apply", job.model, plan, tmp_path / "none")
     assert code != 0
-    assert f"found on {job.text.name}: give that file" in err
+    assert f"found on {job.text.name}; give that file" in err
     assert run("apply", job.model, plan, tmp_path / "again", "--calibration", job.text)[0] == 0
     for name in ("model.safetensors", "recipe.yaml", "plan.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()

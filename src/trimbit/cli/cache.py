@@ -45,10 +45,10 @@ def cache_show(as_json: AsJson = False) -> None:
 @cache_app.command(name="prune")
 def cache_prune(
     max_size: Annotated[
-        str | None, typer.Option("--max-size", help="leave at most this much, such as 20GB: what was used last")
+        str | None, typer.Option("--max-size", help="keep at most this much, such as 20GB, of what was used last")
     ] = None,
     older_than: Annotated[
-        float | None, typer.Option("--older-than", help="remove entries that were not used for this many days", min=0)
+        float | None, typer.Option("--older-than", help="remove entries not used for this many days", min=0)
     ] = None,
 ) -> None:
     """Remove the entries that were used longest ago. Entries that a job is working on are kept."""
@@ -57,12 +57,12 @@ def cache_prune(
     from trimbit.schema.budget import Budget
 
     if max_size is None and older_than is None:
-        raise DataError("nothing to go by; give --max-size, such as 20GB, --older-than DAYS or both")
+        raise DataError("nothing says what to remove; give --max-size, such as 20GB, --older-than DAYS or both")
     nbytes = None
     if max_size is not None:
         size = Budget.parse(max_size)
         if size.unit in {"bpw", "x"}:
-            raise DataError(f"--max-size {max_size}: give bytes, such as 20GB")
+            raise DataError(f"--max-size {max_size} is not a number of bytes; give one, such as 20GB")
         nbytes = size.nbytes(0)
     _print_removed(Cache().prune(max_nbytes=nbytes, older_than_days=older_than))
 

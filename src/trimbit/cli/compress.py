@@ -61,10 +61,10 @@ def plan(
 
 def apply_command(
     model: Model, plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="a plan.json")], out: Out,
-    recipe: Annotated[str | None, typer.Option("--recipe", help="another one than the plan was found by")] = None,
-    calibration: Annotated[str | None, typer.Option("--calibration", help="`self`, or the text's file")] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", help="default: the recipe that found the plan")] = None,
+    calibration: Annotated[str | None, typer.Option("--calibration", help="`self`, or a text file")] = None,
     overrides: Overrides = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="another one than the plan was found with")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="default: the seed with which the plan was found")] = None,
 ) -> None:  # fmt: skip
     """Apply a plan to a model with the recipe that found the plan, and write the compressed directory."""
     from trimbit.artifact.files import require_absent
@@ -79,7 +79,7 @@ def apply_command(
     resolved = read_recipe(by.recipe, str(plan_file), own) if recipe is None else load_recipe(recipe, own)
     job = _job(model, resolved, calibration or "self", by.seed if seed is None else seed)
     if calibration is None and by.calibration != "self" and job.needs_text:
-        raise PlanError(f"the plan was found on {by.calibration}: give that file, or another text (--calibration)")
+        raise PlanError(f"the plan was found on {by.calibration}; give that file or another text (--calibration)")
     written = flow.apply(job, found, out)
     print_summary(job.layout, written, None, out)
 

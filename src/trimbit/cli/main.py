@@ -42,7 +42,7 @@ def _version(asked: bool) -> bool:
 
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", help="print it", is_eager=True, callback=_version)] = False,
+    version: Annotated[bool, typer.Option("--version", help="print version", is_eager=True, callback=_version)] = False,
 ) -> None:
     """Fit a language model to a budget."""
 
@@ -67,7 +67,7 @@ def main() -> None:
         from trimbit.jobs.cache import cache_root
 
         _fail(
-            f"the cache {cache_root()} cannot be written, or a file in it is damaged ({err}); free space or remove it",
+            f"the cache {cache_root()} cannot be written or has a damaged file ({err}); free space or remove the cache",
             1,
         )
     except Exception as err:

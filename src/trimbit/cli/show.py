@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def show(
     path: Annotated[Path, typer.Argument(help="a compressed directory")],
-    context: Annotated[int, typer.Option("--context", help="tokens that the cache is counted at", min=1)] = CONTEXT,
+    context: Annotated[int, typer.Option("--context", help="tokens for the size of the KV cache", min=1)] = CONTEXT,
     as_json: AsJson = False,
 ) -> None:
     """Print what a directory holds: size, KL, kept heads and channels, formats, plans tried, stages, KV cache."""
@@ -44,13 +44,13 @@ def read_result(path: Path) -> "tuple[Run, Plan]":
     run, plan = parse_json(Run, path / RUN_FILE, ArtifactError), load_plan(path / PLAN_FILE)
     if plan.content != run.plan:
         raise ArtifactError(
-            f"{path / PLAN_FILE} was edited: its content key is {plan.content}, the weights were made by {run.plan}; "
-            "write another directory with `trimbit apply`, or restore the file"
+            f"{path / PLAN_FILE} was edited: its content key is {plan.content}, but {run.plan} made the weights; "
+            "restore the file, or write a new directory with `trimbit apply`"
         )
     if weight_nbytes(path) != run.nbytes:
         raise ArtifactError(
-            f"{path}: the weight files have {weight_nbytes(path):,} bytes, {RUN_FILE} says {run.nbytes:,}: "
-            "they are damaged or of another run; write the directory again"
+            f"{path}: the weight files have {weight_nbytes(path):,} bytes, but {RUN_FILE} says {run.nbytes:,}: "
+            "they are damaged or from another run; write the directory again"
         )
     return run, plan
 
