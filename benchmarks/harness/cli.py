@@ -76,7 +76,7 @@ def chosen(name: str, bench: Bench, options: argparse.Namespace) -> Iterator[Cel
 
 
 def results_of(name: str) -> Results:
-    """The stored cells of an experiment's group; a group's name works, too."""
+    """The results file of an experiment's group; `name` may also be that of a group."""
     return Results(BENCHMARKS / "results" / f"{name.partition('.')[0]}.json")
 
 
@@ -98,7 +98,7 @@ def show(names: Iterable[str], bench: Bench, options: argparse.Namespace) -> Non
 
 
 def main(doc: str | None, arguments: Sequence[str] | None = None) -> None:
-    """Run, list or only write the pages, as the options say."""
+    """Run cells, list them, or only write the pages, as the options say."""
     options = parse(doc, arguments)
     bench = Bench(source=options.model, data=options.data or Path())
     if options.list:

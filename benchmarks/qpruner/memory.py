@@ -34,7 +34,7 @@ def cells(bench: Bench, seed: int) -> Iterator[Cell]:
 
 
 def peaks(bench: Bench, own: Whole, seed: int) -> Found:
-    """Peak resident bytes by kind, above those of the imports, which are there too."""
+    """Peak resident bytes by kind above those of the imports, and those of the imports."""
     out, job = made(bench, own, seed), recovering(bench, own, seed)
     teacher_of(job, examples_of(job, None), config_of(job, STEPS))  # first, as its memory is no part of a step
     child = ["-m", "qpruner.memory"]

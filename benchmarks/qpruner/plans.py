@@ -91,7 +91,7 @@ def searched(bench: Bench, name: str, seed: int) -> Searched:
     uniform = find_plan(bench.job("qpruner-1", seed, (*PRUNED, f"quant.scales={menu.scales}")), None).plan
     jobs = {method: bench.job(recipe, seed, own) for method, (recipe, own) in searches(menu).items()}
     nbytes = preflight(jobs["qpruner-2"], None)
-    if menu.like_uniform:  # the uniform plan's bytes for block weights, plus what searches keep free for longer headers
+    if menu.like_uniform:  # the uniform plan's bytes for block weights, and what searches keep free for longer headers
         own = variables(problem_of(jobs["qpruner-3"], uniform.found_by.nbytes), menu.per)
         held = sum(costs[[p.name for p in own.formats].index("nf4g64")] for costs in own.costs)
         nbytes = uniform.found_by.nbytes + held - own.room_nbytes
@@ -112,7 +112,7 @@ def searched(bench: Bench, name: str, seed: int) -> Searched:
 
 
 def compare(bench: Bench, name: str, seed: int) -> Found:
-    """KL of each plan on test text, made of candidates, as they equal the weights that would be written."""
+    """KL of each plan on test text, with weights from candidates, which equal those that would be written."""
     found = searched(bench, name, seed)
     kl_of = on_test_text(bench, found.job, seed)
     return {

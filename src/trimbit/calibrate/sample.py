@@ -107,7 +107,7 @@ def draw(
         bad = int((~logits.isfinite()).sum())
         msg = f"{bad} of {logits.numel()} logits are not finite while sampling; check the weights"
         raise NumericsError(msg)
-    below = logits.softmax(-1).cumsum(-1)  # needs one random number per row, not per vocabulary entry
+    below = logits.softmax(-1).cumsum(-1)  # so one random number per row is enough, not one per vocabulary entry
     point = torch.rand(len(below), 1, generator=generator, device=below.device) * below[:, -1:]
     drawn = torch.searchsorted(below, point, right=True).clamp_(max=below.shape[1] - 1)
     return drawn[:, 0].tolist(), out[CACHE]

@@ -86,7 +86,7 @@ class _Stage:
         self.prefix, self.write, self.clock = prefix, write, clock
         self.began = self.told = clock()
         self.told_part = 0
-        self.before: int | None = None  # `done` at the time `began`; not 0 in a resumed stage
+        self.before: int | None = None  # `done` at the time `began`: above 0 in a resumed stage
         self.last = 0
 
     def __call__(self, done: int, total: int) -> None:
