@@ -1,1 +1,1 @@
-"""What every experiment shares: cells that resume, models, quality, measured processes, tables, the command line."""
+"""What all experiments share: resumable cells, models, quality, measured processes, tables and the command line."""

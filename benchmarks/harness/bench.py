@@ -1,4 +1,4 @@
-"""What cells are run on: the model, the data, and where work in progress lies."""
+"""What cells run on: the model, the data, and the folder of work in progress."""
 
 import json
 import os
@@ -23,34 +23,34 @@ TEST, TRAIN = "wikitext-2/wiki.test.raw", "wikitext-2/wiki.train.prefix.raw"
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """The model, the data, and the windows that quality is measured on."""
+    """The model, the data, and the size and number of the windows on which quality is measured."""
 
     source: Path  # a model directory or a .gguf file
     data: Path  # a folder with `wikitext-2`, `text`, `tasks` and `instruct`
     work: Path = WORK
     context: int = 2048
     windows: int = 16
-    overrides: tuple[str, ...] = ()  # of every recipe: tests have small models and texts
+    overrides: tuple[str, ...] = ()  # applied to every recipe; for tests, whose models and texts are small
 
     def dump(self) -> str:
-        """For a process of its own; see `load`."""
+        """The bench as text, to hand to another process; see `load`."""
         paths = {name: str(getattr(self, name)) for name in ("source", "data", "work")}
         return json.dumps(paths | {"context": self.context, "windows": self.windows, "overrides": self.overrides})
 
     @classmethod
     def load(cls, text: str) -> "Bench":
-        """The bench of the process that dumped it."""
+        """The bench that another process dumped."""
         fields = json.loads(text)
         paths = {name: Path(fields[name]) for name in ("source", "data", "work")}
         return cls(**fields | paths | {"overrides": tuple(fields["overrides"])})
 
     @property
     def cache(self) -> Path:
-        """Where stages are kept that cells share."""
+        """The folder of the stages that cells share."""
         return Path(os.environ.get("TRIMBIT_CACHE") or self.work / "cache")
 
     def original(self, seed: int) -> Path:
-        """The model off its grid, made once."""
+        """The off-grid model, made once per seed."""
         path = self.work / f"offgrid-{seed}"
         if not path.exists():
             partial = path.with_suffix(f".partial-{os.getpid()}")
@@ -63,7 +63,7 @@ class Bench:
         self, recipe: str, seed: int = 0, overrides: tuple[str, ...] = (), *, text: str = TRAIN,
         model_seed: int | None = None, reporter: Reporter | None = None,
     ) -> Job:  # fmt: skip
-        """A job on the model off its grid; `model_seed` is that of the grid, else it is `seed`, too."""
+        """A job on the off-grid model; `model_seed` seeds that model's scales, by default `seed` does."""
         loaded = load_recipe(recipe, (*overrides, *self.overrides))
         return open_job(
             self.original(seed if model_seed is None else model_seed), loaded, calibration=str(self.data / text),
@@ -72,7 +72,7 @@ class Bench:
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A place for a compressed directory that is not kept."""
+        """Yield a temporary path for a compressed directory that is not kept."""
         self.work.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=self.work) as folder:
             yield Path(folder) / "out"

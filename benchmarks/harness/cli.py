@@ -1,4 +1,4 @@
-"""The command line: which experiments, which of their cells."""
+"""The command line: chooses experiments and their cells, runs them, and writes the pages."""
 
 import argparse
 import importlib
@@ -18,17 +18,17 @@ MODEL = Path(".models/SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 class Experiment(Protocol):
-    """What the module of an experiment offers."""
+    """What the module of an experiment provides."""
 
-    SEEDS: tuple[int, ...]  # that are run where none is named
-    SHARED_MINUTES: float  # of stages in the cache that its cells share, expected on two cores with AVX2
+    SEEDS: tuple[int, ...]  # run unless others are named
+    SHARED_MINUTES: float  # for the cached stages that its cells share, expected on two cores with AVX2
 
     def cells(self, bench: Bench, seed: int) -> Iterable[Cell]:
-        """The cells of a seed, in the order in which they are run."""
+        """The cells for a seed, in the order in which they are run."""
 
 
 def parse(doc: str | None, arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options."""
+    """Parse the command line; `doc` is its description."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="+", help="GROUP or GROUP.EXPERIMENT")
     parser.add_argument("--data", type=Path, help="folder with wikitext-2, text, tasks and instruct")
@@ -46,7 +46,7 @@ def parse(doc: str | None, arguments: Sequence[str] | None = None) -> argparse.N
 
 
 def _experiments(parser: argparse.ArgumentParser, name: str) -> list[str]:
-    """The experiments of a group, or the one that is named."""
+    """The names of all experiments of a group, or of the one that is named."""
     group, _, own = name.partition(".")
     if group in GROUPS:
         module = importlib.import_module(group)
@@ -69,19 +69,19 @@ def experiment(name: str) -> Experiment:
 
 
 def chosen(name: str, bench: Bench, options: argparse.Namespace) -> Iterator[Cell]:
-    """The cells of an experiment that are asked for."""
+    """The cells of an experiment that the options select."""
     module = experiment(name)
     for seed in options.seeds or module.SEEDS:
         yield from (cell for cell in module.cells(bench, seed) if fnmatchcase(cell.key, options.only))
 
 
 def results_of(name: str) -> Results:
-    """Where the cells of an experiment, or of a group, are stored."""
+    """The results file of an experiment's group; `name` may also be that of a group."""
     return Results(BENCHMARKS / "results" / f"{name.partition('.')[0]}.json")
 
 
 def show(names: Iterable[str], bench: Bench, options: argparse.Namespace) -> None:
-    """The cells, which of them are missing, and how long these will take."""
+    """Print the cells, which of them are missing, and how long those will take."""
     total = 0.0
     for name in names:
         shared, results = experiment(name).SHARED_MINUTES, results_of(name)
@@ -98,14 +98,14 @@ def show(names: Iterable[str], bench: Bench, options: argparse.Namespace) -> Non
 
 
 def main(doc: str | None, arguments: Sequence[str] | None = None) -> None:
-    """Run what is asked for."""
+    """Run cells, list them, or only write the pages, as the options say."""
     options = parse(doc, arguments)
     bench = Bench(source=options.model, data=options.data or Path())
     if options.list:
         show(options.experiments, bench, options)
         return
     if not options.pages:
-        os.environ.setdefault("TRIMBIT_CACHE", str(WORK / "cache"))  # for the processes that cells start
+        os.environ.setdefault("TRIMBIT_CACHE", str(WORK / "cache"))  # also for processes that cells start
         for name in options.experiments:
             results = results_of(name)
             for cell in chosen(name, bench, options):
@@ -117,5 +117,5 @@ def main(doc: str | None, arguments: Sequence[str] | None = None) -> None:
 
 
 def write_page(group: str, stored: Stored) -> None:
-    """Write the page of a group, its tables and pictures."""
+    """Write the tables and pictures of a group's page."""
     importlib.import_module(f"{group}.page").write(stored)

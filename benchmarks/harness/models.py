@@ -1,9 +1,9 @@
 """Take a model off its quantisation grid without changing its function.
 
-The embedded SmolLM2 was stored at 4 bits, so a 4-bit method that happens on that grid looks
-lossless. Here each input channel of every projection is scaled by exp(U(-0.35, 0.35)) (ours), and
-the scale is undone in the layer before: the RMSNorm weight (q, k, v; gate, up), the rows of up_proj
-(down_proj) and the rows of v_proj (o_proj). The embedding stays as it is.
+The embedded SmolLM2 was stored at 4 bits, so a 4-bit method that hits the same grid would look lossless. Here each
+input channel of every projection is scaled by exp(U(-0.35, 0.35)) (ours), and the layer before undoes the scale: the
+RMSNorm weight (for q, k, v and gate, up), the rows of up_proj (for down_proj) and the rows of v_proj (for o_proj). The
+embedding is not changed.
 """
 
 from pathlib import Path
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-SPREAD = 0.35  # ours: large enough that no group of 32 keeps a common step
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # plain RMSNorm weight, separate projections
+SPREAD = 0.35  # ours: large enough that no group of 32 weights keeps a common step size
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # those with a plain RMSNorm weight and separate projections
 PROBE = "Paris is the capital of France. Bread is flour, water, salt and yeast; it rises because"
 
 
@@ -34,7 +34,7 @@ def _scale_out(layer: nn.Linear, factor: Tensor) -> None:
 
 @torch.no_grad()
 def take_off_grid(model: nn.Module, seed: int) -> None:
-    """Rescale the input channels of every projection in place; the function stays the same.
+    """Rescale the input channels of every projection in place, without changing the model's function.
 
     Args:
         model: A float32 causal LM of one of `FAMILIES`.
@@ -67,7 +67,7 @@ def take_off_grid(model: nn.Module, seed: int) -> None:
         s = draw(mlp.down_proj.in_features)
         _scale_out(mlp.up_proj, 1 / s)
         _scale(mlp.down_proj.weight, s, 1)
-        s = draw(attn.v_proj.out_features)  # by kv head; its query heads share it
+        s = draw(attn.v_proj.out_features)  # by KV head, because its query heads share it
         _scale_out(attn.v_proj, 1 / s)
         per_head = s.view(config.num_key_value_heads, 1, -1).expand(-1, groups, -1).reshape(-1)
         _scale(attn.o_proj.weight, per_head, 1)
@@ -82,13 +82,13 @@ def load(source: Path) -> tuple[Any, Any]:
         source.parent,
         gguf_file=source.name,
         dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),  # else it counts as quantised: unsavable
+        quantization_config=GgufConfig(dequantize=True),  # else it counts as quantised and cannot be saved
     )
     return model.eval(), AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
 
 
 def write_off_grid(source: Path, out: Path, seed: int) -> None:
-    """Write the off-grid model as a directory in bf16, and print how far its logits moved."""
+    """Write the off-grid model as a directory in bf16, and print how much its logits changed."""
     model, tokenizer = load(source)
     probe = torch.tensor([tokenizer(PROBE, add_special_tokens=False).input_ids])
     with torch.no_grad():

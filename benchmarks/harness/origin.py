@@ -1,4 +1,4 @@
-"""Where a figure is from: the package's code, the machine, the libraries, the text."""
+"""The origin of a figure: the package's code, the machine, the libraries and the text."""
 
 import ast
 import hashlib
@@ -27,7 +27,7 @@ def package() -> Path:
 
 
 def code_digest(folder: Path) -> str:
-    """Of the code and the recipes in a folder, 16 hex digits; docstrings, comments and layout do not count."""
+    """Digest (16 hex digits) of the code and the recipes in a folder; docstrings, comments and layout do not count."""
     total = hashlib.sha256()
     for path in sorted(own for suffix in ("py", "yaml") for own in folder.rglob(f"*.{suffix}")):
         content = bare_code(path).encode() if path.suffix == ".py" else path.read_bytes()
@@ -47,20 +47,20 @@ def bare_code(path: Path) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """Sha256 of a file."""
+    """SHA-256 (hex) of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def machine() -> dict[str, Any]:
-    """The hardware as plain data; a GPU only where this process has used it."""
+    """The hardware as plain data; a GPU is left out unless this process has used it."""
     found = hardware()
     used = torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0
     return (found if used else found.model_copy(update={"gpu": None})).model_dump(mode="json")
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the libraries that decide results."""
+    """The versions of Python and of the libraries that results depend on."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -71,7 +71,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware_of(cell: dict[str, Any]) -> Hardware:
-    """The hardware of a stored cell; earlier code recorded the processor's name and the threads alone."""
+    """The hardware of a stored cell; earlier code recorded only the name of the processor and the threads."""
     found = cell["hardware"]
     if isinstance(found, dict):
         return Hardware.model_validate(found | {"instruction_sets": tuple(found["instruction_sets"])})

@@ -1,4 +1,4 @@
-"""Processes whose time and memory are measured, and the time of a job's stages."""
+"""Measures the time and memory of processes, and the time of a job's stages."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from pathlib import Path
 from harness.bench import BENCHMARKS
 from trimbit.jobs.progress import Progress
 
-# Linux counts the memory of the process that starts another as the other's own: a small one stands between.
+# On Linux the peak memory of a child includes its parent's at the fork, so a small process stands in between.
 BETWEEN = """
 import resource, subprocess, sys
 subprocess.run(sys.argv[1:], check=True, stdout=sys.stderr)
@@ -20,10 +20,10 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
 
 
 def measured(arguments: Sequence[str], cache: Path | None = None) -> tuple[float, int]:
-    """Seconds and peak resident bytes of `python ARGUMENTS`, which may import the benchmarks.
+    """Seconds and peak resident bytes of running `python ARGUMENTS`, which can import the benchmarks.
 
     Raises:
-        CalledProcessError: if it fails.
+        CalledProcessError: if the process fails.
     """
     path = os.pathsep.join([str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": path} | ({"TRIMBIT_CACHE": str(cache)} if cache else {})
@@ -34,7 +34,7 @@ def measured(arguments: Sequence[str], cache: Path | None = None) -> tuple[float
 
 
 class Timed:
-    """A reporter that keeps the seconds of each stage by its title; stages that lie in others count in both."""
+    """A reporter that keeps the seconds of each stage by its title; a nested stage counts in both."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

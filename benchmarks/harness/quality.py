@@ -1,4 +1,4 @@
-"""What a model is worth on a text: perplexity, KL to the original, the same first choice."""
+"""Quality of a model on a text: perplexity, KL to the original, and how often the first choice is the same."""
 
 import math
 from collections.abc import Sequence
@@ -25,10 +25,10 @@ from trimbit.schema.kv_cache import KVPrecision
 def quality(
     bench: Bench, path: Path, original: Path, text: str = TEST, kv_cache: KVPrecision | None = None
 ) -> dict[str, float]:
-    """Perplexity, KL(original || model) in nats a token, and the share of tokens with the same first choice, in bf16.
+    """Perplexity, KL(original || model) in nats per token, and the share of tokens with the same first choice, in bf16.
 
-    On the first windows of a text; on a GPU where there is one. Keys and values are exact, or as the model's plan says,
-    or as `kv_cache` says.
+    Measured on the first windows of a text, on a GPU if there is one. The KV cache is quantised as `kv_cache` says, or
+    else as the model's plan says; without either it is exact.
     """
     device = fastest_device()
     windows = _windows(bench, original, text).to(device)
@@ -47,7 +47,7 @@ def quality(
 
 
 def perplexity(bench: Bench, path: Path, text: str, context: int) -> float:
-    """Perplexity in shorter windows of the same part of a text, in bf16 on the CPU."""
+    """Perplexity at a shorter context on the same part of a text, in bf16 on the CPU."""
     max_windows = bench.windows * bench.context // context
     windows = evaluation_windows(bench.data / text, load_tokenizer(path), context=context, max_windows=max_windows)
     model = load_model(path, torch.bfloat16)
@@ -76,7 +76,7 @@ def _reference(bench: Bench, dense: PreTrainedModel, original: Path, windows: Te
 
 
 def _keep_dense(model: PreTrainedModel) -> None:
-    """Dequantise weights once, not in each of many short reads: the same figures, sooner."""
+    """Dequantise weights once rather than in each of many short reads: faster, with the same figures."""
     for layer in model.modules():
         if isinstance(layer, PackedLinear):
             kept = {torch.bfloat16: layer.dense(torch.bfloat16)}

@@ -1,4 +1,4 @@
-"""What a cell keeps of a finished job: its `run.json`."""
+"""What a cell keeps from the `run.json` of a finished job."""
 
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,9 @@ from trimbit.schema.run import RUN_FILE, Run
 
 
 def run_fields(folder: Path) -> dict[str, Any]:
-    """Bytes, KLs, the plans that were tried, and the stages with their seconds and memory, of a compressed directory.
+    """Bytes, KLs, plans tried, and stages with their seconds and memory, of a compressed directory.
 
-    `chosen_kl` is on the rows that plans are chosen by, `report_kl` on rows that nothing is fitted to or chosen by.
+    `chosen_kl` is on the rows by which plans are chosen, `report_kl` on rows used for neither fitting nor choosing.
     """
     run = Run.model_validate_json((folder / RUN_FILE).read_text(encoding="utf-8"))
     return {
@@ -23,6 +23,6 @@ def run_fields(folder: Path) -> dict[str, Any]:
 
 
 def held_out_kl(cell: dict[str, Any]) -> float:
-    """KL on the rows that plans are chosen by; earlier code called them held out."""
+    """KL on the rows by which plans are chosen; earlier code called them held out."""
     found: float = cell["held_out_kl"] if "held_out_kl" in cell else cell["chosen_kl"]
     return found

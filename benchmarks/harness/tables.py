@@ -1,4 +1,4 @@
-"""Markdown tables, and the parts of a page that are written from results."""
+"""Markdown tables, and the parts of a page that are generated from results."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,13 +10,13 @@ Results = dict[str, dict[str, Any]]
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, tight: bool = False) -> list[str]:
-    """The lines of a table; `tight` leaves out the blanks of the rule."""
+    """The lines of a Markdown table; `tight` leaves out spaces in the line below the heads."""
     rule = "|" + "---|" * len(heads) if tight else f"| {' | '.join(['---'] * len(heads))} |"
     return [f"| {' | '.join(heads)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def between(page: str, name: str, text: str) -> str:
-    """The page with another text between `<!-- name -->` and `<!-- end of name -->`.
+    """The page with the text between `<!-- name -->` and `<!-- end of name -->` replaced.
 
     Raises:
         ValueError: if a marker is missing.
@@ -38,5 +38,5 @@ def write_parts(path: Path, parts: dict[str, list[str]]) -> None:
 
 
 def origin_table(results: Results) -> list[str]:
-    """The machines and the code that cells were measured with."""
+    """A table of the machines and code versions with which cells were measured."""
     return table(["processor", "instruction sets", "threads", "code", "cells"], origins(results))

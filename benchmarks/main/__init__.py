@@ -1,8 +1,8 @@
-"""The main job: rounding against GPTQ, where damage is measured, five budgets, and the job itself.
+"""The main job: rounding against GPTQ, how damage is measured or predicted, five budgets, and the job as a whole.
 
-Models are taken off their 4-bit grid first. Perplexity and KL are on WikiText-2 test, context 2048, the first 16
-windows; calibration is on WikiText-2 train. Results are in `results/main.json`, the page is docs/benchmarks.md.
+Models are first taken off their 4-bit grid. Perplexity and KL are those of the first 16 windows of WikiText-2 test at
+context 2048; calibration is on WikiText-2 train. Results are in `results/main.json`, the page is docs/benchmarks.md.
 """
 
 EXPERIMENTS = ("budgets", "rounding", "predicted", "background", "job")  # in the order in which they are run
-ALONE = ()  # those that are run only where they are named
+ALONE = ()  # run only if named

@@ -1,8 +1,9 @@
 """Where should damage be measured: near the lossless model, or near the budget?
 
-Cells: bits alone on a small menu, three budgets by two backgrounds; the predicted KL of the chosen plan, and the KL of
-the whole, put together from the same candidates. The first cell of a background measures its damage, about 20 minutes;
-the others take a minute or two. Alone: `python benchmarks/run.py main.background --data DATA`
+Cells: three budgets by two backgrounds, choosing only bits from a small set of formats. Each compares the predicted KL
+of the chosen plan with the KL measured on the whole model, made of the same candidates. The first cell of a background
+measures its damage, about 20 minutes; the others take a minute or two.
+Alone: `python benchmarks/run.py main.background --data DATA`
 """
 
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from trimbit.schema.budget import Budget
 from trimbit.schema.plan import Plan
 
 SEEDS = (0,)
-SHARED_MINUTES = 60.0  # damage near the lossless model, and near two uniform plans
+SHARED_MINUTES = 60.0  # for damage near the lossless model, and near two uniform plans
 BUDGETS = ("72MB", "55MB", "45MB")
 BACKGROUNDS = {"near the lossless model": "uint6g64", "uniform plan nearest the budget": "null"}
 SMALL = (
@@ -38,7 +39,7 @@ SMALL = (
 
 
 def cells(bench: Bench, seed: int) -> Iterator[Cell]:
-    """Each background at each budget."""
+    """One cell for each background at each budget."""
     for budget, where in product(BUDGETS, BACKGROUNDS):
         yield Cell(
             key=seeded(f"background/{where}/{budget}", seed),
@@ -48,7 +49,7 @@ def cells(bench: Bench, seed: int) -> Iterator[Cell]:
 
 
 def added_up(bench: Bench, where: str, budget: str, seed: int) -> Found:
-    """How well damage adds up: predicted, and measured on the rows that plans are chosen by and on the same rows."""
+    """KL of the chosen plan: predicted, measured on the rows by which plans are chosen, and on those of the damage."""
     job = bench.job(
         "knapsack-nopruning", seed, (*SMALL, f"search.background={BACKGROUNDS[where]}")
     )  # fmt: skip
@@ -62,7 +63,7 @@ def added_up(bench: Bench, where: str, budget: str, seed: int) -> Found:
 
 
 def _on_damage_rows(job: Job, prepared: Prepared, plan: Plan) -> float:
-    """KL of the whole plan on the rows that damage was measured on."""
+    """KL of the whole plan on the rows on which damage was measured."""
     assert prepared.text is not None
     assert prepared.text.damage is not None
     probe = KLProbe(InMemoryModel(job.stream), prepared.text.damage.tokens, repeated=False)
@@ -72,7 +73,7 @@ def _on_damage_rows(job: Job, prepared: Prepared, plan: Plan) -> float:
 
 
 def rows(results: Results) -> list[str]:
-    """Predicted KL and that of the whole, by budget and background."""
+    """A table of predicted and measured KL, by budget and background."""
     found = []
     for budget, where in product(BUDGETS, BACKGROUNDS):
         cell = results.get(f"background/{where}/{budget}")

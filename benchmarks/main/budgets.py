@@ -1,7 +1,7 @@
-"""What do width and bits under one budget give, beside bits alone and one format for all?
+"""What does choosing widths and bits together give, compared with bits alone and with one format for all?
 
-Cells: five file sizes by three recipes. Plans that several recipes try are applied once, and one measurement of damage
-serves all budgets: the first cell takes about 70 minutes, the others 4 to 12.
+Cells: five file sizes by three recipes. A plan that several recipes try is applied once, and damage is measured once
+for all budgets, so the first cell takes about 70 minutes, the others 4 to 12.
 Alone: `python benchmarks/run.py main.budgets --data DATA`, one budget: `--only '*/45MB'`, other seeds: `--seeds 1 2`
 """
 
@@ -20,13 +20,13 @@ from trimbit.pipeline.flow import compress
 from trimbit.schema.budget import Budget
 
 SEEDS = (0,)
-SHARED_MINUTES = 65.0  # moments, candidates, the damage of every choice with and without pruning
+SHARED_MINUTES = 65.0  # for moments, candidates, and the damage of every choice with and without pruning
 BUDGETS = ("90MB", "72MB", "55MB", "45MB", "36MB")
 RECIPES = {"uniform-gptq": 4, "knapsack-nopruning": 8, "knapsack": 12}  # minutes
 
 
 def cells(bench: Bench, seed: int) -> Iterator[Cell]:
-    """Each recipe at each budget; the widest search first, what it tries the others need not apply again."""
+    """One cell for each recipe at each budget; the widest search goes first, so that others reuse what it applied."""
     for budget, recipe in product(BUDGETS, reversed(RECIPES)):
         yield Cell(
             key=seeded(f"budget/{recipe}/{budget}", seed),
@@ -37,7 +37,7 @@ def cells(bench: Bench, seed: int) -> Iterator[Cell]:
 
 
 def within(bench: Bench, recipe: str, budget: str, seed: int, overrides: tuple[str, ...] = ()) -> Found:
-    """The model that a recipe makes of a budget."""
+    """Bytes and quality of the model that a recipe makes within a budget."""
     job, limit = bench.job(recipe, seed, overrides), Budget.parse(budget)
     with bench.scratch() as out:
         plan = compress(job, limit, out)
@@ -54,7 +54,7 @@ def within(bench: Bench, recipe: str, budget: str, seed: int, overrides: tuple[s
 
 
 def rows(results: Results) -> list[str]:
-    """Quality by budget and recipe."""
+    """A table of quality by budget and recipe."""
     found = []
     for budget, recipe in product(BUDGETS, RECIPES):
         cell = results.get(f"budget/{recipe}/{budget}")
@@ -70,7 +70,7 @@ def rows(results: Results) -> list[str]:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Perplexity against the size of the weight file, a line a recipe."""
+    """Plot perplexity against the size of the weight file, one line per recipe."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")

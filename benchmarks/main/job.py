@@ -1,7 +1,7 @@
-"""What does the whole job take, and does it give the same bytes twice?
+"""How much time and memory does the whole job take, and does it give the same bytes twice?
 
-One cell: `trimbit compress` on text sampled from the model, twice, each in a process and a cache of its own. About an
-hour. Alone: `python benchmarks/run.py main.job --data DATA`
+One cell: `trimbit compress` on text sampled from the model, run twice, each time in its own process with its own cache.
+About an hour. Alone: `python benchmarks/run.py main.job --data DATA`
 """
 
 import hashlib
@@ -29,7 +29,7 @@ def cells(bench: Bench, seed: int) -> Iterator[Cell]:
 
 
 def twice(bench: Bench, seed: int, recipe: str = RECIPE, budget: str = BUDGET) -> Found:
-    """Seconds, peak memory and the hash of the weights of runs that share nothing, and the record of the last one."""
+    """Seconds, peak memory and weight hash of each of two runs that share nothing, and the record of the last one."""
     original = bench.original(seed)
     _, imports = measured(["-c", "import trimbit.cli.main, trimbit.pipeline.flow"])
     own: dict[str, list[float | int | str]] = {"seconds_each": [], "peak_rss_above_imports": [], "sha256": []}
@@ -48,7 +48,7 @@ def twice(bench: Bench, seed: int, recipe: str = RECIPE, budget: str = BUDGET) -
 
 
 def rows(results: Results) -> list[str]:
-    """A sentence."""
+    """The result in a sentence."""
     job = results.get(f"job/{RECIPE}/{BUDGET}")
     if job is None:
         return []

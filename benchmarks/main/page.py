@@ -1,4 +1,4 @@
-"""docs/benchmarks.md and docs/damage.md, and their pictures."""
+"""Writes the tables and pictures of docs/benchmarks.md and docs/damage.md."""
 
 from harness.bench import DOCS
 from harness.tables import Results, between, origin_table, write_parts
@@ -9,13 +9,13 @@ DAMAGE = DOCS / "damage.md"
 
 
 def tables(results: Results) -> str:
-    """All tables."""
+    """All tables of docs/benchmarks.md, as text."""
     parts = (rounding.rows(results), budgets.rows(results), background.rows(results), job.rows(results))
     return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
 
 
 def write(results: Results) -> None:
-    """Write the page and the picture."""
+    """Write both pages and their pictures."""
     PAGE.write_text(between(PAGE.read_text(encoding="utf-8"), "tables", tables(results)), encoding="utf-8")
     write_parts(PAGE, {"origins": origin_table(results)})
     write_parts(DAMAGE, {"tables": predicted.rows(results)})

@@ -1,8 +1,9 @@
 """Is predicted damage as good as measured damage?
 
-Cells: the damage of every choice of the knapsack both ways, and the models that it makes of two budgets from what is
-predicted, to be compared with those of `budgets`. The first cell measures all choices, about an hour, unless `budgets`
-has; the others take about 10 minutes. Alone: `python benchmarks/run.py main.predicted --data DATA`
+Cells: the damage of every choice of the knapsack, measured and predicted; then the models that it makes within two
+budgets from predicted damage, to compare with those of `budgets`. The first cell measures all choices, about an hour
+unless `budgets` has done so; the others take about 10 minutes.
+Alone: `python benchmarks/run.py main.predicted --data DATA`
 """
 
 from collections.abc import Iterator
@@ -22,16 +23,16 @@ from trimbit.pipeline.prepare import prepare
 from trimbit.search.methods.knapsack import background
 
 SEEDS = (0,)
-SHARED_MINUTES = 5.0  # the sweep back, and the model without each sub-block
+SHARED_MINUTES = 5.0  # for the backward sweep, and running the model without each sub-block
 RECIPE = "knapsack"
 BUDGETS = ("72MB", "45MB")
 PREDICTED = "measure.by=predicted"
 CHOICES = "predicted/choices"
-FEW = 10  # below these a kind has no correlation to speak of
+FEW = 10  # with fewer choices, a kind's correlation says nothing
 
 
 def cells(bench: Bench, seed: int) -> Iterator[Cell]:
-    """All choices, then each budget."""
+    """One cell for all choices, then one for each budget."""
     yield Cell(key=seeded(CHOICES, seed), run=partial(compared, bench, seed), minutes=1, seed=seed)
     for budget in BUDGETS:
         yield Cell(
@@ -42,7 +43,7 @@ def cells(bench: Bench, seed: int) -> Iterator[Cell]:
 
 
 def compared(bench: Bench, seed: int) -> Found:
-    """[kind, measured, predicted] of every choice, in nats of KL a token."""
+    """[kind, measured, predicted] for every choice, as KL in nats per token."""
     found = []
     for overrides in ((), (PREDICTED,)):
         job = bench.job(RECIPE, seed, overrides)
@@ -69,12 +70,12 @@ def compared(bench: Bench, seed: int) -> Found:
 
 
 def _cut(dim: str, share: float) -> str:
-    """The kind of a cut, such as `mid 1/2`."""
+    """The kind of a cut, such as `mid 0.50`."""
     return f"{dim.rsplit('.', 1)[1]} {share:.2f}"
 
 
 def rows(results: Results) -> list[str]:
-    """Agreement by kind of choice, and quality by budget."""
+    """Tables of agreement by kind of choice, and of quality by budget."""
     cell = results.get(CHOICES)
     if cell is None:
         return []
@@ -109,7 +110,7 @@ def _agreement(choices: list[list[Any]]) -> list[str]:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Predicted against measured damage, a point a choice, on logarithmic axes."""
+    """Plot predicted against measured damage, one point per choice, on logarithmic axes."""
     from matplotlib import pyplot
 
     cell = results.get(CHOICES)

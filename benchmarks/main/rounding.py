@@ -1,7 +1,7 @@
-"""What does GPTQ give beyond rounding to nearest, at 4, 3 and 2 bits?
+"""How much better is GPTQ than rounding to nearest, at 4, 3 and 2 bits?
 
-Cells: the dense model, and its block weights in one format (group 64, with a zero point; the embedding in bf16) by each
-method, three seeds. About 4 minutes a cell. Alone: `python benchmarks/run.py main.rounding --data DATA`
+Cells: the dense model, and the weights of its blocks in one format (group 64 with a zero point, the embedding in bf16)
+by each method, for three seeds. About 4 minutes per cell. Alone: `python benchmarks/run.py main.rounding --data DATA`
 """
 
 from collections.abc import Iterator
@@ -20,13 +20,13 @@ from trimbit.pipeline.oracle import problem_of
 from trimbit.schema.precision import BF16, parse_precision
 
 SEEDS = (0, 1, 2)
-SHARED_MINUTES = 5.0  # moments of each seed's model, the original's outputs
+SHARED_MINUTES = 5.0  # for the moments of each seed's model, and the original's outputs
 RECIPES = {"rtn": "uniform-rtn", "gptq": "uniform-gptq"}
 BITS = (4, 3, 2)
 
 
 def cells(bench: Bench, seed: int) -> Iterator[Cell]:
-    """The dense model, then each method at each width."""
+    """One cell for the dense model, then one for each method and number of bits."""
     texts = (bench.data / TEST, bench.data / TRAIN)
     yield Cell(
         key=f"dense/seed {seed}", run=partial(dense, bench, seed), minutes=3, seed=seed, context=bench.context,
@@ -41,13 +41,13 @@ def cells(bench: Bench, seed: int) -> Iterator[Cell]:
 
 
 def dense(bench: Bench, seed: int) -> Found:
-    """The model as it is."""
+    """Bytes and quality of the dense model."""
     original = bench.original(seed)
     return {"nbytes": weight_nbytes(original)} | quality(bench, original, original)
 
 
 def rounded(bench: Bench, method: str, bits: int, seed: int) -> Found:
-    """The weights of the blocks in one format."""
+    """Bytes and quality with all weights of the blocks in one format."""
     job, precision = bench.job(RECIPES[method], seed), parse_precision(f"uint{bits}g64")
     formats = {
         site: BF16 if unit.block is None else precision
@@ -61,7 +61,7 @@ def rounded(bench: Bench, method: str, bits: int, seed: int) -> Found:
 
 
 def rows(results: Results) -> list[str]:
-    """Perplexity by method, width and seed."""
+    """A table of perplexity by method, bits and seed."""
 
     def figures(key: str) -> list[str]:
         found = [results.get(f"{key}/seed {seed}") for seed in SEEDS]

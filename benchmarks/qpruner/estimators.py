@@ -1,7 +1,7 @@
-"""What can importance rank: does it go with what 8 bits in a block are worth?
+"""What does importance predict: does it rank blocks by what 8 bits in each of them gain?
 
-Cells: the pruned and the whole model by three seeds; KL on test text of the plans of both estimators, of random plans
-of the same bytes, and with 8 bits in each block alone. 12 to 20 minutes a cell.
+Cells: the pruned and the whole model, for three seeds. Each has the KL on test text of both estimators' plans, of
+random plans of the same bytes, and of plans with 8 bits in a single block. 12 to 20 minutes per cell.
 Alone: `python benchmarks/run.py qpruner.estimators --data DATA`
 """
 
@@ -33,12 +33,12 @@ RECIPE = "qpruner-2"
 
 
 def overrides(model: str, estimator: str) -> tuple[str, ...]:
-    """Of the recipe."""
+    """Overrides of the recipe."""
     return (*PRUNED, *MODELS[model], f"importance.estimator={estimator}")
 
 
 def cells(bench: Bench, seed: int) -> Iterator[Cell]:
-    """Each model."""
+    """One cell for each model."""
     for model in MODELS:
         yield Cell(
             key=f"estimators/{model}/seed {seed}", run=partial(compare, bench, model, seed), minutes=18,
@@ -47,7 +47,7 @@ def cells(bench: Bench, seed: int) -> Iterator[Cell]:
 
 
 def compare(bench: Bench, model: str, seed: int) -> Found:
-    """KL of plans by importance and of random ones, and what 8 bits in each block alone are worth."""
+    """KL of plans by importance and of random plans, and what 8 bits in each single block gain."""
     jobs = {name: bench.job(RECIPE, seed, overrides(model, name)) for name in ESTIMATORS}
     first = jobs[ESTIMATORS[0]]
     nbytes = preflight(first, None)
@@ -70,7 +70,7 @@ def compare(bench: Bench, model: str, seed: int) -> Found:
 
 
 def rows(results: Results) -> list[str]:
-    """KL of plans by importance beside random ones, and how importance goes with the worth of bits."""
+    """A table of KL by importance and at random, and of how well importance ranks what bits are worth."""
 
     def figures(model: str, seed: int, c: Found) -> list[str]:
         worth = list(c["worth"].values())

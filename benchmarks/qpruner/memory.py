@@ -1,7 +1,7 @@
-"""How much memory does recovery take, plain and checkpointed, and inference?
+"""How much memory do recovery, with and without checkpointing, and inference take?
 
-Cells: for each recipe the peak resident bytes, above those of the imports, of two steps of recovery and of one window
-of 2,048 tokens, each in a process of its own. About 3 minutes a cell once `qpruner.recipes` has made the directories.
+Cells: for each recipe, the peak resident bytes, above those of the imports, of two steps of recovery and of one window
+of 2,048 tokens, each in its own process. About 3 minutes per cell once `qpruner.recipes` has made the directories.
 Alone: `python benchmarks/run.py qpruner.memory --data DATA`
 """
 
@@ -29,14 +29,14 @@ STEPS = 2
 
 
 def cells(bench: Bench, seed: int) -> Iterator[Cell]:
-    """Each recipe."""
+    """One cell for each recipe."""
     yield from each(bench, "memory", seed, 3, peaks, texts=(bench.data / INSTRUCTIONS,))
 
 
 def peaks(bench: Bench, own: Whole, seed: int) -> Found:
-    """Peak resident bytes by kind, above those of the imports."""
+    """Peak resident bytes by kind above those of the imports, and those of the imports."""
     out, job = made(bench, own, seed), recovering(bench, own, seed)
-    teacher_of(job, examples_of(job, None), config_of(job, STEPS))  # the original's outputs are no part of a step
+    teacher_of(job, examples_of(job, None), config_of(job, STEPS))  # first, as its memory is no part of a step
     child = ["-m", "qpruner.memory"]
     _, imports = measured([*child, "imports", str(out)])
     given = [own.recipe, str(own.ratio or 0), str(seed), bench.dump()]
@@ -44,7 +44,7 @@ def peaks(bench: Bench, own: Whole, seed: int) -> Found:
 
 
 def measure(kind: str, out: Path, recipe: str = "", ratio: str = "0", seed: str = "0", bench: str = "") -> None:
-    """What a process of its own runs, for its memory to be measured."""
+    """Run one kind of work; called in its own process, whose memory is measured."""
     import peft  # noqa: F401
 
     if kind in {"training", "checkpointed"}:
@@ -60,7 +60,7 @@ def measure(kind: str, out: Path, recipe: str = "", ratio: str = "0", seed: str 
 
 
 def rows(results: Results) -> list[str]:
-    """What fine-tuning holds: weights as they are stored without the pairs, pairs in fp32, AdamW's moments."""
+    """A table of what fine-tuning holds: stored weights without the pairs, pairs in fp32, moments of AdamW."""
 
     def parts(c: Found) -> tuple[int, int, int]:
         return c["nbytes"] - c["adapter_nbytes"], c["trained_nbytes"], c["optimizer_nbytes"]

@@ -1,6 +1,7 @@
-"""Can accuracy rank plans: what would a search by it see?
+"""Can accuracy rank plans: what would a search by accuracy see?
 
-One cell: KL, NLL and HellaSwag of the plans of `plans` within the same bytes, seed 0. About 40 minutes after it.
+One cell: KL, NLL and HellaSwag accuracy of the plans of `plans` within the same bytes, seed 0. About 40 minutes once
+`plans` has run.
 Alone: `python benchmarks/run.py qpruner.noise --data DATA`
 """
 
@@ -23,7 +24,7 @@ SEEDS = (0,)
 SHARED_MINUTES = 0.0
 MENU = next(iter(MENUS))
 KEY = f"noise/{MENU}"
-RANDOM = 5  # random plans, from the best to the worst
+RANDOM = 5  # random plans, spread from the best to the worst
 
 
 def cells(bench: Bench, seed: int) -> Iterator[Cell]:
@@ -35,7 +36,7 @@ def cells(bench: Bench, seed: int) -> Iterator[Cell]:
 
 
 def outcomes(bench: Bench, seed: int) -> Found:
-    """What a search by accuracy would know of each plan."""
+    """What a search by accuracy would know about each plan."""
     found = searched(bench, MENU, seed)
     recipe, overrides = searches(MENUS[MENU])["qpruner-3"]
     folder = bench.data / "tasks"
@@ -55,7 +56,7 @@ def outcomes(bench: Bench, seed: int) -> Found:
 
 
 def rows(results: Results) -> list[str]:
-    """The plans by KL, and how accuracy goes with it."""
+    """A table of the plans by KL, and a sentence on how accuracy correlates with KL."""
     cell = results.get(KEY)
     heads = ["plan", "MB", "KL", "NLL", "HellaSwag, %", "above the plan of least KL"]
     if cell is None:
@@ -76,7 +77,7 @@ def rows(results: Results) -> list[str]:
 
 
 def _agreement(plans: Sequence[Found]) -> tuple[float, float, float]:
-    """Spearman's rho of -KL and accuracy, and its 5 and 95 % quantiles over documents drawn with replacement."""
+    """Spearman's rho of -KL and accuracy, and its bootstrap quantiles of 5 and 95 % over documents."""
     answers = np.array([[int(one) for one in plan["correct"]] for plan in plans])
     kls, rng = [-plan["kl"] for plan in plans], np.random.default_rng(0)
     drawn = [answers[:, rng.integers(answers.shape[1], size=answers.shape[1])].mean(1) for _ in range(1000)]

@@ -1,4 +1,4 @@
-"""docs/results/qpruner.md."""
+"""Writes the tables of docs/results/qpruner.md."""
 
 from harness.bench import DOCS
 from harness.tables import Results, origin_table, write_parts
@@ -8,7 +8,7 @@ PAGE = DOCS / "results" / "qpruner.md"
 
 
 def parts(results: Results) -> dict[str, list[str]]:
-    """All tables."""
+    """All tables, by the name of their place in the page."""
     return {
         "recipes": recipes.rows(results), "tasks": tasks.rows(results), "memory": memory.rows(results),
         "cost": recipes.cost_rows(results), "plans": plans.rows(results), "noise": noise.rows(results),
@@ -17,5 +17,5 @@ def parts(results: Results) -> dict[str, list[str]]:
 
 
 def write(results: Results) -> None:
-    """Write the page."""
+    """Write the tables into the page."""
     write_parts(PAGE, parts(results) | {"origins": origin_table(results)})

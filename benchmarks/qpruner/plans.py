@@ -1,6 +1,6 @@
-"""What do searches find within the same bytes: by importance, by trials, at random, by measured damage?
+"""Which search finds the best plan within the same bytes: by importance, by trials, at random or by measured damage?
 
-Cells: two menus of formats by three seeds, pruned by 20 %, nothing recovered. 25 to 30 minutes a cell.
+Cells: two sets of formats for three seeds, pruned by 20 %, without recovery. 25 to 30 minutes per cell.
 Alone: `python benchmarks/run.py qpruner.plans --data DATA`
 """
 
@@ -31,7 +31,7 @@ from trimbit.search.variables import Per, variables
 
 SEEDS = SAMPLES
 SHARED_MINUTES = 0.0
-RANDOM = 10  # random plans that are measured on test text
+RANDOM = 10  # random plans measured on test text
 CONTEXT, WINDOWS = 512, 16  # of test text
 
 
@@ -54,7 +54,7 @@ NO_SMALLER = "search.optimiser.smaller=0"
 
 
 def searches(menu: Menu) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Recipe and overrides of each search."""
+    """The recipe and the overrides of each search."""
     shared = (*PRUNED, f"space.formats=[{menu.formats}]", f"quant.scales={menu.scales}")
     per = f"search.per={menu.per}"
     return {
@@ -66,7 +66,7 @@ def searches(menu: Menu) -> dict[str, tuple[str, tuple[str, ...]]]:
 
 
 def cells(bench: Bench, seed: int) -> Iterator[Cell]:
-    """Each menu."""
+    """One cell for each menu."""
     for name in MENUS:
         yield Cell(
             key=f"plans/{name}/seed {seed}", run=partial(compare, bench, name, seed), minutes=28, seed=seed,
@@ -75,23 +75,23 @@ def cells(bench: Bench, seed: int) -> Iterator[Cell]:
 
 
 class Searched(NamedTuple):
-    """Plans within the same bytes for one model, and the job that can put them together."""
+    """Plans for one model within the same bytes, and the job that can apply them."""
 
     job: Job
     nbytes: int
     plans: dict[str, Plan]
     random: list[Plan]
-    random_kls: list[float]  # on the rows that plans are chosen by
+    random_kls: list[float]  # on the rows by which plans are chosen
     seconds: dict[str, float]
 
 
 def searched(bench: Bench, name: str, seed: int) -> Searched:
-    """What each search finds; what they share is made before the clock runs."""
+    """What each search finds; what they share is made first, so that no search is charged for it."""
     menu = MENUS[name]
     uniform = find_plan(bench.job("qpruner-1", seed, (*PRUNED, f"quant.scales={menu.scales}")), None).plan
     jobs = {method: bench.job(recipe, seed, own) for method, (recipe, own) in searches(menu).items()}
     nbytes = preflight(jobs["qpruner-2"], None)
-    if menu.like_uniform:  # as many bytes for the blocks' weights, beside what searches keep free for longer headers
+    if menu.like_uniform:  # the uniform plan's bytes for block weights, and what searches keep free for longer headers
         own = variables(problem_of(jobs["qpruner-3"], uniform.found_by.nbytes), menu.per)
         held = sum(costs[[p.name for p in own.formats].index("nf4g64")] for costs in own.costs)
         nbytes = uniform.found_by.nbytes + held - own.room_nbytes
@@ -105,14 +105,14 @@ def searched(bench: Bench, name: str, seed: int) -> Searched:
         started = time.perf_counter()
         found[method] = find_plan(job, Budget.parse(f"{nbytes}B"))
         seconds[method] = round(time.perf_counter() - started, 1)
-    tried = found["best of random"].tried[1:]  # the first is the plan by importance
+    tried = found["best of random"].tried[1:]  # the first one tried is the plan by importance
     kls = [one.outcome.kl for one in tried if one.outcome is not None]
     plans = {"uniform": uniform} | {method: own.plan for method, own in found.items()}
     return Searched(jobs["qpruner-3"], nbytes, plans, [one.plan for one in tried], kls, seconds)
 
 
 def compare(bench: Bench, name: str, seed: int) -> Found:
-    """KL of each plan on test text, put together from candidates: what is written is the same."""
+    """KL of each plan on test text, with weights from candidates, which equal those that would be written."""
     found = searched(bench, name, seed)
     kl_of = on_test_text(bench, found.job, seed)
     return {
@@ -124,7 +124,7 @@ def compare(bench: Bench, name: str, seed: int) -> Found:
 
 
 def on_test_text(bench: Bench, job: Job, seed: int) -> Callable[[Plan], float]:
-    """KL of a plan on test text."""
+    """A function that gives the KL of a plan on test text."""
     tokenizer = load_tokenizer(bench.original(seed))
     windows = evaluation_windows(bench.data / TEST, tokenizer, context=CONTEXT, max_windows=WINDOWS)
     probe = KLProbe(InMemoryModel(job.stream), windows, repeated=False)
@@ -139,7 +139,7 @@ def on_test_text(bench: Bench, job: Job, seed: int) -> Callable[[Plan], float]:
 
 
 def rows(results: Results) -> list[str]:
-    """KL by search, menu and seed."""
+    """A table of KL by search, menu and seed."""
 
     def figures(_name: str, _seed: int, c: Found) -> list[str]:
         kls = c["kl"]

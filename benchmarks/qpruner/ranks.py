@@ -1,6 +1,6 @@
-"""Is the importance of blocks stable: do three samples of calibration text order them alike?
+"""Is the importance of blocks stable: do three samples of calibration text rank them alike?
 
-Cells: each estimator on the model pruned by 20 %; the samples are those of seeds 0 to 2. About 15 minutes a cell.
+Cells: each estimator on the model pruned by 20 %; the samples are those of seeds 0 to 2. About 15 minutes per cell.
 Alone: `python benchmarks/run.py qpruner.ranks --data DATA`
 """
 
@@ -24,12 +24,12 @@ RECIPE = "qpruner-2"
 
 
 def overrides(estimator: str) -> tuple[str, ...]:
-    """Of the recipe."""
+    """Overrides of the recipe."""
     return ("tune=null", f"importance.estimator={estimator}")
 
 
 def cells(bench: Bench, seed: int) -> Iterator[Cell]:
-    """Each estimator."""
+    """One cell for each estimator."""
     for estimator in ESTIMATORS:
         yield Cell(
             key=seeded(f"ranks/{estimator}", seed), run=partial(agreement, bench, estimator, seed), minutes=15,
@@ -38,7 +38,7 @@ def cells(bench: Bench, seed: int) -> Iterator[Cell]:
 
 
 def agreement(bench: Bench, estimator: str, seed: int) -> Found:
-    """Spearman's rho of the blocks by each two samples, and their importance."""
+    """Spearman's rho of the blocks' importance for each pair of samples, and the importance by sample."""
     found = []
     for sample in SAMPLES:
         job = bench.job(RECIPE, sample, overrides(estimator), model_seed=seed)
@@ -50,7 +50,7 @@ def agreement(bench: Bench, estimator: str, seed: int) -> Found:
 
 
 def rows(results: Results) -> list[str]:
-    """Spearman's rho by estimator."""
+    """A table of Spearman's rho by estimator."""
     found = []
     for estimator in ESTIMATORS:
         cell = results.get(f"ranks/{estimator}")

@@ -1,6 +1,6 @@
-"""What are whole recipes worth on text, and what do they cost: llm-pruner, QPruner-1, -2, -3, at 20, 30 and 50 %?
+"""How good are whole recipes on text, and what do they cost: llm-pruner, QPruner-1, -2, -3, at 20, 30 and 50 %?
 
-Cells: the original, and each recipe from pruning to recovery. 30 to 60 minutes a cell; the directories stay in
+Cells: the original, and each recipe from pruning to recovery. 30 to 60 minutes per cell. The directories stay in
 `benchmarks/.work/recipes`, where `memory` and `tasks` find them.
 Alone: `python benchmarks/run.py qpruner.recipes --data DATA --only '*/20 %'`
 """
@@ -27,14 +27,14 @@ from trimbit.model.resolved import resolve
 from trimbit.schema.plan import Plan, load_plan
 
 SEEDS = (0,)
-SHARED_MINUTES = 20.0  # moments, rankings, importance, the original's outputs for the instructions
-SHORT = 128  # tokens, the other context of perplexity
-INSIDE = {"search", "the model's own output", "the original's outputs"}  # stages: others lie in them, or they in others
+SHARED_MINUTES = 20.0  # for moments, rankings, importance, and the original's outputs on the instructions
+SHORT = 128  # tokens, the second context for perplexity
+INSIDE = {"search", "the model's own output", "the original's outputs"}  # nested stages, which would count twice
 SHARED = {"the original's answers", "ranking of channels and heads", "importance of each layer"}
 
 
 def cells(bench: Bench, seed: int) -> Iterator[Cell]:
-    """The original, then each recipe."""
+    """One cell for the original, then one for each recipe."""
     texts = (bench.data / TEST, bench.data / TRAIN, bench.data / INSTRUCTIONS)
     yield Cell(
         key=seeded("whole/original", seed), run=partial(original, bench, seed), minutes=4, seed=seed,
@@ -44,14 +44,14 @@ def cells(bench: Bench, seed: int) -> Iterator[Cell]:
 
 
 def original(bench: Bench, seed: int) -> Found:
-    """The model as it is."""
+    """Bytes and quality of the original model."""
     path = bench.original(seed)
     short = perplexity(bench, path, TEST, SHORT)
     return {"nbytes": weight_nbytes(path)} | quality(bench, path, path) | {f"ppl@{SHORT}": short}
 
 
 def whole(bench: Bench, own: Whole, seed: int) -> Found:
-    """The recipe as it is; the directory stays for other cells."""
+    """Bytes, quality and cost of a recipe; its directory is kept for other cells."""
     timed = Timed()
     out, job = make(bench, own, seed, timed)
     tuning, plan = json.loads((out / "tuning.json").read_text(encoding="utf-8")), load_plan(out / PLAN_FILE)
@@ -72,7 +72,7 @@ def _pairs_nbytes(out: Path) -> int:
 
 
 def _weights_by_format(layout: Layout, plan: Plan) -> dict[str, int]:
-    """Weights of the blocks by format; each has one run."""
+    """The number of block weights in each format; each weight matrix has one run."""
     found: Counter[str] = Counter()
     for unit in resolve(plan, layout).units.values():
         for weight in unit.weights.values() if unit.origin.block is not None else ():
@@ -81,7 +81,7 @@ def _weights_by_format(layout: Layout, plan: Plan) -> dict[str, int]:
 
 
 def rows(results: Results) -> list[str]:
-    """Bytes and quality."""
+    """A table of bytes and quality by recipe."""
 
     def figures(c: Found) -> list[str]:
         return [
@@ -96,7 +96,7 @@ def rows(results: Results) -> list[str]:
 
 
 def cost_rows(results: Results) -> list[str]:
-    """Minutes of each recipe's own stages, seconds of a step and of a trial, and losses."""
+    """A table of the minutes of each recipe's own stages, seconds per step and per trial, and losses."""
 
     def figures(c: Found) -> list[str]:
         seconds = c["stage_seconds"]

@@ -1,7 +1,7 @@
-"""How should a low-rank pair start: with zeros, LoftQ or QERA?
+"""How should a low-rank pair be initialised: with zeros, LoftQ or QERA?
 
-Cells: every block in one format of 4, 3 or 2 bits, the table in bf16, nothing pruned or trained, by start. 3 to 6
-minutes a cell. Alone: `python benchmarks/run.py qpruner.start --data DATA`
+Cells: each initialisation with all blocks in one format of 4, 3 or 2 bits and the embedding in bf16; nothing is pruned
+or trained. 3 to 6 minutes per cell. Alone: `python benchmarks/run.py qpruner.start --data DATA`
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from harness.tables import Results, table
 from trimbit.pipeline.flow import compress
 
 SEEDS = (0,)
-SHARED_MINUTES = 5.0  # moments
+SHARED_MINUTES = 5.0  # for moments
 FORMATS = {4: "nf4g64", 3: "uint3g64", 2: "uint2g64"}
 STARTS = ("zeros", "loftq", "qera")
 RANK = 8
@@ -24,13 +24,13 @@ RECIPE = "loftq-only"
 
 
 def overrides(bits: int, start: str) -> tuple[str, ...]:
-    """Of the recipe."""
+    """Overrides of the recipe."""
     pairs = (f"lowrank.init={start}", f"lowrank.rank={RANK}")
     return ("tune=null", "quant.scales=mse", f"search.blocks={FORMATS[bits]}", *pairs)
 
 
 def cells(bench: Bench, seed: int) -> Iterator[Cell]:
-    """Each start at each width."""
+    """One cell for each initialisation at each number of bits."""
     for bits, start in product(FORMATS, STARTS):
         yield Cell(
             key=seeded(_key(bits, start), seed), run=partial(started, bench, bits, start, seed),
@@ -51,7 +51,7 @@ def started(bench: Bench, bits: int, start: str, seed: int) -> Found:
 
 
 def rows(results: Results) -> list[str]:
-    """KL and perplexity by format and start."""
+    """A table of KL and perplexity by format and initialisation."""
     found = []
     for bits, precision in FORMATS.items():
         own = [results.get(_key(bits, start)) for start in STARTS]

@@ -1,4 +1,4 @@
-"""What several tables compute: paired differences, means and spreads, rows by seed."""
+"""What several tables need: paired differences, means with standard deviations, rows by seed."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ SEEDS = (0, 1, 2)
 
 
 def paired(own: Mapping[str, str], base: Mapping[str, str]) -> tuple[float, float]:
-    """Mean difference over tasks in points, and its standard error: both answer the same documents."""
+    """Mean difference over tasks, in percentage points, and its standard error; documents are paired."""
     means, variances = [], []
     for task, answers in own.items():
         gains = np.array([int(a) - int(b) for a, b in zip(answers, base[task], strict=True)])
@@ -23,14 +23,14 @@ def paired(own: Mapping[str, str], base: Mapping[str, str]) -> tuple[float, floa
 
 
 def mean_and_sd(values: Sequence[float]) -> str:
-    """Of a sample."""
+    """The mean and the standard deviation of a sample, as text."""
     return f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
 
 
 def seed_rows(
     results: Results, part: str, kinds: Iterable[str], width: int, figures: Callable[[str, int, Found], list[str]]
 ) -> list[list[str]]:
-    """A row for each kind and seed, of `width` figures."""
+    """A row of `width` figures for each kind and seed."""
     found = []
     for kind, seed in product(kinds, SEEDS):
         cell = results.get(f"{part}/{kind}/seed {seed}")

@@ -1,6 +1,6 @@
-"""What is left of zero-shot accuracy?
+"""How much zero-shot accuracy is left?
 
-Cells: the original and each recipe on seven tasks, the first 500 documents of each. About 12 minutes a cell once
+Cells: the original and each recipe on the first 500 documents of each of seven tasks. About 12 minutes per cell once
 `qpruner.recipes` has made the directories. Alone: `python benchmarks/run.py qpruner.tasks --data DATA`
 """
 
@@ -25,7 +25,7 @@ MINUTES = 12
 
 
 def cells(bench: Bench, seed: int) -> Iterator[Cell]:
-    """The original, then each recipe."""
+    """One cell for the original, then one for each recipe."""
     texts = tuple(bench.data / "tasks" / f"{source.stem}.jsonl.gz" for source in SOURCES.values())
     yield Cell(
         key=seeded("tasks/original", seed), run=partial(of_original, bench, seed), minutes=MINUTES,
@@ -35,17 +35,17 @@ def cells(bench: Bench, seed: int) -> Iterator[Cell]:
 
 
 def of_original(bench: Bench, seed: int) -> Found:
-    """Scores of the model as it is."""
+    """Scores of the original model."""
     return scores(bench, bench.original(seed))
 
 
 def of_recipe(bench: Bench, own: Whole, seed: int) -> Found:
-    """Scores of a recipe's model."""
+    """Scores of the model that a recipe makes."""
     return scores(bench, made(bench, own, seed))
 
 
 def scores(bench: Bench, path: Path) -> Found:
-    """The headline of each task in percent, with its standard error, and which documents were right."""
+    """The headline score of each task in percent, its standard error, and which documents were answered correctly."""
     found = evaluate_tasks(
         path,
         tuple(SOURCES),
@@ -63,7 +63,7 @@ def scores(bench: Bench, path: Path) -> Found:
 
 
 def rows(results: Results) -> list[str]:
-    """Each task, means, and the difference to `llm-pruner` document by document."""
+    """A table of each task, the means, and the paired difference from `llm-pruner`."""
 
     def figures(c: Found) -> list[str]:
         (value, error), others = c["mean"], [c["tasks"][name][0] for name in SOURCES if name != "boolq"]
@@ -80,7 +80,7 @@ def rows(results: Results) -> list[str]:
 
 
 def _above(results: Results, key: str) -> list[str]:
-    """The mean difference to `llm-pruner` of the same ratio, with BoolQ and without."""
+    """The mean difference from `llm-pruner` at the same ratio, with and without BoolQ."""
     recipe, _, ratio = key.partition("/")
     base, own = results.get(f"tasks/llm-pruner/{ratio}"), results.get(f"tasks/{key}")
     if recipe == "llm-pruner" or base is None or own is None:

@@ -1,4 +1,4 @@
-"""Whole recipes: which there are, how they are opened, and where their directories lie."""
+"""Whole recipes: which ones there are, how they are opened, and where their directories are."""
 
 import gzip
 import shutil
@@ -17,39 +17,39 @@ from trimbit.pipeline.job import Job
 
 RECIPES = ("llm-pruner", "qpruner-3", "qpruner-1", "qpruner-2")  # in the order in which they are run
 RATIOS = (20, 50, 30)  # percent, in the order in which they are run
-VARIANTS = {  # recipe and overrides, at the first ratio; a faithful trial takes a minute for each 100 documents
+VARIANTS = {  # recipe and overrides, run at the first ratio; a faithful trial takes a minute per 100 documents
     "faithful": ("qpruner-3-faithful", ("search.objective.documents=100",)),
 }
-DOCUMENTS = 500  # of each task, that results are reported on
+DOCUMENTS = 500  # of each task, on which results are reported
 INSTRUCTIONS = "instruct/alpaca_2000.jsonl.gz"
 
 
 class Whole(NamedTuple):
-    """A recipe at a ratio; None: it prunes nothing."""
+    """A recipe at a pruning ratio in percent; None: it prunes nothing."""
 
     recipe: str
     ratio: int | None
 
     @property
     def key(self) -> str:
-        """In keys of cells and rows of tables."""
+        """Its name in keys of cells and rows of tables."""
         return self.recipe if self.ratio is None else f"{self.recipe}/{self.ratio} %"
 
 
 def all_recipes() -> list[Whole]:
-    """All that are run, in this order."""
+    """All recipes that are run, in this order."""
     first, *rest = [Whole(recipe, ratio) for ratio in RATIOS for recipe in RECIPES]
     return [first, *rest[:3], Whole("loftq-only", None), *rest[3:], *(Whole(one, RATIOS[0]) for one in VARIANTS)]
 
 
 def recipe_of(own: Whole) -> tuple[str, tuple[str, ...]]:
-    """The name of the recipe file, and overrides without those that name data."""
+    """The name of the recipe file, and the overrides, except those that name data."""
     based, changes = VARIANTS.get(own.recipe, (own.recipe, ()))
     return based, (*(() if own.ratio is None else (f"prune.ratio={own.ratio / 100}",)), *changes)
 
 
 def recovering(bench: Bench, own: Whole, seed: int, reporter: Reporter | None = None) -> Job:
-    """A recipe with this benchmark's recovery."""
+    """The job of a recipe, with this benchmark's data for recovery and search."""
     based, overrides = recipe_of(own)
     overrides += (f"tune.data={bench.data / INSTRUCTIONS}",)
     if own.recipe == "faithful":
@@ -58,7 +58,7 @@ def recovering(bench: Bench, own: Whole, seed: int, reporter: Reporter | None = 
 
 
 def _other_documents(bench: Bench) -> Path:
-    """HellaSwag without the documents that results are reported on: what a search may choose by."""
+    """A folder with HellaSwag without the documents on which results are reported, for a search to choose by."""
     folder, name = bench.work / "tasks-to-search-by", f"{SOURCES['hellaswag'].stem}.jsonl"
     with gzip.open(bench.data / "tasks" / f"{name}.gz", "rt", encoding="utf-8") as rows:
         left = list(rows)[DOCUMENTS:]
@@ -69,7 +69,7 @@ def _other_documents(bench: Bench) -> Path:
 
 
 def make(bench: Bench, own: Whole, seed: int, reporter: Reporter | None = None) -> tuple[Path, Job]:
-    """Make the directory of a recipe anew; finished stages come from the cache."""
+    """Make the directory of a recipe again; finished stages come from the cache."""
     out, job = _folder(bench, own, seed), recovering(bench, own, seed, reporter)
     shutil.rmtree(out, ignore_errors=True)
     compress(job, None, out)
@@ -77,7 +77,7 @@ def make(bench: Bench, own: Whole, seed: int, reporter: Reporter | None = None) 
 
 
 def made(bench: Bench, own: Whole, seed: int) -> Path:
-    """The directory of a recipe, made if it is not there."""
+    """The directory of a recipe, made if it does not exist."""
     out = _folder(bench, own, seed)
     return out if out.exists() else make(bench, own, seed)[0]
 
@@ -105,11 +105,11 @@ def each(
 
 
 def by_ratio() -> list[Whole]:
-    """All recipes in the order of rows."""
+    """All recipes in the order of table rows."""
     return sorted(all_recipes(), key=lambda own: (own.ratio or 0, own.recipe))
 
 
 def rows_of(results: Results, part: str, width: int, cells: Callable[[Found], list[str]]) -> list[list[str]]:
-    """A row for each recipe, of `width` figures."""
+    """A row of `width` figures for each recipe."""
     found = [(own.key, results.get(f"{part}/{own.key}")) for own in by_ratio()]
     return [[key, *(cells(cell) if cell else ["not run", *[""] * (width - 1)])] for key, cell in found]

@@ -1,7 +1,8 @@
 """How much have the gradients of two rows in common?
 
-Cells: three settings, one also channel by channel; cosines of a first step's gradients for all logits, and of their
-signs, of each two of eight rows, by loss. Each row has its own sample of the masks. 3 to 20 minutes a cell.
+Cells: three settings, one of them also channel by channel. For each pair of eight rows and each loss, they hold the
+cosine between a first step's gradients of all logits, and between the signs of these. Each row has its own sample of
+the masks. 3 to 20 minutes per cell.
 Alone: `python benchmarks/run.py toga.agreement --data DATA`
 """
 
@@ -25,14 +26,14 @@ from trimbit.search.two_formats.training import Training
 SEEDS = (0,)
 SHARED_MINUTES = 10.0
 LOSSES = ("lm", "kl")
-ROWS = 8  # of the text, of each of which the gradient of one piece is compared
+ROWS = 8  # of text; the gradient of one piece of each is compared
 CASES: dict[str, tuple[str, ...]] = dict.fromkeys(WITH_ALL, ()) | {
     "W3.2A3.2, channel by channel": ("search.whole_tiles=false",)
 }
 
 
 def cells(bench: Bench, seed: int) -> Iterator[Cell]:
-    """Each case."""
+    """One cell for each case."""
     for name in CASES:
         yield Cell(
             key=seeded(f"agreement/{name}", seed), run=partial(cosines, bench, name, seed), minutes=5,
@@ -41,28 +42,28 @@ def cells(bench: Bench, seed: int) -> Iterator[Cell]:
 
 
 def overrides(name: str, loss: str) -> tuple[str, ...]:
-    """Of the recipe."""
+    """Overrides of the recipe."""
     return (*CASES[name], "search.network=logits", f"search.loss={loss}", f"calibration.training={ROWS}")
 
 
 def cosines(bench: Bench, name: str, seed: int) -> Found:
-    """Of gradients and of signs, by loss, of each two rows."""
+    """Cosines between the gradients, and between their signs, of each pair of rows, by loss."""
     found: dict[str, dict[str, list[float]]] = {}
     pairs = torch.triu_indices(ROWS, ROWS, 1)
     for loss in LOSSES:
         gradients = _gradients(opened(bench, SETTINGS[name.split(",")[0]][1], overrides(name, loss), seed))
         for kind, each in (("gradients", gradients), ("signs", gradients.sign())):
-            # the gradients' means are 0: what moves all logits alike is taken back by the budget
+            # without their means: the budget undoes whatever moves all logits alike
             flat = functional.normalize(each - each.mean(1, keepdim=True), dim=1)
             found.setdefault(kind, {})[loss] = [round(float(cosine), 4) for cosine in (flat @ flat.T)[*pairs]]
     return found
 
 
 def _gradients(job: Job) -> Tensor:
-    """Of a first step on each row, [rows, logits]."""
+    """The gradients [rows, logits] of a first step on each row."""
     with ready(job) as own:
         training = Training(own.problem, job.steps.search, own.sites)
-        pieces = job.recipe.calibration.length // job.steps.search.length  # of a row: the others would be neighbours
+        pieces = job.recipe.calibration.length // job.steps.search.length  # per row; only the first is used
         found = []
         for row in range(ROWS):
             training.network.zero_grad()
@@ -72,7 +73,7 @@ def _gradients(job: Job) -> Tensor:
 
 
 def rows(results: Results) -> list[str]:
-    """Means over pairs of rows, and the range."""
+    """A table of the mean and the range of the cosines over pairs of rows."""
     found = []
     for name in CASES:
         if cell := results.get(f"agreement/{name}"):

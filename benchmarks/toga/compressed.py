@@ -1,4 +1,4 @@
-"""Compressed models: how jobs are opened, what is measured of each, and the table that most parts of the page have."""
+"""Compressed models: how jobs are opened, what is measured, and the table used in most parts of the page."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,21 +19,21 @@ from trimbit.schema.plan import Plan
 
 TEXTS = {"wikitext-2": "wikitext-2/wiki.test.raw", "c4": "text/c4_en_300.jsonl.gz"}
 TRAIN = "wikitext-2/train_paragraphs_part.txt.gz"
-FAST = ("search.checkpointing=false",)  # on a CPU the same masks, in more memory
+FAST = ("search.checkpointing=false",)  # on a CPU: the same masks sooner, in more memory
 
 
 def opened(bench: Bench, recipe: str, overrides: tuple[str, ...] = (), seed: int = 0) -> Job:
-    """A job on this benchmark's text."""
+    """A job on the text of this benchmark."""
     return bench.job(recipe, seed, all_overrides(recipe, overrides), text=TRAIN, model_seed=0)
 
 
 def all_overrides(recipe: str, overrides: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """With those that all cells share."""
+    """The overrides, with those that all cells share."""
     return ("calibration.training=150", *(FAST if recipe.startswith("toga") else ()), *overrides)
 
 
 def files(bench: Bench, texts: Iterable[str] = TEXTS) -> tuple[Path, ...]:
-    """What a cell reads."""
+    """The files that a cell reads."""
     return (bench.data / TRAIN, *(bench.data / TEXTS[text] for text in texts))
 
 
@@ -41,7 +41,7 @@ def compressed(
     bench: Bench, recipe: str, overrides: tuple[str, ...] = (), *, seed: int = 0, texts: Iterable[str] = TEXTS,
     also_kv4: bool = False,
 ) -> Found:  # fmt: skip
-    """Compress, and what is left on the texts; where masks are learnt, their shares and curve, too."""
+    """Compress, and measure quality on the texts; for learnt masks also their shares and loss curve."""
     job, original = opened(bench, recipe, overrides, seed), bench.original(0)
     with bench.scratch() as out:
         plan = compress(job, None, out)
@@ -49,7 +49,7 @@ def compressed(
         found["texts"] = {text: quality(bench, out, original, TEXTS[text]) for text in texts}
         if also_kv4:
             found["texts, KV4"] = {text: quality(bench, out, original, TEXTS[text], KVPrecision()) for text in texts}
-    if curve := find_plan(job, None).curve:  # it was found above
+    if curve := find_plan(job, None).curve:  # from the cache: it was found above
         found |= {
             "kl_in_search": seen_kl(job, plan),
             "shares": shares(job.layout, plan, job.steps.search.high),
@@ -59,7 +59,7 @@ def compressed(
 
 
 def _block_bits(job: Job, plan: Plan) -> float:
-    """Bits of a weight of the blocks, all that is stored for them included."""
+    """Mean bits per block weight, including all that is stored for the blocks."""
     layout = job.layout
     blocks = [weight for weight in layout.weights.values() if layout.readers(weight.site)]
     held = sum(unit.nbytes for unit in resolve(plan, layout).units.values() if unit.origin.block is not None)
@@ -67,7 +67,7 @@ def _block_bits(job: Job, plan: Plan) -> float:
 
 
 def texts_table(results: Results, head: str, keys: dict[str, str], size: str = "nbytes") -> list[str]:
-    """Bytes, perplexity and KL of some cells, the original first; of weights, their bits, too."""
+    """A table of bytes, perplexity and KL; if the bytes are those of weights, also bits, and the original first."""
     weights = size == "nbytes"
     held = ["weight file, MB", "bits of a weight"] if weights else ["keys and values of 2,048 tokens, MB"]
     heads = [head, *held, *(f"{what}, {text}" for text in TEXTS for what in ("ppl@2048", "KL"))]
@@ -89,6 +89,6 @@ def _figures_of(cell: dict[str, Any]) -> list[str]:
 
 
 def with_kv4(results: Results) -> Results:
-    """The results, with the figures that a cell has under KV4 as a cell of their own."""
+    """The results, in which the figures that a cell has with KV4 are a cell of their own."""
     kv4 = {f"{key}, KV4": cell | {"texts": own} for key, cell in results.items() if (own := cell.get("texts, KV4"))}
     return results | kv4

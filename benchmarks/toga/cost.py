@@ -1,7 +1,7 @@
-"""What does a step of masks cost, in time and memory, by the model of errors?
+"""What does a step of learning masks cost, in time and memory, for each error model?
 
-One cell at W3.2A3.2: whole steps of 512 tokens in each mode, in turns, the peak bytes of each above those of the
-imports, and the operators that a step spends its time in. About 30 minutes.
+One cell at W3.2A3.2: the time of whole steps of 512 tokens in each mode, in turns, the peak bytes of each mode above
+those of the imports, and the operators in which a step spends its time. About 30 minutes.
 Alone: `python benchmarks/run.py toga.cost --data DATA`
 """
 
@@ -40,12 +40,12 @@ MODES: dict[str, tuple[str, ...]] = {
     "two roundings, dense": ("search.error_model=rtn", "search.dense=true", "search.checkpointing=false"),
 }  # fmt: skip
 FASTEST = "expected errors"
-OPERATORS = 10  # that the page names
+OPERATORS = 10  # named on the page
 STEPS, ROUNDS = 4, 2  # of each mode
 
 
 def overrides(mode: str, steps: int) -> tuple[str, ...]:
-    """Of the recipe: no more text than the steps need."""
+    """Overrides of the recipe, with no more text than the steps need."""
     return (*MODES[mode], f"search.steps={steps}", "calibration.training=2")
 
 
@@ -62,7 +62,7 @@ def in_mode(bench: Bench, mode: str, seed: int, steps: int = STEPS) -> Job:
 
 
 def cost(bench: Bench, seed: int) -> Found:
-    """Seconds of each step by mode, peaks in bytes, and the parts of a step's time by operator."""
+    """Seconds of each step and peak bytes by mode, and each operator's share of a step's time."""
     seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
     for mode in [*MODES] * ROUNDS:
         seconds[mode] += step_seconds(in_mode(bench, mode, seed))
@@ -73,37 +73,37 @@ def cost(bench: Bench, seed: int) -> Found:
 
 
 class Ends(Silent):
-    """When each step of masks has ended."""
+    """A reporter that notes when each step of learning masks ends."""
 
     def __init__(self) -> None:
         self.at: list[float] = []
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Progress]:
-        """Count the steps of masks."""
+        """Note the steps of the stage `masks`; ignore other stages."""
         yield lambda *_: self.ended() if name == "masks" else None
 
     def ended(self) -> None:
-        """A step has ended."""
+        """Note that a step has ended."""
         self.at.append(time.perf_counter())
 
 
 class Profiled(Ends):
-    """A profile of the second step."""
+    """A reporter that profiles the second step."""
 
     def __init__(self) -> None:
         super().__init__()
         self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
 
     def ended(self) -> None:
-        """Start behind the first step, stop behind the second."""
+        """Start after the first step, stop after the second."""
         super().ended()
         if len(self.at) <= 2:
             (self.profile.start if len(self.at) == 1 else self.profile.stop)()
 
 
 def operators(job: Job) -> dict[str, float]:
-    """Of the time of a training's second step, the part in each operator itself, the largest first."""
+    """The share of a training's second step spent in each operator itself, the largest first."""
     ends = Profiled()
     _train(job, ends)
     own = {event.key: event.self_cpu_time_total for event in ends.profile.key_averages()}
@@ -112,21 +112,21 @@ def operators(job: Job) -> dict[str, float]:
 
 
 def step_seconds(job: Job) -> list[float]:
-    """Seconds of each step but the first, of a training that begins anew."""
+    """Seconds of each step, except the first, of a training from the start."""
     ends = Ends()
     _train(job, ends)
     return [round(b - a, 3) for a, b in pairwise(ends.at)]
 
 
 def _train(job: Job, ends: Ends) -> None:
-    """A training that begins anew: one that is finished has no more steps."""
+    """Train in an empty folder, because a training that is finished has no steps left."""
     with ready(job) as own, tempfile.TemporaryDirectory() as folder:
         problem = replace(own.problem, state=Path(folder), reporter=ends)
         learn(problem, job.steps.search, own.sites)
 
 
 def rows(results: Results) -> list[str]:
-    """Seconds, ratios and peaks by mode, and the operators."""
+    """A table of seconds, ratios and peaks by mode, and one of operators."""
     cell = results.get("cost")
     if cell is None:
         return ["not run"]

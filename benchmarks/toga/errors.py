@@ -1,7 +1,8 @@
-"""Are GPTQ's errors as large as they are expected to be, at every kind of site?
+"""Are GPTQ's errors as large as expected, at every kind of site?
 
-Cells: three settings; E |(W - Q) x|^2 of one weight a site, GPTQ's and that of rounding to nearest, each over the
-expected one. The high channels are diag H's, x is the input in the dense model. About 3 minutes a cell.
+Cells: three settings. For one weight per site they hold E |(W - Q) x|^2 with GPTQ and with rounding to nearest, each
+divided by the expected value. The high channels are those of the largest diag H; x is the input in the dense model.
+About 3 minutes per cell.
 Alone: `python benchmarks/run.py toga.errors --data DATA`
 """
 
@@ -25,7 +26,7 @@ SHARED_MINUTES = 10.0
 
 
 def cells(bench: Bench, seed: int) -> Iterator[Cell]:
-    """Each setting."""
+    """One cell for each setting."""
     for setting in WITH_ALL:
         yield Cell(
             key=seeded(f"errors/{setting}", seed), run=partial(ratios, bench, setting, seed), minutes=3, seed=seed,
@@ -34,7 +35,7 @@ def cells(bench: Bench, seed: int) -> Iterator[Cell]:
 
 
 def ratios(bench: Bench, setting: str, seed: int) -> Found:
-    """By kind of site, and by quantiser, a ratio for each block."""
+    """The ratio for each block, by kind of site and by quantiser."""
     found: dict[str, dict[str, list[float]]] = {}
     with ready(opened(bench, SETTINGS[setting][1], seed=seed)) as own:
         plan, masks = diag_h(own)
@@ -46,7 +47,7 @@ def ratios(bench: Bench, setting: str, seed: int) -> Found:
 
 
 def _site(own: Opened, plan: Plan, masks: Masks, site: str) -> dict[str, float]:
-    """Of the first weight of a site."""
+    """The ratio by quantiser for the first weight of a site."""
     assert own.prepared.stats is not None
     name, layer = own.job.layout.readers(site)[0].name, layer_of(own.masked, site)
     moments = own.prepared.stats.moments(site)
@@ -68,7 +69,7 @@ def _site(own: Opened, plan: Plan, masks: Masks, site: str) -> dict[str, float]:
 
 
 def rows(results: Results) -> list[str]:
-    """Medians over blocks, and the range."""
+    """A table of the median and the range of the ratios over blocks."""
     found = []
     for setting in WITH_ALL:
         cell = results.get(f"errors/{setting}", {"ratios": {"not run": {}}})

@@ -1,7 +1,7 @@
-"""How near are the errors that GPTQ makes to those that are expected, and do their signs matter?
+"""How close are the errors of GPTQ to the expected ones, and do their signs matter?
 
-Cells: three settings by diag H's and learnt masks; KL of GPTQ's errors on the dense inputs, and with random signs of
-rows. 5 to 10 minutes a cell once `toga.settings` has learnt the masks.
+Cells: three settings, each with the masks of diag H and with learnt ones; the KL with GPTQ's errors on the dense
+inputs, and with a random sign for each row of them. 5 to 10 minutes per cell once `toga.settings` has learnt the masks.
 Alone: `python benchmarks/run.py toga.gptq --data DATA`
 """
 
@@ -23,7 +23,7 @@ SHARED_MINUTES = 10.0
 
 
 def cells(bench: Bench, seed: int) -> Iterator[Cell]:
-    """Each kind of masks at each setting."""
+    """One cell for each kind of masks at each setting."""
     for setting, kind in product(WITH_ALL, ("diag H", "learnt")):
         yield Cell(
             key=seeded(f"gptq/{setting}/{kind}", seed),
@@ -33,7 +33,7 @@ def cells(bench: Bench, seed: int) -> Iterator[Cell]:
 
 
 def made(bench: Bench, setting: str, kind: str, seed: int) -> Found:
-    """KL on the rows that plans are chosen by."""
+    """KL on the rows by which plans are chosen."""
     with ready(opened(bench, SETTINGS[setting][1], seed=seed)) as own:
         plan, masks, _ = masks_of(own, kind)
         found = gptq_errors(own, plan)
@@ -43,7 +43,7 @@ def made(bench: Bench, setting: str, kind: str, seed: int) -> Found:
 
 
 def _signs(found: dict[tuple[str, int], Tensor], seed: int) -> Errors:
-    """The errors, each row's with a random sign."""
+    """The errors, with a random sign for each row."""
     generator = torch.Generator().manual_seed(seed)
 
     def errors(site: str, at: int) -> Tensor:

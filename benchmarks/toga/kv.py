@@ -1,6 +1,6 @@
-"""What does a cache of keys and values in few bits cost alone?
+"""How much quality does a KV cache in few bits cost by itself?
 
-Cells: the original with each kind of cache, on two texts. About 20 minutes a cell.
+Cells: the original with each kind of KV cache, on two texts. About 20 minutes per cell.
 Alone: `python benchmarks/run.py toga.kv --data DATA`
 """
 
@@ -25,16 +25,16 @@ CACHES = {
 }  # fmt: skip
 RECIPE = "rtn-w4a4"
 UNQUANTISED = "search={name: preset, params: {blocks: bf16, embedding: bf16}}"
-CONTEXT = 2048  # of the bytes that a cache takes
+CONTEXT = 2048  # tokens, for the bytes that a cache takes
 
 
 def overrides(precision: str) -> tuple[str, ...]:
-    """Of the recipe."""
+    """Overrides of the recipe."""
     return (UNQUANTISED, f"kv_cache={precision}", "quant={name: rtn}")
 
 
 def cells(bench: Bench, seed: int) -> Iterator[Cell]:
-    """Each kind."""
+    """One cell for each kind of cache."""
     for kind, precision in CACHES.items():
         yield Cell(
             key=seeded(f"kv/{kind}", seed), run=partial(cached, bench, precision, seed), minutes=20, seed=seed,
@@ -43,12 +43,12 @@ def cells(bench: Bench, seed: int) -> Iterator[Cell]:
 
 
 def cached(bench: Bench, precision: str, seed: int) -> Found:
-    """Quality, and the bytes that keys and values take."""
+    """Quality with a kind of cache, and the bytes that keys and values take."""
     kept, config = yaml.safe_load(precision), AutoConfig.from_pretrained(bench.original(0))
     size = cache_nbytes(config, {}, None if kept is None else KVPrecision(**kept), CONTEXT)
     return compressed(bench, RECIPE, overrides(precision), seed=seed) | {"cache_nbytes": size}
 
 
 def rows(results: Results) -> list[str]:
-    """Bytes and quality by kind."""
+    """A table of bytes and quality by kind of cache."""
     return texts_table(results, "cache", {kind: f"kv/{kind}" for kind in CACHES}, "cache_nbytes")

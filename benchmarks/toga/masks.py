@@ -1,4 +1,4 @@
-"""The model under masks, those of diag H and learnt ones; and errors of our choice in place of expected ones."""
+"""The model under masks, by diag H or learnt, with expected errors or with other errors in their place."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,14 +19,14 @@ from trimbit.transform.quant import gptq
 from trimbit.trial.masked.expected import ErrorModel, ExpectedLinear
 from trimbit.trial.masked.model import MaskedModel
 
-DRAWS = 3  # of the errors of all weights
-KINDS = ("diag H", "diag H, learnt shares", "learnt")  # the second has as many high channels at each site as the third
+DRAWS = 3  # of errors of all weights
+KINDS = ("diag H", "diag H, learnt shares", "learnt")  # the second has as many high channels per site as the third
 Masks = Mapping[str, Tensor]  # by site
-Errors = Callable[[str, int], Tensor]  # of a weight of a site, by its place among those that read there
+Errors = Callable[[str, int], Tensor]  # of the weight that is at some place among those that read a site
 
 
 class Opened(NamedTuple):
-    """A job with what its search has before it."""
+    """A job with what its search starts from."""
 
     job: Job
     prepared: Prepared
@@ -36,13 +36,13 @@ class Opened(NamedTuple):
 
     @property
     def masked(self) -> MaskedModel:
-        """The model under masks, with what the search sees of errors."""
+        """The model under masks, with errors as the search sees them."""
         return self.oracle.masked(self.job.steps.search)
 
 
 @contextmanager
 def ready(job: Job) -> Iterator[Opened]:
-    """The problem of the recipe's own size, and its oracle."""
+    """Prepare the job; yield the problem at the recipe's own size, with its oracle."""
     nbytes, prepared = preflight(job, None), prepare(job)
     with ModelOracle(job, prepared) as oracle:
         problem = problem_of(job, nbytes, oracle)
@@ -50,13 +50,13 @@ def ready(job: Job) -> Iterator[Opened]:
 
 
 def seen_kl(job: Job, plan: Plan) -> float:
-    """KL of a plan's masks on the rows that plans are chosen by, with errors as the search sees them."""
+    """KL of a plan's masks on the rows by which plans are chosen, with errors as the search sees them."""
     with ready(job) as own:
         return own.masked.damage(as_masks(own.sites.high(plan), own.sites)).kl
 
 
 def diag_h(own: Opened) -> tuple[Plan, Masks]:
-    """The plan and masks whose high channels are those of largest diag H."""
+    """The plan and masks whose high channels are those with the largest diag H."""
     sites = own.sites
     high = {site: sites.top_channels(site, tiles) for site, tiles in sites.uniform_within_budget.items()}
     plan = sites.plan(high, "diag H")
@@ -64,7 +64,7 @@ def diag_h(own: Opened) -> tuple[Plan, Masks]:
 
 
 def masks_of(own: Opened, kind: str) -> tuple[Plan, Masks, dict[str, float]]:
-    """The plan and masks of a kind, and of learnt masks the share of channels that diag H chooses, too."""
+    """The plan and masks of a kind, and for learnt masks the share of high channels that diag H chooses, too."""
     if kind == "diag H":
         return *diag_h(own), {}
     sites = own.sites
@@ -77,28 +77,28 @@ def masks_of(own: Opened, kind: str) -> tuple[Plan, Masks, dict[str, float]]:
 
 
 def layer_of(masked: MaskedModel, site: str, at: int = 0) -> ExpectedLinear:
-    """A layer with expected errors."""
+    """The layer at a place among those that read a site; it must have expected errors."""
     layer = masked.layers[site][at]
     assert isinstance(layer, ExpectedLinear), "the recipe expects errors"
     return layer
 
 
 def expected_errors(layer: ExpectedLinear, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a weight, by column: what is along it, and the mean squares of the rest."""
+    """The errors expected in a weight: the part along the weight, and the mean squares of the rest."""
     parts: tuple[tuple[ErrorModel, Tensor], ...] = ((layer.low, ~chosen), (layer.high, chosen))
     low, high = (noise.rows @ (noise.cols * own[:, None]).T for noise, own in parts)
     return layer.along(chosen) * layer.weight, low + high
 
 
 def residuals(layer: ExpectedLinear) -> Tensor:
-    """The matrix that maps inputs to their residuals."""
+    """The matrix that maps inputs to residuals."""
     assert layer.inputs.residuals is not None
     found: Tensor = layer.inputs.residuals(torch.eye(layer.weight.shape[1]).to(layer.weight))
     return found.T.float()
 
 
 def drawn_errors(masked: MaskedModel, masks: Masks, seed: int) -> Errors:
-    """As expected, what is left to chance normal."""
+    """Errors drawn as expected: the part along the weight, and a normal sample of the rest."""
     generator = torch.Generator().manual_seed(seed)
 
     def errors(site: str, at: int) -> Tensor:
@@ -111,7 +111,7 @@ def drawn_errors(masked: MaskedModel, masks: Masks, seed: int) -> Errors:
 
 
 def gptq_errors(own: Opened, plan: Plan) -> dict[tuple[str, int], Tensor]:
-    """Those that GPTQ makes on the dense inputs, in the model's own order of channels."""
+    """The errors that GPTQ makes on the dense inputs, with channels in the model's order."""
     assert own.prepared.stats is not None
     found = {}
     for site, layers in own.masked.layers.items():
@@ -126,7 +126,7 @@ def gptq_errors(own: Opened, plan: Plan) -> dict[tuple[str, int], Tensor]:
 
 @contextmanager
 def with_errors(masked: MaskedModel, errors: Errors) -> Iterator[None]:
-    """The model with these errors in its weights, and none that are expected."""
+    """Put these errors into the weights, in place of expected ones, inside a `with` block."""
     before = []
     for site, layers in masked.layers.items():
         for at in range(len(layers)):
@@ -147,7 +147,7 @@ def with_errors(masked: MaskedModel, errors: Errors) -> Iterator[None]:
 
 
 def shared_kl(masked: MaskedModel, masks: Masks, draw: Callable[[int], Errors]) -> list[float]:
-    """KL on the rows that plans are chosen by, of some draws of errors in the weights that all tokens share."""
+    """KL, for each of `DRAWS` draws, of errors shared by all tokens, on the rows by which plans are chosen."""
     found = []
     for seed in range(DRAWS):
         with with_errors(masked, draw(seed)):

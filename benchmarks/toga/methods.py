@@ -1,11 +1,11 @@
-"""Settings and the methods that are compared in each: recipes and their overrides."""
+"""Settings, and the methods compared in each: recipes with overrides."""
 
 Method = tuple[str, tuple[str, ...]]  # a recipe and its overrides
 
 NEAREST = "quant={name: rtn, params: {scales: mse}}"
 ALONE = ("search.share=0.0", "search.sort=false")
 W3A3 = ("search.low=int3g128", "search.low_acts={bits: 3, group: 128, clip: 0.9}")
-SETTINGS: dict[str, tuple[str, str, dict[str, Method]]] = {  # channels by diag H, learnt masks, what else there is
+SETTINGS: dict[str, tuple[str, str, dict[str, Method]]] = {  # by diag H, with learnt masks, other methods
     "W3.2A3.2": (
         "atom-w3.2a3.2",
         "toga-q-w3.2a3.2",
@@ -31,14 +31,14 @@ SETTINGS: dict[str, tuple[str, str, dict[str, Method]]] = {  # channels by diag 
         {"RTN, diag H, not sorted": ("atom-w4a4", (NEAREST, "search.sort=false")), "QuaRot": ("quarot-w4a4", ())},
     ),
 }
-WITH_ALL = ("W3.2A3.2", "W1.6A16", "W2A16")  # where channels at random, and shares by measured KL, are tried, too
-WITH_KV4 = ("diag H", "learnt")  # the methods that are tried with keys and values in 4 bits, too
+WITH_ALL = ("W3.2A3.2", "W1.6A16", "W2A16")  # settings that also try random channels, and shares by measured KL
+WITH_KV4 = ("diag H", "learnt")  # methods that are also tried with a KV cache in 4 bits
 LEARNT = ("learnt", "RTN, learnt")
 SHORTER = ("search.steps=100",)
 
 
 def methods(setting: str) -> dict[str, Method]:
-    """Recipe and overrides of each method of a setting."""
+    """The recipe and overrides of each method in a setting."""
     salient, learnt, more = SETTINGS[setting]
     steps = () if setting in WITH_ALL else SHORTER
     others: dict[str, Method] = {

@@ -1,7 +1,8 @@
-"""How near is the noise that a search sees to errors that all tokens share?
+"""How close is the noise that a search sees to errors that all tokens share?
 
-Cells: three settings by three kinds of masks; KL of errors drawn anew for each token, and of draws in the weights. 5 to
-10 minutes a cell once `toga.settings` has learnt the masks. Alone: `python benchmarks/run.py toga.noise --data DATA`
+Cells: three settings, each with three kinds of masks; the KL with errors drawn for each token, and with errors drawn
+once in the weights. 5 to 10 minutes per cell once `toga.settings` has learnt the masks.
+Alone: `python benchmarks/run.py toga.noise --data DATA`
 """
 
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ SHARED_MINUTES = 10.0
 
 
 def cells(bench: Bench, seed: int) -> Iterator[Cell]:
-    """Each kind of masks at each setting."""
+    """One cell for each kind of masks at each setting."""
     for setting, kind in product(WITH_ALL, KINDS):
         yield Cell(
             key=seeded(f"noise/{setting}/{kind}", seed),
@@ -32,7 +33,7 @@ def cells(bench: Bench, seed: int) -> Iterator[Cell]:
 
 
 def drawn(bench: Bench, setting: str, kind: str, seed: int) -> Found:
-    """KL on the rows that plans are chosen by."""
+    """KL with both kinds of errors, on the rows by which plans are chosen."""
     with ready(opened(bench, SETTINGS[setting][1], seed=seed)) as own:
         _, masks, found = masks_of(own, kind)
         masked = own.masked
@@ -41,7 +42,7 @@ def drawn(bench: Bench, setting: str, kind: str, seed: int) -> Found:
 
 
 def rows(results: Results) -> list[str]:
-    """KL by which errors the weights have: as expected, GPTQ's, and packed."""
+    """A table of KL by the errors of the weights: expected, GPTQ's, or as packed."""
     found = []
     for setting, kind in product(WITH_ALL, KINDS):
         drawn, made, packed = (results.get(f"{part}/{setting}/{kind}") for part in ("noise", "gptq", "settings"))
@@ -53,5 +54,5 @@ def rows(results: Results) -> list[str]:
 
 
 def draws(found: list[float]) -> str:
-    """Mean and range."""
+    """Mean and range, as text."""
     return f"{mean(found):.3f} ({min(found):.3f} to {max(found):.3f})"

@@ -1,6 +1,6 @@
-"""What of the masks' training matters: loss, network, prior, estimator, the model of errors?
+"""What matters in training masks: the loss, the network, the prior, the estimator or the error model?
 
-Cells: at W1.6A16, in 100 steps, one thing at a time. 10 to 15 minutes a cell.
+Cells: W1.6A16 in 100 steps, each with one option changed. 10 to 15 minutes per cell.
 Alone: `python benchmarks/run.py toga.options --data DATA`
 """
 
@@ -33,7 +33,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 
 
 def cells(bench: Bench, seed: int) -> Iterator[Cell]:
-    """Each option."""
+    """One cell for each option."""
     for option, overrides in OPTIONS.items():
         yield Cell(
             key=seeded(f"options/{option}", seed),
@@ -43,7 +43,7 @@ def cells(bench: Bench, seed: int) -> Iterator[Cell]:
 
 
 def rows(results: Results) -> list[str]:
-    """KL on the rows that plans are chosen by, as the search saw it and packed."""
+    """A table of KL on the rows by which plans are chosen, as the search saw it and once packed."""
     found = []
     for name, key in {"diag H": "settings/W1.6A16/diag H", **{one: f"options/{one}" for one in OPTIONS}}.items():
         cell = results.get(key)

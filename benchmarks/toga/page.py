@@ -1,4 +1,4 @@
-"""docs/results/toga-q.md and its pictures."""
+"""Writes the tables and pictures of docs/results/toga-q.md."""
 
 from harness.bench import DOCS
 from harness.tables import Results, origin_table, write_parts
@@ -9,7 +9,7 @@ PAGE = DOCS / "results" / "toga-q.md"
 
 
 def parts(results: Results) -> dict[str, list[str]]:
-    """All tables."""
+    """All tables, by the name of their place in the page."""
     return {
         "ablation": settings.ablation_rows(results), "settings": settings.rows(results), "full": full.rows(results),
         "ratios": settings.ratio_rows(results), "search": settings.search_rows(results), "tiles": tiles.rows(results),
@@ -20,7 +20,7 @@ def parts(results: Results) -> dict[str, list[str]]:
 
 
 def write(results: Results) -> None:
-    """Write the page and the pictures."""
+    """Write the tables into the page, and the pictures."""
     write_parts(PAGE, parts(results) | {"origins": origin_table(results)})
     if any(key.startswith("settings/") for key in results):
         draw_bits(results, PAGE.with_name("toga-bits.png"))

@@ -9,11 +9,11 @@ from harness.tables import Results
 from toga.compressed import TEXTS
 from toga.methods import SETTINGS, methods
 
-MOST_PPL = 100_000  # of the picture: beyond it nothing is left of the model
+MOST_PPL = 100_000  # the largest drawn: beyond it nothing is left of the model
 
 
 def draw_bits(results: Results, path: Path) -> None:
-    """KL and perplexity on both texts against the true bits of a weight of the blocks, a mark a method."""
+    """Plot KL and perplexity on both texts against the true bits per block weight, one marker per method."""
     from matplotlib import pyplot
 
     figure, rows = pyplot.subplots(2, 2, figsize=(11, 9), layout="constrained", sharex=True, sharey="row")
@@ -37,7 +37,7 @@ def draw_bits(results: Results, path: Path) -> None:
 
 
 def _points(axes: Any, results: Results, text: str, what: str, marks: dict[str, Any]) -> None:  # noqa: ANN401
-    """A mark for each method and setting; `marks` gets those of the legend."""
+    """Draw a marker for each method and setting; `marks` collects those for the legend."""
     for at, method in enumerate(dict.fromkeys(method for setting in SETTINGS for method in methods(setting))):
         kind = {"marker": "osD^vP*X<>h"[at % 11], "color": f"C{at % 10}", "linestyle": ""}
         for setting in SETTINGS:
@@ -48,7 +48,7 @@ def _points(axes: Any, results: Results, text: str, what: str, marks: dict[str, 
 
 
 def draw_masks(results: Results, path: Path) -> None:
-    """The share of high channels by block and site, and the loss, of each setting's learnt masks."""
+    """Plot the share of high channels by block and site, and the loss, of the learnt masks of each setting."""
     from matplotlib import pyplot
 
     cells = {s: results[k] for s in SETTINGS if (k := f"settings/{s}/learnt") in results}

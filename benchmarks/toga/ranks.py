@@ -1,6 +1,6 @@
-"""Of which rank must the prediction of channels by later ones be, for errors as expected?
+"""Which rank does the prediction of channels from later ones need, for the expected errors to be right?
 
-Cells: KL of diag H's masks at W2A16, by rank. About 2 minutes a cell, 5 at full rank.
+Cells: the KL of diag H's masks at W2A16, by rank. About 2 minutes per cell, 5 at full rank.
 Alone: `python benchmarks/run.py toga.ranks --data DATA`
 """
 
@@ -16,12 +16,12 @@ from toga.methods import SETTINGS
 
 SEEDS = (0,)
 SHARED_MINUTES = 10.0
-RANKS = (0, 1, 4, 16, 64, 1536)  # of the last, all that is predicted
+RANKS = (0, 1, 4, 16, 64, 1536)  # the last one is full rank
 RECIPE = SETTINGS["W2A16"][1]
 
 
 def cells(bench: Bench, seed: int) -> Iterator[Cell]:
-    """Each rank."""
+    """One cell for each rank."""
     for rank in RANKS:
         yield Cell(
             key=seeded(f"ranks/{rank}", seed), run=partial(of_rank, bench, rank, seed),
@@ -30,13 +30,13 @@ def cells(bench: Bench, seed: int) -> Iterator[Cell]:
 
 
 def of_rank(bench: Bench, rank: int, seed: int) -> Found:
-    """KL on the rows that plans are chosen by."""
+    """KL on the rows by which plans are chosen."""
     with ready(opened(bench, RECIPE, (f"search.residual_rank={rank}",), seed)) as own:
         return {"kl": own.masked.damage(diag_h(own)[1]).kl}
 
 
 def rows(results: Results) -> list[str]:
-    """KL by rank."""
+    """A table of KL by rank."""
     found = [results.get(f"ranks/{rank}") for rank in RANKS]
     figures = ("not run" if one is None else f"{one['kl']:.3f}" for one in found)
     return table(["rank", *map(str, RANKS)], [["KL", *figures]])

@@ -1,6 +1,6 @@
-"""What does a search see of diag H's masks whose versions are rounded to nearest?
+"""What KL does a search see for diag H's masks if both versions of each weight are rounded to nearest?
 
-Cells: three settings. About 3 minutes a cell. Alone: `python benchmarks/run.py toga.rounded --data DATA`
+Cells: three settings. About 3 minutes per cell. Alone: `python benchmarks/run.py toga.rounded --data DATA`
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ ROUNDED = ("search.error_model=rtn", "search.dense=true")
 
 
 def cells(bench: Bench, seed: int) -> Iterator[Cell]:
-    """Each setting."""
+    """One cell for each setting."""
     for setting in WITH_ALL:
         yield Cell(
             key=seeded(f"rounded/{setting}", seed), run=partial(seen, bench, setting, seed), minutes=3, seed=seed,
@@ -27,6 +27,6 @@ def cells(bench: Bench, seed: int) -> Iterator[Cell]:
 
 
 def seen(bench: Bench, setting: str, seed: int) -> Found:
-    """KL on the rows that plans are chosen by."""
+    """KL on the rows by which plans are chosen."""
     with ready(opened(bench, SETTINGS[setting][1], ROUNDED, seed)) as own:
         return {"kl": own.masked.damage(diag_h(own)[1]).kl}

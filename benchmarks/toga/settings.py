@@ -1,7 +1,7 @@
-"""What do learnt masks give at five settings, beside channels by diag H, at random, and other methods?
+"""How good are learnt masks in five settings, compared with channels by diag H or at random, and with other methods?
 
-Cells: the original, then each method of each setting, from calibration to two texts. 6 to 30 minutes a cell;
-about an hour where masks are learnt, two where shares are measured.
+Cells: the original, then each method in each setting, from calibration to quality on two texts. 6 to 30 minutes per
+cell; about an hour if masks are learnt, two if shares are measured.
 Alone: `python benchmarks/run.py toga.settings --data DATA --only '*/W4A4/*'`
 """
 
@@ -18,9 +18,9 @@ from toga.methods import LEARNT, SETTINGS, WITH_KV4, methods
 from trimbit.artifact.files import weight_nbytes
 
 SEEDS = (0,)
-SHARED_MINUTES = 10.0  # moments, the original's outputs
+SHARED_MINUTES = 10.0  # for moments, and the original's outputs
 MINUTES = {"learnt": 65, "RTN, learnt": 15, "learnt, channel by channel": 90, "shares by measured KL": 120}
-ABLATION = {  # at W4A4, each step adds to those before it
+ABLATION = {  # at W4A4; each step adds to those before it
     "RTN W4A4": "RTN, low format alone",
     "+ 12.5 % INT8": "RTN, diag H, not sorted",
     "+ reorder": "RTN, diag H",
@@ -28,19 +28,19 @@ ABLATION = {  # at W4A4, each step adds to those before it
     "+ KV4": "diag H, KV4",
 }
 WEIGHTS = "0.41 (WikiText-2) and 0.15 (C4) at best"
-CLAIMS = {  # of the abstract, on larger models and against its own baselines
+CLAIMS = {  # of the paper's abstract, on larger models and against its own baselines
     "W3.2A3.2": "0.79 at best, WikiText-2",
     "W1.6A16": WEIGHTS,
     "W2A16": WEIGHTS,
     "W3A16": WEIGHTS,
     "W4A4": "",
 }
-# the methods that are of the kinds which the paper claims to be ahead of
+# methods of the kinds that the paper claims to beat
 RIVALS = ("diag H", "QuaRot", "QuaRot, W3A3", "PTQ1.61's layout", "SliM", "GPTQ, INT2", "GPTQ, INT3")
 
 
 def cells(bench: Bench, seed: int) -> Iterator[Cell]:
-    """The original, then each method of each setting."""
+    """One cell for the original, then one for each method in each setting."""
     texts = files(bench)
     yield Cell(
         key=seeded("original", seed), run=partial(original, bench), minutes=6, seed=seed, context=bench.context,
@@ -57,14 +57,14 @@ def cells(bench: Bench, seed: int) -> Iterator[Cell]:
 
 
 def original(bench: Bench) -> Found:
-    """The model as it is."""
+    """Bytes and quality of the original model."""
     path = bench.original(0)
     texts = {text: quality(bench, path, path, TEXTS[text]) for text in TEXTS}
     return {"nbytes": weight_nbytes(path), "texts": texts}
 
 
 def rows(results: Results) -> list[str]:
-    """A table for each setting, and the pictures."""
+    """A table for each setting, and links to the pictures."""
     lines: list[str] = []
     for setting in SETTINGS:
         names = [*methods(setting), *(f"{method}, KV4" for method in WITH_KV4)]
@@ -78,13 +78,13 @@ def rows(results: Results) -> list[str]:
 
 
 def ablation_rows(results: Results) -> list[str]:
-    """Atom's steps at W4A4."""
+    """A table of Atom's steps at W4A4."""
     keys = {step: f"settings/W4A4/{method}" for step, method in ABLATION.items()}
     return texts_table(with_kv4(results), "step", keys)
 
 
 def ratio_rows(results: Results) -> list[str]:
-    """Perplexity with learnt masks over that of each other method, and of the bits of a weight of the blocks."""
+    """A table of ratios, learnt masks over each other method: of perplexity, and of bits per block weight."""
     found = []
     for setting, claim in CLAIMS.items():
         for method in methods(setting):
@@ -100,7 +100,7 @@ def ratio_rows(results: Results) -> list[str]:
 
 
 def search_rows(results: Results) -> list[str]:
-    """KL on the rows that plans are chosen by: what the search saw, and what is left of it once packed."""
+    """A table of KL on the rows by which plans are chosen: as the search saw it, and once packed."""
     found = []
     for setting in SETTINGS:
         drawn, rounded = results.get(f"noise/{setting}/diag H"), results.get(f"rounded/{setting}")

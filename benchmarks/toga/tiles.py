@@ -1,7 +1,8 @@
-"""What do whole tiles cost: high channels one by one, or 8, 16, 32 together?
+"""What do whole tiles cost: high channels chosen one by one, or 8, 16 or 32 together?
 
-One cell at W3.2A3.2: KL, as the search sees it, of as many high codes by the same logits, by the tile. Minutes once
-`toga.settings` has learnt the masks, else an hour. Alone: `python benchmarks/run.py toga.tiles --data DATA`
+One cell at W3.2A3.2: for each tile size, the KL that the search sees with equally many high codes, chosen by the same
+logits. It takes minutes once `toga.settings` has learnt the masks, else an hour.
+Alone: `python benchmarks/run.py toga.tiles --data DATA`
 """
 
 import shutil
@@ -39,12 +40,12 @@ def cells(bench: Bench, seed: int) -> Iterator[Cell]:
 
 
 def by_tile(bench: Bench, seed: int) -> Found:
-    """KL on the rows that plans are chosen by."""
+    """KL by tile size, on the rows by which plans are chosen."""
     job = opened(bench, RECIPE, seed=seed)
     with ready(job) as own, TemporaryDirectory() as folder:
         shutil.copy(_trained(job), folder)
         config, problem = job.steps.search, replace(own.problem, state=Path(folder))
-        logits, _ = learn(problem, config, own.sites)  # no step is left
+        logits, _ = learn(problem, config, own.sites)  # loads the trained logits: no step is left
         highest = {tile: _highest(logits, own.sites, tile) for tile in TILES}
         free = [len(high) for high in highest[1].values()]
         return {
@@ -54,14 +55,14 @@ def by_tile(bench: Bench, seed: int) -> Found:
 
 
 def _trained(job: Job) -> Path:
-    """The state of the masks' training, run now if it was not before."""
+    """The file with the state of the masks' training, which runs now if it has not yet."""
     find_plan(job, None)
     (record,) = (record for record in job.runner.records.values() if record.stage == PlanKey.stage)
     return job.runner.cache.path(record.stage, record.key) / "masks.safetensors"
 
 
 def _highest(logits: Mapping[str, Tensor], sites: TileProblem, tile: int) -> dict[str, list[int]]:
-    """The channels of each site that are high where tiles of this size, of the highest logits, fill the codes."""
+    """The high channels of each site if tiles of this size, those with the highest logits first, fill the budget."""
     orders = {site: own.argsort(descending=True, stable=True) for site, own in logits.items()}
     means = {site: own[orders[site]].view(-1, tile).mean(-1).tolist() for site, own in logits.items()}
     ranked = sorted((-mean, at, site) for site, own in means.items() for at, mean in enumerate(own))
@@ -74,7 +75,7 @@ def _highest(logits: Mapping[str, Tensor], sites: TileProblem, tile: int) -> dic
 
 
 def rows(results: Results) -> list[str]:
-    """KL by the tile that high channels come in."""
+    """A table of KL by tile size."""
     cell = results.get("tiles")
     figures = [f"{cell['kl'][str(tile)]:.3f}" if cell else "not run" for tile in TILES]
     return table(["single channels" if tile == 1 else f"tiles of {tile}" for tile in TILES], [figures])

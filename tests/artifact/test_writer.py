@@ -110,7 +110,7 @@ def test_an_output_that_exists_is_refused(tmp_path):
     (full / "x").touch()
     file.touch()
     for out in (full, file):
-        with pytest.raises(ArtifactError, match="exists already"), appearing(out):
+        with pytest.raises(ArtifactError, match="already exists"), appearing(out):
             pass
     with writing(empty, LAYOUT, PLAN) as writer:
         writer.add(tensors())

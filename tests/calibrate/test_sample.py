@@ -99,9 +99,9 @@ def test_every_other_row_is_a_chat(model: LlamaForCausalLM, early: int | None) -
 
 def test_self_refuses(model: LlamaForCausalLM) -> None:
     plain, chat = make_tokenizer(), make_tokenizer(chat=True)
-    with pytest.raises(DataError, match="65 tokens asked, the model has 64 positions"):
+    with pytest.raises(DataError, match="65 tokens were requested, but the model has only 64 positions"):
         sampling.sample_self(model, plain, rows=1, length=65, seed=0)
-    with pytest.raises(DataError, match="takes 6 tokens or more, rows have 5"):
+    with pytest.raises(DataError, match="needs at least 6 tokens, but rows have 5"):
         sampling.sample_self(model, chat, rows=2, length=5, seed=0)
     chat.chat_template = "<user> fixed <assistant>"
     with pytest.raises(DataError, match="chat template"):

@@ -61,16 +61,16 @@ def test_jsonl_takes_the_first_known_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.jsonl", b'{"text": "x"}\n{"title": 1}', r"a\.jsonl, line 2: found 'title'; needs"),
+        ("a.jsonl", b'{"text": "x"}\n{"title": 1}', r"a\.jsonl, line 2: found 'title', but a row needs"),
         ("a.jsonl", b'{"text": null}', "line 1: found 'text'"),
         ("a.jsonl", b"[1]", "line 1: found list"),
         ("a.jsonl", b'\n{"text"', "line 2: not valid JSON"),
         ("a.txt", b"\xff\xfe", "utf-8"),
         ("a.txt.gz", b"not gzip", "gzip"),
         ("a.txt.gz", gzip.compress(b"x" * 999, mtime=0)[:-9], "gzip"),
-        ("a.csv", b"x", r"'\.csv'; known are \.txt, \.md, \.raw, \.jsonl"),
-        ("a.gz", b"x", r"known are \.txt"),
-        ("a.txt", None, r"no such file; known are \.txt"),
+        ("a.csv", b"x", r"'\.csv'; supported are \.txt, \.md, \.raw, \.jsonl"),
+        ("a.gz", b"x", r"supported are \.txt"),
+        ("a.txt", None, r"no such file; supported are \.txt"),
     ],
 )
 def test_unreadable_files(tmp_path: Path, name: str, content: bytes | None, says: str) -> None:
@@ -86,7 +86,7 @@ def test_windows() -> None:
     expected = [[99, 0, 1, 2], [99, 3, 4, 5], [99, 6, 7, 8]]
     assert texts.windows(ids, 4, bos=99).tolist() == expected
     assert texts.windows(ids, 11, bos=99).tolist() == [[99, *range(10)]]
-    with pytest.raises(DataError, match="10 tokens found, 11 needed"):
+    with pytest.raises(DataError, match="10 tokens, but one window needs 11"):
         texts.windows(ids, 11, bos=None)
     with pytest.raises(DataError, match="at least 1"):
         texts.windows(ids, 1, bos=99)
@@ -113,7 +113,7 @@ def test_evaluation_windows_are_in_order(tmp_path: Path) -> None:
     assert found[:, 1:].flatten().tolist() == list(range(5, 35))
     two = texts.evaluation_windows(path, make_tokenizer(), context=6, max_windows=2)
     assert two.tolist() == [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]]
-    with pytest.raises(DataError, match=r"a\.txt: 31 tokens found, 32 needed"):
+    with pytest.raises(DataError, match=r"a\.txt: the text has 31 tokens, but one window needs 32"):
         texts.evaluation_windows(path, make_tokenizer(), context=32, max_windows=None)
     with pytest.raises(DataError, match="max_windows is 0"):
         texts.evaluation_windows(path, make_tokenizer(), context=6, max_windows=0)
@@ -131,7 +131,7 @@ def test_from_file_draws_different_windows_by_seed(tmp_path: Path) -> None:
     assert starts != sorted(starts)
     fewer = texts.from_file(path, tokenizer, rows=4, length=3, seed=1)
     assert torch.equal(fewer.tokens, one.tokens[:4])
-    with pytest.raises(DataError, match=r"11 rows of 3 tokens asked, the text has 10"):
+    with pytest.raises(DataError, match=r"11 rows of 3 tokens were requested, but the text has only 10"):
         texts.from_file(path, tokenizer, rows=11, length=3, seed=1)
 
 
@@ -147,7 +147,7 @@ def test_digest_and_split() -> None:
     assert torch.equal(last.tokens, tokens[3:])
     assert {(part.name, part.seed) for part in (first, none, last)} == {("x", 3)}
     for counts in ((3,), (3, 2), (5,)):
-        with pytest.raises(DataError, match=rf"x: parts of .{counts[0]},.* rows asked of 4"):
+        with pytest.raises(DataError, match=rf"x: parts of .{counts[0]},.* rows were requested, but there are 4 rows"):
             whole.split(*counts)
 
 

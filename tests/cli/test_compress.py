@@ -94,14 +94,14 @@ def test_a_packed_cache_from_the_recipe_to_generation(run, job, options, compres
 def test_an_output_that_exists(refused, job, options, tmp_path, command):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("precious")
-    refused(command, job.model, tmp_path / "out", "--budget", BUDGET, *options, words=["out exists already"])
+    refused(command, job.model, tmp_path / "out", "--budget", BUDGET, *options, words=["out already exists"])
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
 @pytest.mark.parametrize("command", ["plan", "compress"])
 def test_an_output_needs_a_folder_to_lie_in(refused, job, options, tmp_path, command):
     (tmp_path / "file").write_text("")
-    words = [f"cannot write {tmp_path / 'file' / 'out'}", "no directory"]
+    words = [f"cannot write {tmp_path / 'file' / 'out'}", "is not a writable directory"]
     refused(command, job.model, tmp_path / "file" / "out", "--budget", BUDGET, *options, words=words)
 
 
@@ -113,7 +113,7 @@ def test_a_plan_is_applied_by_its_own_recipe_and_seed(run, job, options, tmp_pat
         assert run(command, job.model, out, *given)[0] == 0
     code, _, err = run("apply", job.model, plan, tmp_path / "none")
     assert code != 0
-    assert f"found on {job.text.name}: give that file" in err
+    assert f"found on {job.text.name}; give that file" in err
     assert run("apply", job.model, plan, tmp_path / "again", "--calibration", job.text)[0] == 0
     for name in ("model.safetensors", "recipe.yaml", "plan.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()

@@ -74,10 +74,10 @@ def test_kl_is_to_the_original(run, refused, caplog, job, compressed, tmp_path):
     save_tiny(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), tmp_path / "narrower")
     text = ["--text", job.text, "--context", 32]
     assert run("eval", compressed, *text, "--against", job.model)[0] == 0
-    assert "was made from other files than" not in caplog.text
+    assert "was not made from the files in" not in caplog.text
     assert run("eval", compressed, *text, "--against", tmp_path / "other")[0] == 0
-    assert "was made from other files than" in caplog.text
-    refused("eval", job.model, *text, "--against", tmp_path / "narrower", words=["vocabularies of other sizes"])
+    assert "was not made from the files in" in caplog.text
+    refused("eval", job.model, *text, "--against", tmp_path / "narrower", words=["vocabularies of different sizes"])
     refused("eval", job.model, *text, "--against", compressed, words=["is compressed; give the original"])
 
 
@@ -110,14 +110,14 @@ def test_what_was_found_on_a_text_is_told_if_the_tasks_fail(run, job, task_data,
 def test_text_shorter_than_a_window(refused, job, tmp_path):
     write_text(tmp_path / "short.txt", 20)
     short = ["--recipe", job.recipe, "--calibration", tmp_path / "short.txt"]
-    refused(*compress(job.model, tmp_path / "out", short), words=["short.txt", "20 tokens found, 32 needed"])
+    refused(*compress(job.model, tmp_path / "out", short), words=["short.txt", "20 tokens, but one window needs 32"])
     write_text(tmp_path / "short.txt", 100)
     refused(
         *compress(job.model, tmp_path / "out", short),
-        words=["short.txt", "19 rows of 32", "has 3", "12 for calibration.rows"],
+        words=["short.txt", "19 rows of 32", "has only 3", "12 for calibration.rows"],
     )
     few = ["--text", tmp_path / "short.txt", "--context", 128]
-    refused("eval", job.model, *few, words=["short.txt", "100 tokens found, 128 needed"])
+    refused("eval", job.model, *few, words=["short.txt", "100 tokens, but one window needs 128"])
 
 
 def test_no_such_text(refused, job, tmp_path):

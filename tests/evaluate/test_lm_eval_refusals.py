@@ -28,10 +28,10 @@ def test_unknown_tasks(job, folder):
 
 
 def test_missing_files(job, folder, tmp_path):
-    with pytest.raises(DataError, match=r"none: holds neither piqa_validation\.jsonl\.gz nor .* which piqa needs"):
+    with pytest.raises(DataError, match=r"none has neither piqa_validation\.jsonl\.gz nor .*; the task piqa needs"):
         run(job.model, ["piqa"], tmp_path / "none")
     write(tmp_path, "boolq", DOCUMENTS["boolq"])
-    with pytest.raises(DataError, match=r"neither arc_easy_test\.jsonl\.gz nor arc_easy_test\.jsonl, which arc_easy"):
+    with pytest.raises(DataError, match=r"neither arc_easy_test\.jsonl\.gz nor arc_easy_test\.jsonl; the task arc"):
         run(job.model, ["boolq", "arc_easy"], tmp_path)
     with pytest.raises(DataError, match="limit of documents is 0"):
         run(job.model, ["boolq"], tmp_path, limit=0)
@@ -43,11 +43,11 @@ GOOD = DOCUMENTS["piqa"][0]
 @pytest.mark.parametrize(
     ("name", "row", "words"),
     [
-        ("piqa", {key: value for key, value in GOOD.items() if key != "sol2"}, ["line 2: has no sol2"]),
-        ("piqa", GOOD | {"goal": None, "label": None}, ["line 2: has no goal, label"]),
-        ("piqa", [1, 2], ["line 2: has no goal, sol1, sol2, label"]),
-        ("piqa", GOOD | {"label": 2}, ["row 2", "target 2 is none of 2 choices"]),
-        ("piqa", GOOD | {"label": -1}, ["row 2", "target -1 is none of 2 choices"]),
+        ("piqa", {key: value for key, value in GOOD.items() if key != "sol2"}, ["line 2: the row has no sol2"]),
+        ("piqa", GOOD | {"goal": None, "label": None}, ["line 2: the row has no goal, label"]),
+        ("piqa", [1, 2], ["line 2: the row has no goal, sol1, sol2, label"]),
+        ("piqa", GOOD | {"label": 2}, ["row 2", "target 2 is not one of the 2 choices"]),
+        ("piqa", GOOD | {"label": -1}, ["row 2", "target -1 is not one of the 2 choices"]),
         ("piqa", GOOD | {"label": "one"}, ["one"]),
         ("winogrande", DOCUMENTS["winogrande"][0] | {"answer": "3"}, ["KeyError: '3'"]),
         ("arc_easy", DOCUMENTS["arc_easy"][0] | {"answerKey": "E"}, ["'E' is not in list"]),

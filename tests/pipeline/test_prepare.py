@@ -87,7 +87,7 @@ def test_pieces_to_measure_on_must_fit_a_row(job):
 def test_a_text_that_is_too_short_says_what_asks_for_rows(job, tmp_path):
     opened = session(job, "calibration.rows=60", "calibration.training=5", cache=tmp_path)
     parts = r"60 for calibration.rows \+ 5 for calibration.training \+ 2 for calibration.held_out \+ 2 for measure.rows"
-    with pytest.raises(DataError, match=rf"73 rows of 32 tokens asked, .*{parts} \+ 4 for calibration.report"):
+    with pytest.raises(DataError, match=rf"73 rows of 32 tokens were requested, .*{parts} \+ 4 for calibration.report"):
         opened.find_plan(Budget.parse(BUDGET))
     assert entries(tmp_path, "*") == []
 

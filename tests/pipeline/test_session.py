@@ -200,7 +200,7 @@ def test_a_solver_that_stops_early_is_said_and_recorded(job, tmp_path, monkeypat
 def test_an_existing_output_is_refused_first(job, compressed):
     out, _ = compressed
     before = json.loads((out / "config.json").read_text())
-    with pytest.raises(ArtifactError, match="exists already"):
+    with pytest.raises(ArtifactError, match="already exists"):
         compress(session(job), Budget.parse(BUDGET), out)
     assert json.loads((out / "config.json").read_text()) == before
 

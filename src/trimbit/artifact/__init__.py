@@ -1,4 +1,4 @@
-"""The compressed directory.
+"""Writes the compressed directory.
 
-Takes packed tensors and a plan; gives config.json, weight files, plan.json and the model card, whole or not at all.
+Takes packed tensors and a plan; gives config.json, weight files, plan.json and the model card, all of them or none.
 """

@@ -8,7 +8,7 @@ from trimbit.schema.plan import Plan
 
 
 def model_card(model_id: str, license_name: str | None, layout: Layout, plan: Plan, calibration: str) -> str:
-    """README.md of a compressed directory."""
+    """The text of README.md in a compressed directory."""
     found, nbytes = plan.found_by, plan.found_by.nbytes
     license_line = f"license: {license_name}\n" if license_name else ""
     damage = f"{found.measured_damage:.4f} nats a token" if found.measured_damage is not None else "not measured"

@@ -1,4 +1,4 @@
-"""What lies in a compressed directory, and under which names."""
+"""The files of a compressed directory: their names, and what is in config.json."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from trimbit.errors import ArtifactError
 from trimbit.schema.structure import Structure
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig  # with torch, which `trimbit show` does not need
+    from transformers import PreTrainedConfig  # loads torch, which `trimbit show` does not need
 
 MODEL_TYPE = "trimbit"  # the `model_type` of a compressed directory
 FORMAT_VERSION = 1
@@ -18,20 +18,20 @@ RECIPE_FILE = "recipe.yaml"
 
 
 def require_absent(out: Path, *, file: bool = False) -> None:
-    """Refuse an output that exists or cannot be made, before anything long; a directory may be there if it is empty.
+    """Refuse an output that exists or cannot be made, before any long work; an empty directory may exist.
 
     Raises:
-        ArtifactError: if there is something under this name already, or no directory that it can be made in.
+        ArtifactError: if something else exists under this name, or the directory above it is not writable.
     """
     if out.exists() and (file or not out.is_dir() or any(out.iterdir())):
-        raise ArtifactError(f"{out} exists already; give a new {'file' if file else 'directory'} or remove it")
+        raise ArtifactError(f"{out} already exists; give a new {'file' if file else 'directory'} or remove it")
     above = next(folder for folder in out.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ArtifactError(f"cannot write {out}: {above} is no directory that can be written to")
+        raise ArtifactError(f"cannot write {out}: {above} is not a writable directory")
 
 
 def config_fields(config: "PreTrainedConfig", structure: Structure) -> dict[str, Any]:
-    """config.json of a compressed directory, from that of the original."""
+    """The fields of config.json of a compressed directory, given the original's config."""
     base = config.to_dict()
     for key in ("_name_or_path", "transformers_version"):
         base.pop(key, None)
@@ -50,7 +50,7 @@ def config_fields(config: "PreTrainedConfig", structure: Structure) -> dict[str,
 
 
 def weight_nbytes(folder: Path) -> int:
-    """Bytes of the weight files in a directory, headers included."""
+    """Total bytes of the weight files in a directory, headers included."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 

@@ -1,4 +1,4 @@
-"""Writes the weight files of a compressed directory, tensor by tensor; they are as large as the plan says."""
+"""Writes the files of a compressed directory, tensor by tensor, in exactly as many bytes as the plan says."""
 
 import json
 import os
@@ -29,7 +29,7 @@ DTYPES = {
 
 
 class Writer:
-    """Takes the tensors of a plan, in the order of the model, and writes each file as soon as its tensors are there."""
+    """Takes the tensors of a plan, in the model's order, and writes each weight file once all its tensors are there."""
 
     def __init__(self, folder: Path, layout: Layout, plan: Plan) -> None:
         self.folder = folder
@@ -42,11 +42,10 @@ class Writer:
         self.written = 0
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take tensors.
+        """Add tensors, and write the weight files that are now complete.
 
         Raises:
-            ArtifactError: if the plan has no such tensor, or one of another type or shape; or if a file cannot be
-                written.
+            ArtifactError: if the plan has no tensor of this name, dtype and shape, or a file cannot be written.
         """
         for name, tensor in tensors.items():
             have = TensorSpec(DTYPES.get(str(tensor.dtype), str(tensor.dtype)), tuple(tensor.shape))
@@ -65,10 +64,10 @@ class Writer:
             raise ArtifactError(f"cannot write {self.folder / name}: {err}") from err
 
     def finish(self) -> None:
-        """Write config.json, plan.json and the index.
+        """Write config.json, plan.json and, if there are several weight files, their index.
 
         Raises:
-            ArtifactError: if a tensor of the plan is missing, or the files have other bytes than the plan says.
+            ArtifactError: if a tensor of the plan is missing, or the weight files are not as large as the plan says.
         """
         missing = [name for file in self.files[self.written :] for name in file]
         if missing:
@@ -87,9 +86,9 @@ class Writer:
 
 
 def copy_weights(source: Path, writer: Writer, changed: Mapping[str, Tensor] = MappingProxyType({})) -> None:
-    """Fill a writer with the weight files of a directory that the same plan was applied to.
+    """Fill a writer with the weight files of a directory that was made by the same plan.
 
-    Tensors in `changed` take the place of those in the files.
+    Tensors in `changed` replace those in the files.
 
     Raises:
         ArtifactError: if a file cannot be written.
@@ -108,12 +107,12 @@ def copy_weights(source: Path, writer: Writer, changed: Mapping[str, Tensor] = M
 
 
 def file_name(index: int, count: int) -> str:
-    """The name of a weight file, counted from 0."""
+    """The name of weight file number `index`, from 0, of `count`."""
     return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
 def write_file(folder: Path, name: str, content: str | bytes) -> None:
-    """Write one of the files of a compressed directory.
+    """Write one file of a compressed directory.
 
     Raises:
         ArtifactError: if it cannot be written.
@@ -129,9 +128,9 @@ def write_file(folder: Path, name: str, content: str | bytes) -> None:
 
 @contextmanager
 def appearing(out: Path) -> Iterator[Path]:
-    """A folder that gets the name `out` when the block ends without an error; after an error nothing is left.
+    """Yield a temporary folder that is renamed to `out` if the block ends without an error, and removed otherwise.
 
-    Folders that processes of this host have left when they died are removed.
+    Temporary folders that dead processes of this host left behind are removed, too.
 
     Raises:
         ArtifactError: if `out` exists or cannot be made.

@@ -1,4 +1,4 @@
-"""Text, and what the dense model says of it.
+"""Calibration text, and statistics of the dense model on it.
 
-Takes a file or the model itself; gives tokens, second moments of every site's inputs, gradients, the teacher's outputs.
+Takes a text file or the model itself; gives tokens, second moments of each site's inputs, gradients, teacher outputs.
 """

@@ -1,6 +1,6 @@
-"""Back through the model, block by block, with no more than one block and its gradients in memory.
+"""Backpropagation block by block, with no more than one block and its gradients in memory.
 
-The forward pass keeps only the input of each block; on the way back each block is run again, with gradients.
+The forward pass keeps only the input of each block; the backward pass runs each block again, with gradients.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,12 +14,12 @@ from trimbit.model.forward.compute import products_in
 from trimbit.model.forward.logits import logit_slices
 from trimbit.model.forward.stream import BlockStream, Chunks
 
-# losses, each summed over some of a chunk's tokens: the chunk's index, which of its tokens, and their logits
+# (index of a chunk, which of its tokens, their logits) -> losses, each summed over these tokens
 Losses = Callable[[int, slice, Tensor], Sequence[Tensor]]
 
 
 def inputs_of_blocks(stream: BlockStream, hidden: Chunks, progress: Progress) -> tuple[list[Chunks], Chunks]:
-    """What goes into each block, given what goes into the first, and what comes out of the last.
+    """The inputs of every block and the output of the last, given the input of the first.
 
     Raises:
         NumericsError: if a block's output is not finite.
@@ -36,7 +36,10 @@ def inputs_of_blocks(stream: BlockStream, hidden: Chunks, progress: Progress) ->
 
 
 def loss_gradients(stream: BlockStream, hidden: Chunks, losses: Losses) -> list[list[Tensor]]:
-    """By chunk, the gradient of each loss at the last hidden states; logits of some tokens at a time."""
+    """For each chunk, the gradient of each loss with respect to the last block's output.
+
+    Logits are made for a slice of the tokens at a time, to save memory.
+    """
     head, config, found = stream.head(), stream.layout.config, []
     for at, h in enumerate(hidden):
         h = h.detach().requires_grad_()
@@ -58,7 +61,10 @@ def back_through(
     stream: BlockStream, index: int, block: nn.Module, x: Tensor, upstreams: Sequence[Tensor],
     wanted: Callable[[], Iterable[Tensor]],
 ) -> Iterator[tuple[Tensor, ...]]:  # fmt: skip
-    """For each gradient of a block's output, that of its input, and those of the tensors that `wanted` names then."""
+    """For each gradient of a block's output, yield the gradients of its input and of the tensors that `wanted` returns.
+
+    `wanted` is called after the block's forward pass.
+    """
     x = x.detach().requires_grad_()
     with torch.enable_grad(), products_in(stream.compute, stream.device.type):
         out = stream.forward(index, block, x)

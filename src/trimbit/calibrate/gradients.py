@@ -1,7 +1,7 @@
-"""Gradients of the model's own loss on its weights, block by block from the last: no more than one block's at a time.
+"""Gradients of the model's loss with respect to its weights, one block at a time, from the last to the first.
 
-The loss is next-token cross-entropy, the mean over a row of tokens; a sample is a row. The forward pass keeps the
-input of each block alone; a block is run again, with gradients, when its turn comes.
+The loss is next-token cross-entropy, the mean over a row of tokens; each row is one sample. The forward pass keeps only
+the input of each block; the backward pass runs each block again, with gradients.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,7 +22,7 @@ from trimbit.model.layout import Layout, Unit
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gradient:
-    """A weight and the gradients of the loss: g, the mean over samples, and fisher, the mean of their squares."""
+    """A weight, and over the samples the mean of its gradients (g) and the mean of their squares (fisher)."""
 
     w: Float[Tensor, "rows cols"]
     g: Float[Tensor, "rows cols"]
@@ -31,7 +31,7 @@ class Gradient:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coupled:
-    """A weight, and the member of a dim that each of its channels along one axis belongs to (-1: none)."""
+    """A weight, and for each of its channels along one axis the member of a dim that it belongs to (-1: none)."""
 
     gradient: Gradient
     axis: int  # 0: rows, 1: columns
@@ -39,7 +39,7 @@ class Coupled:
 
 
 def coupled(layout: Layout, unit: Unit, gradients: Mapping[str, Gradient]) -> list[Coupled]:
-    """The weights of a unit as its dim sees them: rows of those that write into it, columns of what reads it."""
+    """The weights of a unit as its dim couples them: the rows of its writers, the columns of its readers."""
     assert unit.dim is not None
     factor = unit.dim.rsplit(".", 1)[1]
     return [
@@ -53,11 +53,11 @@ def coupled(layout: Layout, unit: Unit, gradients: Mapping[str, Gradient]) -> li
 def sweep(
     stream: BlockStream, tokens: Int[Tensor, "samples length"], progress: Progress
 ) -> Iterator[tuple[int, dict[str, Gradient]]]:
-    """Blocks from the last to the first, with the gradients of their weights by name."""
+    """Yield the index of each block, from the last to the first, with the gradients of its weights by name."""
     layout = stream.layout
 
     def losses(at: int, part: slice, logits: Tensor) -> list[Tensor]:
-        """Next-token cross-entropy; nothing follows the last token."""
+        """Next-token cross-entropy; the last token of a row has no label."""
         follows = functional.pad(tokens[at, 1:], (0, 1), value=NOTHING)[part].to(logits.device)
         total = functional.cross_entropy(logits, follows, reduction="sum", ignore_index=NOTHING)
         return [total / (tokens.shape[1] - 1)]

@@ -1,4 +1,4 @@
-"""Inverses of damped second moments, in fp64, refusing what is not positive definite."""
+"""Inverses of damped second moments; a matrix that is not positive definite is an error."""
 
 import torch
 from jaxtyping import Float
@@ -14,10 +14,10 @@ def damped(h: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:
 
 
 def damped_inverse(h: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:
-    """The inverse of `damped`.
+    """The inverse of the damped H.
 
     Raises:
-        NumericsError: if that matrix is not positive definite; says the damping that would work.
+        NumericsError: if H is not finite, or the damped H not positive definite, naming a damping that would work.
     """
     if not bool(h.isfinite().all()):
         raise NumericsError("the second moment H of a layer's inputs is not finite: the model overflows on this text")
@@ -26,8 +26,8 @@ def damped_inverse(h: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n 
         eigenvalues = torch.linalg.eigvalsh(h)
         need = max(2 * float(-eigenvalues[0] / h.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)), 1e-6)
         raise NumericsError(
-            f"H is not positive definite with damping {damping:g}: its eigenvalues go from {eigenvalues[0]:.3g} to "
-            f"{eigenvalues[-1]:.3g}; a damping of {need:.1g} would work, and so may more calibration text"
+            f"H is not positive definite with damping {damping:g}: its eigenvalues range from {eigenvalues[0]:.3g} to "
+            f"{eigenvalues[-1]:.3g}; use a damping of {need:.1g}, or try more calibration text"
         )
     return torch.cholesky_inverse(factor)
 
@@ -36,7 +36,7 @@ def inverse_factor(h: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n 
     """U upper triangular with U^T U = (H + damping * mean(diag H) * I)^-1.
 
     Raises:
-        NumericsError: if that matrix is not positive definite; says the damping that would work.
+        NumericsError: if H is not finite, or the damped H not positive definite, naming a damping that would work.
     """
     upper: Tensor = torch.linalg.cholesky(damped_inverse(h, damping), upper=True)
     return upper

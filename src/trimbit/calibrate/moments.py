@@ -1,4 +1,4 @@
-"""Second moments of the inputs of a site: H = E[x x^T] and the mean of x, summed in fp32."""
+"""Second moments of a site's inputs: H = E[x x^T] and the mean of x, summed in fp32."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,9 +10,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moments:
-    """Second moments of a site's inputs x [n], and of the same site's inputs in the dense model, x_dense [m].
+    """Second moments of a site's inputs x [n], over `count` tokens: h = E[x x^T] and mean = E[x].
 
-    h = E[x x^T], mean = E[x]; cross = E[x_dense x^T] and dense_mean = E[x_dense] where both paths were run.
+    If the dense model was run too, with inputs x_dense [m] there: cross = E[x_dense x^T] and dense_mean = E[x_dense].
     """
 
     count: int
@@ -22,7 +22,7 @@ class Moments:
     dense_mean: Float[Tensor, " m"] | None = None
 
     def to(self, device: torch.device) -> "Moments":
-        """The same on a device."""
+        """The same moments on another device."""
         cross, dense_mean = (None if own is None else own.to(device) for own in (self.cross, self.dense_mean))
         return replace(self, h=self.h.to(device), mean=self.mean.to(device), cross=cross, dense_mean=dense_mean)
 
@@ -44,7 +44,7 @@ class Accumulator:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, x: Float[Tensor, "tokens n"], dense: Float[Tensor, "tokens m"] | None = None) -> None:
-        """Add the inputs of some tokens, rounded to bf16 as a bf16 layer reads them, whatever the model computes in."""
+        """Add the inputs of some tokens, rounded to bf16, as a bf16 layer reads them, from whatever dtype."""
         self.count += x.shape[0]
         x = _as_read(x)
         self._sum("h", lambda: x.new_zeros(x.shape[1], x.shape[1])).add_(x.T @ x)
@@ -60,7 +60,7 @@ class Accumulator:
         return self.sums[name]
 
     def moments(self) -> Moments:
-        """The means so far."""
+        """The means over all tokens added so far."""
         return Moments(count=self.count, **{name: total / self.count for name, total in self.sums.items()})
 
     def plus(self, other: "Accumulator") -> "Accumulator":
@@ -72,5 +72,8 @@ class Accumulator:
 
 
 def _as_read(x: Float[Tensor, "tokens n"]) -> Float[Tensor, "tokens n"]:
-    """Inputs as a bf16 layer reads them, in fp32: their products are then exact, and summed in fp32 on any machine."""
+    """Round inputs to bf16, as a bf16 layer reads them, but return them in fp32.
+
+    Their products are then exact, and are summed in fp32 on any machine.
+    """
     return x.bfloat16().float()

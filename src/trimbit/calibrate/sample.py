@@ -1,4 +1,4 @@
-"""Text sampled from the model itself."""
+"""Calibration text sampled from the model itself."""
 
 import json
 from collections import deque
@@ -18,9 +18,9 @@ from trimbit.jobs.checked import load_tensors, save_tensors
 from trimbit.model.forward.attention import grouped
 from trimbit.model.forward.hf_names import CACHE
 
-BATCH = 32  # rows that are sampled together
-SEGMENTS = 2  # of each row: an interrupted run loses no more than one, but each begins by reading the row again
-PREFILL_TOKENS = 64  # of a row, read together
+BATCH = 32  # rows sampled together
+SEGMENTS = 2  # per row: an interrupted run loses at most one, but each starts by reading the tokens before it again
+PREFILL_TOKENS = 64  # tokens of a row that are read together
 _SENTINEL = "TRIMBIT-USER-TURN"
 
 
@@ -28,18 +28,19 @@ def sample_self(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, rows: int, length: int, seed: int,
     batch: int = BATCH, progress: Callable[[int, int], None] | None = None, folder: Path | None = None,
 ) -> TokenSet:  # fmt: skip
-    """Text of the model's own, sampled at temperature 1 from the whole distribution.
+    """Sample text from the model, at temperature 1 and from the full distribution.
 
-    Plain rows start from BOS (EOS if there is none); BOS follows wherever EOS is sampled. With a chat template every
-    other row is a chat: the model invents the user's turn, up to `length // 4` tokens or its end-of-turn, and answers.
-    All rows of a batch take one token a step, the template's or a sampled one, so nothing is padded.
+    Plain rows start with BOS (or EOS if there is no BOS); BOS follows wherever EOS is sampled. With a chat template,
+    every other row is a chat: the model writes the user's turn, up to `length // 4` tokens or its end-of-turn token,
+    and then the answer. All rows of a batch take one token per step, the template's or a sampled one: no padding.
 
-    A batch is sampled in segments. Each begins by reading the tokens so far and has a generator of its own, so that a
-    run that was interrupted goes on from the last segment in `folder` and ends with the same tokens. The same seed and
-    batch give the same tokens on one machine with one thread count. `progress` gets (steps done, steps in all).
+    A batch is sampled in segments. Each starts by reading the tokens so far and has its own random generator, so that
+    an interrupted run resumes after the last segment in `folder` and ends with the same tokens. The same seed and batch
+    give the same tokens on one machine with one thread count. `progress` takes (steps done, all steps).
 
     Raises:
-        DataError: if a number, the mode of the model or the template does not fit.
+        DataError: if a number is out of range, the model is in training mode, the tokenizer has neither BOS nor EOS,
+            or its chat template cannot be used.
         NumericsError: if a logit is not finite.
     """
     _check_sampling(model, rows=rows, length=length, batch=batch)
@@ -73,7 +74,7 @@ def _segment(
     model: PreTrainedModel, states: "Sequence[_Row]", tokens: Int64[Tensor, "rows length"], start: int, stop: int,
     generator: torch.Generator, progress: Callable[[int], None],
 ) -> None:  # fmt: skip
-    """Fill the columns from `start` to `stop`."""
+    """Fill the columns of `tokens` from `start` up to `stop`."""
     past = read(model, tokens[:, : start - 1]) if start > 1 else None
     for column in range(start, stop):
         if column == 0:
@@ -86,7 +87,7 @@ def _segment(
 
 @torch.inference_mode()
 def read(model: PreTrainedModel, tokens: Int64[Tensor, "rows length"]) -> Cache:
-    """The cache of keys and values after some tokens."""
+    """The KV cache after these tokens."""
     past: Cache | None = None
     for part in tokens.split(PREFILL_TOKENS, dim=1):
         past = model(input_ids=part.to(model.device), use_cache=True, logits_to_keep=1, **{CACHE: past})[CACHE]
@@ -98,7 +99,7 @@ def read(model: PreTrainedModel, tokens: Int64[Tensor, "rows length"]) -> Cache:
 def draw(
     model: PreTrainedModel, column: Int64[Tensor, " rows"], past: Cache | None, generator: torch.Generator
 ) -> tuple[list[int], Cache]:
-    """Feeds one token a row and draws the next."""
+    """Feed one token per row and draw the next; returns them and the KV cache."""
     ids = column.to(model.device)[:, None]
     out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE: past})
     logits = out.logits[:, -1].float()
@@ -106,7 +107,7 @@ def draw(
         bad = int((~logits.isfinite()).sum())
         msg = f"{bad} of {logits.numel()} logits are not finite while sampling; check the weights"
         raise NumericsError(msg)
-    below = logits.softmax(-1).cumsum(-1)  # one number a row in place of one a token of the vocabulary
+    below = logits.softmax(-1).cumsum(-1)  # so one random number per row is enough, not one per vocabulary entry
     point = torch.rand(len(below), 1, generator=generator, device=below.device) * below[:, -1:]
     drawn = torch.searchsorted(below, point, right=True).clamp_(max=below.shape[1] - 1)
     return drawn[:, 0].tolist(), out[CACHE]
@@ -114,25 +115,25 @@ def draw(
 
 @dataclass(slots=True)
 class _Row:
-    """What a sampled row must take next, and where its chat stands."""
+    """The state of a sampled row: which tokens it must take next, and where its chat stands."""
 
-    forced: deque[int]  # come before any sampled token; at least one at the start
+    forced: deque[int]  # tokens to take before any sampled one; at least one at the start
     eos: frozenset[int]
     bos: int
-    user_left: int | None = None  # tokens left to the user's turn; None outside of it
+    user_left: int | None = None  # tokens left in the user's turn; None outside it
     answer: tuple[int, ...] = ()  # the template's tokens after the user's turn
 
     def to_json(self) -> list[object]:
-        """What changes while the row is sampled."""
+        """The part of the state that changes while the row is sampled."""
         return [list(self.forced), self.user_left]
 
     @classmethod
     def from_json(cls, value: list[Any], start: "_Row") -> "_Row":
-        """A row that was stored; the rest is as it was at the start."""
+        """A stored row; what does not change is taken from `start`."""
         return cls(deque(value[0]), start.eos, start.bos, value[1], start.answer)
 
     def take(self, sampled: int) -> int:
-        """The next token: a forced one, else the sampled one or what must stand in its place."""
+        """The next token: a forced one, or else the sampled one or what must replace it."""
         if self.forced:
             return self.forced.popleft()
         if self.user_left is not None:
@@ -148,13 +149,13 @@ class _Row:
 
 
 def _start_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int, length: int) -> list[_Row]:
-    """A plain row, a chat, a plain row and so on, so that any part of the rows holds both."""
+    """Plain rows and chats in turn, so that any part of the rows holds both; without a chat template, plain rows."""
     config = model.generation_config
     ends = config.eos_token_id if config and config.eos_token_id is not None else []
     eos = frozenset([ends] if isinstance(ends, int) else ends) | {tokenizer.eos_token_id} - {None}
     bos = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if bos is None:
-        msg = "the tokenizer has neither BOS nor EOS to start a text with; calibrate with a file"
+        msg = "the tokenizer has neither BOS nor EOS to start a text; calibrate on a text file (--calibration FILE)"
         raise DataError(msg)
     chats = rows // 2 if tokenizer.chat_template else 0
     before, answer = _template(tokenizer, length) if chats else ([], [])
@@ -165,16 +166,19 @@ def _start_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, length: int) -> tuple[list[int], list[int]]:
-    """The chat template's tokens before and after the user's words, up to the answer."""
+    """The chat template's tokens before the user's words, and after them up to the answer."""
     user = [{"role": "user", "content": _SENTINEL}]
     text = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
     before, *after = [encode(part, tokenizer).tolist() for part in str(text).split(_SENTINEL)]
     if len(after) != 1 or not before or not after[0]:
-        msg = f"the chat template must hold a user's words once, between tokens; it made {text!r}"
+        msg = (
+            "the chat template must contain the user's message once, with tokens before and after it, but it gave "
+            f"{text!r}; calibrate on a text file (--calibration FILE)"
+        )
         raise DataError(msg)
     needed = len(before) + length // 4 + len(after[0]) + 1
     if needed > length:
-        msg = f"a chat takes {needed} tokens or more, rows have {length}; make the rows longer"
+        msg = f"a chat needs at least {needed} tokens, but rows have {length}; use longer rows (calibration.length)"
         raise DataError(msg)
     return before, after[0]
 
@@ -184,7 +188,10 @@ def _check_sampling(model: PreTrainedModel, **numbers: int) -> None:
         require_positive(what, value)
     most = getattr(model.config, "max_position_embeddings", None)
     if most is not None and numbers["length"] > most:
-        msg = f"rows of {numbers['length']} tokens asked, the model has {most} positions"
+        msg = (
+            f"rows of {numbers['length']} tokens were requested, but the model has only {most} positions; use shorter "
+            "rows (calibration.length)"
+        )
         raise DataError(msg)
     if model.training:
         msg = "the model is in training mode; call model.eval() first"

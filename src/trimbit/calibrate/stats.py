@@ -1,6 +1,6 @@
-"""Statistics of the inputs of each site, collected block by block in one sweep, stored, and reused.
+"""Second moments of the inputs of each site, collected block by block in one forward sweep, stored and reused.
 
-H = E[x x^T] and the mean of x, over the calibration tokens, in fp32.
+They are H = E[x x^T] and the mean of x over the calibration tokens, in fp32.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from trimbit.model.forward.stream import BlockStream, embed_chunks
 
 
 class Stats:
-    """The moments of every site of the dense model, one file a block, read when asked for."""
+    """The moments of every site of the dense model: one file per block, read on demand."""
 
     def __init__(self, folder: Path, count: int) -> None:
         self.folder = folder
@@ -38,9 +38,9 @@ def _file(site: str) -> str:
 
 
 def collect(stream: BlockStream, tokens: Int[Tensor, "rows length"], folder: Path, progress: Progress) -> None:
-    """Run the dense model over the tokens block by block and store the moments of every site under `folder`.
+    """Run the dense model over the tokens, block by block, and store the moments of every site in `folder`.
 
-    A sweep that was interrupted goes on from the block that it had reached.
+    An interrupted sweep resumes from the block it had reached.
     """
     layout, carried = stream.layout, Carried(folder)
     done, hidden = 0, embed_chunks(stream, tokens)

@@ -1,4 +1,4 @@
-"""See the inputs of modules while a block runs."""
+"""Capture the inputs of modules while a block runs."""
 
 from collections.abc import Callable, Mapping
 
@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 
 class StopForwardError(Exception):
-    """Ends a block's forward once the site that was asked for has been seen."""
+    """Ends a block's forward pass once the requested site has been seen."""
 
 
 class Tap:
-    """Sees the input of some modules while a block runs: `with Tap({"o_in": module}) as seen: ...; seen["o_in"]`."""
+    """Captures the inputs of modules while a block runs: `with Tap({"o_in": module}) as seen: ...; seen["o_in"]`."""
 
     def __init__(self, modules: Mapping[str, nn.Module], *, stop_at: str | None = None) -> None:
         self.modules = modules

@@ -1,7 +1,7 @@
 """The original model's last hidden states for rows of tokens, kept on disk, and its head.
 
-They are computed block by block before training begins, so that the original is never whole in memory beside the model
-that is trained, and are there for the next training on the same rows.
+They are computed block by block before training begins, so that the whole original is never in memory together with the
+model being trained. The next training on the same rows reuses them.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -22,21 +22,21 @@ from trimbit.schema.base import digest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Teacher:
-    """The model that is learnt from: what its head reads for a row of tokens, and the head."""
+    """The teacher of a distillation: the input of its head for a row of tokens, and the head."""
 
     hidden: Callable[[Int[Tensor, " length"]], Float[Tensor, "length hidden"]]
     head: Head
 
 
-CARRIED = 2**28  # bytes of hidden states in fp32 that one sweep over the blocks carries
+CARRIED = 2**28  # most bytes of fp32 hidden states that one sweep over the blocks carries
 
 
 def teacher_outputs(
     stream: BlockStream, rows: Iterable[Tensor], folder: Path, progress: Progress, device: torch.device
 ) -> Teacher:  # fmt: skip
-    """The original for `rows`; what `folder` lacks is computed, a row at a time, so that no row depends on others.
+    """The original as the teacher for `rows`; rows missing from `folder` are computed one by one, on `device`.
 
-    A row of n tokens takes 2 n hidden bytes there. `device` computes it.
+    No row's result depends on the others. A row of n tokens takes 2 * n * hidden bytes in `folder`.
     """
 
     def place(tokens: Tensor) -> Path:
@@ -56,14 +56,14 @@ def teacher_outputs(
     def hidden_of(tokens: Tensor) -> Tensor:
         found = load_tensors(place(tokens))
         if found is None:
-            raise ArtifactError(f"{place(tokens)} was damaged meanwhile; run again")
+            raise ArtifactError(f"{place(tokens)} is missing or was damaged during the run; run again")
         return found[0]["hidden"].to(stream.compute)
 
     return Teacher(hidden=hidden_of, head=stream.head())
 
 
 def _groups(rows: Mapping[Path, Tensor], token_nbytes: int) -> list[list[Path]]:
-    """Rows in their order, cut where what they carry would be more than `CARRIED`."""
+    """Split rows, in order, into groups whose hidden states take at most `CARRIED` bytes; a longer row is a group."""
     groups: list[list[Path]] = []
     carried = CARRIED
     for path, tokens in rows.items():

@@ -1,8 +1,8 @@
-"""Token sets for calibration and evaluation from files.
+"""Token sets for calibration and evaluation, from files.
 
-Nothing here downloads. Files are read as the published protocols read them: WikiText `.raw` lines
-are the hub's rows, joined by two newlines; windows do not overlap and hold no special tokens, but
-for the BOS that opens each window where the tokenizer's default adds one.
+Nothing here downloads. Files are read as in the published protocols: the lines of a WikiText `.raw` file are the rows
+of the data set on the hub, joined by two newlines. Windows do not overlap and hold no special tokens, except a BOS at
+the start of each window if the tokenizer adds one by default.
 """
 
 import gzip
@@ -22,14 +22,14 @@ from transformers import PreTrainedTokenizerBase
 
 from trimbit.errors import DataError
 
-SUFFIXES = (".txt", ".md", ".raw", ".jsonl")  # each may be followed by .gz
-TEXT_KEYS = ("text", "page", "content")  # a jsonl row's text is the first of these
-INSTRUCT_KEYS = ("instruction", "input", "output")  # or these, joined by newlines
+SUFFIXES = (".txt", ".md", ".raw", ".jsonl")  # each also with .gz
+TEXT_KEYS = ("text", "page", "content")  # a jsonl row's text is under the first of these keys
+INSTRUCT_KEYS = ("instruction", "input", "output")  # or under these, joined by newlines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenSet:
-    """Rows of tokens and where they come from: `self` or a file's name, and the seed."""
+    """Rows of tokens, where they come from (`self` or the name of a file), and the seed."""
 
     name: str
     tokens: Int64[Tensor, "rows length"]
@@ -37,19 +37,19 @@ class TokenSet:
 
     @property
     def digest(self) -> str:
-        """Sha256 (hex) of the shape and the tokens; name and seed do not enter."""
+        """SHA-256 (hex) of the shape and the tokens; name and seed do not count."""
         shape = "x".join(map(str, self.tokens.shape))
         data = self.tokens.cpu().contiguous().numpy().astype("<i8").tobytes()
         return hashlib.sha256(f"{shape}:".encode() + data).hexdigest()
 
     def split(self, *counts: int) -> "tuple[TokenSet, ...]":
-        """The first rows, the next ones, and so on; together they must be all rows.
+        """Split into the first rows, the next ones, and so on; together the parts must be all rows.
 
         Raises:
-            DataError: if the counts do not add up.
+            DataError: if the counts do not add up to the number of rows.
         """
         if sum(counts) != len(self.tokens):
-            msg = f"{self.name}: parts of {counts} rows asked of {len(self.tokens)}"
+            msg = f"{self.name}: parts of {counts} rows were requested, but there are {len(self.tokens)} rows"
             raise DataError(msg)
         return tuple(replace(self, tokens=part) for part in self.tokens.split(list(counts)))
 
@@ -69,11 +69,11 @@ class TokenSet:
 def read_text(path: Path) -> str:
     """The text of a `.txt`, `.md`, `.raw` (WikiText) or `.jsonl` file, with or without `.gz`.
 
-    Plain text is used as it is. Lines of `.raw` become rows: "" if blank, else the line with its
-    newline. Rows, as the documents of a `.jsonl`, are joined by two newlines.
+    Plain text is used as it is. Each line of a `.raw` file is a row: "" if it is blank, else the line with its newline.
+    Rows of `.raw` and `.jsonl` files are joined by two newlines.
 
     Raises:
-        DataError: if the file is missing, of another kind, or not valid utf-8, gzip or JSON.
+        DataError: if the file is missing, of another kind, or not valid UTF-8, gzip or JSON; or a row has no text.
     """
     suffix, text = _decoded(path)
     if suffix == ".raw":
@@ -83,24 +83,24 @@ def read_text(path: Path) -> str:
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """The rows of a `.jsonl` file, with or without `.gz`, and their line numbers.
+    """The line number and content of each row of a `.jsonl` file, with or without `.gz`.
 
     Raises:
-        DataError: if the file is missing, of another kind, or not valid utf-8, gzip or JSON.
+        DataError: if the file is missing, of another kind, or not valid UTF-8, gzip or JSON.
     """
     suffix, text = _decoded(path)
     if suffix != ".jsonl":
-        msg = f"{path}: a .jsonl file is needed, with or without .gz"
+        msg = f"{path}: must be a .jsonl file, with or without .gz"
         raise DataError(msg)
     return _rows(path, text)
 
 
 def _decoded(path: Path) -> tuple[str, str]:
-    """A file's suffix, without `.gz`, and its text."""
+    """The suffix of a file, without `.gz`, and its text."""
     suffix = (path.with_suffix("") if path.suffix == ".gz" else path).suffix
     if suffix not in SUFFIXES or not path.is_file():
         problem = "no such file" if suffix in SUFFIXES else f"unknown suffix {path.suffix!r}"
-        msg = f"{path}: {problem}; known are {', '.join(SUFFIXES)}, each also with .gz"
+        msg = f"{path}: {problem}; supported are {', '.join(SUFFIXES)}, each also with .gz"
         raise DataError(msg)
     try:
         data = path.read_bytes()
@@ -128,13 +128,13 @@ def _documents(path: Path, text: str) -> Iterator[str]:
         if document is None:
             found = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
             known = f"{', '.join(TEXT_KEYS)}, or {' + '.join(INSTRUCT_KEYS)}"
-            msg = f"{path}, line {number}: found {found or 'no keys'}; needs a string in {known}"
+            msg = f"{path}, line {number}: found {found or 'no keys'}, but a row needs a string under {known}"
             raise DataError(msg)
         yield document
 
 
 def _row_text(row: dict[str, Any]) -> str | None:
-    """A row's text, or None; an instruction's `input` may be missing or empty."""
+    """The text of a row, or None if it has none; the `input` of an instruction may be missing or empty."""
     key = next((key for key in TEXT_KEYS if key in row), None)
     if key is None and not {"instruction", "output"} <= row.keys():
         return None
@@ -143,22 +143,22 @@ def _row_text(row: dict[str, Any]) -> str | None:
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Int64[Tensor, " n"]:
-    """The tokens of a text of any length, without special tokens."""
+    """Tokenise a text of any length, without special tokens."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
 
 
 def default_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The BOS token, if this tokenizer puts it before a text by default; else None."""
+    """The BOS token if the tokenizer puts it before a text by default, else None."""
     bos: int | None = tokenizer.bos_token_id
     ids = tokenizer("a", add_special_tokens=True)["input_ids"]
     return bos if ids and ids[0] == bos else None
 
 
 def windows(ids: Int[Tensor, " n"], length: int, *, bos: int | None) -> Int[Tensor, "rows length"]:
-    """Cuts tokens into windows of `length` that do not overlap; what remains at the end is dropped.
+    """Cut tokens into windows of `length` that do not overlap; leftover tokens at the end are dropped.
 
-    With a BOS each window is the BOS and `length - 1` tokens.
+    With `bos`, each window is the BOS and `length - 1` tokens.
 
     Raises:
         DataError: if there are too few tokens for one window.
@@ -166,7 +166,7 @@ def windows(ids: Int[Tensor, " n"], length: int, *, bos: int | None) -> Int[Tens
     body = length - (bos is not None)
     require_positive("window length without BOS", body)
     if len(ids) < body:
-        msg = f"{len(ids)} tokens found, {body} needed for one window; give more text"
+        msg = f"the text has {len(ids)} tokens, but one window needs {body}; give more text or use shorter windows"
         raise DataError(msg)
     rows = ids[: len(ids) // body * body].reshape(-1, body)
     return rows if bos is None else torch.cat([rows.new_full((len(rows), 1), bos), rows], dim=1)
@@ -175,7 +175,7 @@ def windows(ids: Int[Tensor, " n"], length: int, *, bos: int | None) -> Int[Tens
 def evaluation_windows(
     path: Path, tokenizer: PreTrainedTokenizerBase, *, context: int, max_windows: int | None
 ) -> Int64[Tensor, "n context"]:
-    """A file's windows of `context` tokens, in order from its start, at most `max_windows` of them.
+    """The windows of `context` tokens of a file, in order, at most `max_windows` of them (None: all).
 
     Raises:
         DataError: if the file cannot be read or is shorter than a window, or `max_windows` is below 1.
@@ -191,7 +191,7 @@ def evaluation_windows(
 
 
 def from_file(path: Path, tokenizer: PreTrainedTokenizerBase, *, rows: int, length: int, seed: int) -> TokenSet:
-    """Draws `rows` different windows of `length` tokens from a file, in the order drawn.
+    """Draw `rows` different windows of `length` tokens from a file at random, in the order drawn.
 
     Raises:
         DataError: if the file cannot be read, or has fewer windows than `rows`.
@@ -200,8 +200,8 @@ def from_file(path: Path, tokenizer: PreTrainedTokenizerBase, *, rows: int, leng
     found = evaluation_windows(path, tokenizer, context=length, max_windows=None)
     if len(found) < rows:
         msg = (
-            f"{path}: {rows} rows of {length} tokens asked, the text has {len(found)}; "
-            f"ask for at most {len(found)} rows, shorten them or give more text"
+            f"{path}: {rows} rows of {length} tokens were requested, but the text has only {len(found)}; "
+            f"request at most {len(found)} rows, shorten them or give more text"
         )
         raise DataError(msg)
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
@@ -212,14 +212,14 @@ def require_positive(what: str, value: int) -> None:
     """Refuse a number below 1.
 
     Raises:
-        DataError: naming it.
+        DataError: if it is, naming it.
     """
     if value < 1:
-        msg = f"{what} is {value}; must be at least 1"
+        msg = f"{what} is {value}, but must be at least 1"
         raise DataError(msg)
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Sha256 (hex) of what a tokenizer does: its model and rules, its special tokens, its chat template."""
+    """SHA-256 (hex) of what decides a tokenizer's output: model and rules, special tokens, chat template."""
     parts = (tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template)
     return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The commands.
+"""The command line.
 
 Takes arguments; prints results on stdout, progress and errors on stderr.
 """

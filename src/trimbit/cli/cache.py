@@ -1,4 +1,4 @@
-"""The commands that look after the cache of finished stages: cache show, prune, clear."""
+"""The commands for the cache of finished stages: cache show, cache prune, cache clear."""
 
 import json
 from datetime import datetime
@@ -45,31 +45,31 @@ def cache_show(as_json: AsJson = False) -> None:
 @cache_app.command(name="prune")
 def cache_prune(
     max_size: Annotated[
-        str | None, typer.Option("--max-size", help="leave at most this much, such as 20GB: what was used last")
+        str | None, typer.Option("--max-size", help="keep at most this much, such as 20GB, of what was used last")
     ] = None,
     older_than: Annotated[
-        float | None, typer.Option("--older-than", help="remove entries that were not used for this many days", min=0)
+        float | None, typer.Option("--older-than", help="remove entries not used for this many days", min=0)
     ] = None,
 ) -> None:
-    """Remove entries that were not used for long. An entry that a job works on stays."""
+    """Remove the entries that were used longest ago. Entries that a job is working on are kept."""
     from trimbit.errors import DataError
     from trimbit.jobs.cache import Cache
     from trimbit.schema.budget import Budget
 
     if max_size is None and older_than is None:
-        raise DataError("nothing to go by; give --max-size, such as 20GB, --older-than DAYS or both")
+        raise DataError("nothing says what to remove; give --max-size, such as 20GB, --older-than DAYS or both")
     nbytes = None
     if max_size is not None:
         size = Budget.parse(max_size)
         if size.unit in {"bpw", "x"}:
-            raise DataError(f"--max-size {max_size}: give bytes, such as 20GB")
+            raise DataError(f"--max-size {max_size} is not a number of bytes; give one, such as 20GB")
         nbytes = size.nbytes(0)
     _print_removed(Cache().prune(max_nbytes=nbytes, older_than_days=older_than))
 
 
 @cache_app.command(name="clear")
 def cache_clear() -> None:
-    """Remove all entries. An entry that a job works on stays."""
+    """Remove all entries, except those that a job is working on."""
     from trimbit.jobs.cache import Cache
 
     _print_removed(Cache().clear())

@@ -61,12 +61,12 @@ def plan(
 
 def apply_command(
     model: Model, plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="a plan.json")], out: Out,
-    recipe: Annotated[str | None, typer.Option("--recipe", help="another one than the plan was found by")] = None,
-    calibration: Annotated[str | None, typer.Option("--calibration", help="`self`, or the text's file")] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", help="default: the recipe that found the plan")] = None,
+    calibration: Annotated[str | None, typer.Option("--calibration", help="`self`, or a text file")] = None,
     overrides: Overrides = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="another one than the plan was found with")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="default: the seed with which the plan was found")] = None,
 ) -> None:  # fmt: skip
-    """Apply a plan to a model and write the compressed directory, by the recipe that the plan was found by."""
+    """Apply a plan to a model with the recipe that found the plan, and write the compressed directory."""
     from trimbit.artifact.files import require_absent
     from trimbit.errors import PlanError
     from trimbit.pipeline import flow
@@ -79,7 +79,7 @@ def apply_command(
     resolved = read_recipe(by.recipe, str(plan_file), own) if recipe is None else load_recipe(recipe, own)
     job = _job(model, resolved, calibration or "self", by.seed if seed is None else seed)
     if calibration is None and by.calibration != "self" and job.needs_text:
-        raise PlanError(f"the plan was found on {by.calibration}: give that file, or another text (--calibration)")
+        raise PlanError(f"the plan was found on {by.calibration}; give that file or another text (--calibration)")
     written = flow.apply(job, found, out)
     print_summary(job.layout, written, None, out)
 
@@ -91,7 +91,7 @@ def _job(model: Path, recipe: "Recipe", calibration: str, seed: int) -> "Job":
 
 
 def print_summary(layout: "Layout", plan: "Plan", budget_nbytes: int | None, out: Path) -> None:
-    """What was decided, in a few lines."""
+    """Print what was decided, in a few lines."""
     from trimbit.model.resolved import resolve
     from trimbit.report.plan_table import cache_record
     from trimbit.report.run_tables import budget_line, cache_line, headline
@@ -109,7 +109,7 @@ def print_summary(layout: "Layout", plan: "Plan", budget_nbytes: int | None, out
 
 
 def _estimate(job: "Job", budget: "Budget | None") -> None:
-    """What a run would take, by stage."""
+    """Print what a run would take, stage by stage."""
     from trimbit.pipeline.estimate.dry_run import estimate
     from trimbit.report.estimate_table import estimate_lines, estimate_table
 

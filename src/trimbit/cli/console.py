@@ -1,4 +1,4 @@
-"""Where the commands print."""
+"""How the commands print."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -13,12 +13,12 @@ stdout, stderr = Console(), Console(stderr=True)
 
 
 def print_line(text: str) -> None:
-    """A line of a result, never broken: other programs may read it."""
+    """Print a line of a result, never wrapped, as other programs may read it."""
     stdout.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_pairs(pairs: Iterable[tuple[str, str]], title: str | None = None) -> None:
-    """Names and values, a pair a row."""
+    """Print names and values, one pair per row."""
     table = rich.table.Table(show_header=False, title=title)
     for pair in pairs:
         table.add_row(*pair)
@@ -26,7 +26,7 @@ def print_pairs(pairs: Iterable[tuple[str, str]], title: str | None = None) -> N
 
 
 def print_table(table: "Table") -> None:
-    """A table with headers."""
+    """Print a table with column headers."""
     shown = rich.table.Table(title=table.title)
     for column in table.columns:
         shown.add_column(column, justify="left" if column in table.left else "right")

@@ -1,4 +1,4 @@
-"""The command that measures: eval."""
+"""The command that measures a model: eval."""
 
 import json
 from pathlib import Path
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 
 def eval_command(
     model: Annotated[Path, typer.Argument(help="an original model or a compressed directory")],
-    text: Annotated[Path | None, typer.Option("--text", help="a .txt, .raw, .jsonl or .jsonl.gz file")] = None,
-    context: Annotated[int, typer.Option("--context", help="tokens in a window; the perplexity's name")] = CONTEXT,
+    text: Annotated[Path | None, typer.Option("--text", help="a .txt, .md, .raw or .jsonl file, also with .gz")] = None,
+    context: Annotated[int, typer.Option("--context", help="tokens per window; N in ppl@N")] = CONTEXT,
     windows: Annotated[
-        int | None, typer.Option("--windows", help="how many, from the start; default all", min=1)
+        int | None, typer.Option("--windows", help="number of windows, from the start; default: all", min=1)
     ] = None,
     against: Annotated[Path | None, typer.Option("--against", help="the original model, for KL and agreement")] = None,
     tasks: Annotated[str | None, typer.Option("--tasks", help="zero-shot tasks of lm-eval: boolq,piqa,...")] = None,
     task_data: Annotated[
-        Path | None, typer.Option("--task-data", help="the folder of the tasks' files; default lm-eval's, from the hub")
+        Path | None, typer.Option("--task-data", help="folder of the tasks' files; default: lm-eval's, from the hub")
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="documents a task, the first; default all")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="documents per task; default: all")] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="bfloat16 or float32")] = "bfloat16",
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Measure perplexity, KL to the original, bytes, memory and speed on a text; accuracy on zero-shot tasks."""
+    """Measure perplexity, KL to the original, bytes, memory and speed on a text, and accuracy on zero-shot tasks."""
     import torch
 
     from trimbit.errors import DataError
@@ -40,13 +40,13 @@ def eval_command(
     from trimbit.evaluate.perplexity import evaluate
 
     if dtype not in {"bfloat16", "float32"}:
-        raise DataError(f"--dtype {dtype}: give bfloat16 or float32")
+        raise DataError(f"--dtype {dtype} is not supported; give bfloat16 or float32")
     if text is None and tasks is None:
         raise DataError("nothing to measure; give --text FILE, --tasks NAMES or both")
     if text is None and against is not None:
-        raise DataError("--against compares on a text; give --text FILE")
+        raise DataError("--against needs a text to compare on; give --text FILE")
     if tasks is None and (task_data is not None or limit is not None):
-        raise DataError("--task-data and --limit belong to tasks; give --tasks NAMES")
+        raise DataError("--task-data and --limit only apply to tasks; give --tasks NAMES")
     names = tuple(name.strip() for name in tasks.split(",")) if tasks is not None else ()
     if names:
         check_tasks(names, task_data, limit)

@@ -1,7 +1,7 @@
-"""The command line. Results on stdout, progress and errors on stderr.
+"""The entry point. Results go to stdout, progress and errors to stderr.
 
-A command imports what it needs when it runs: help, version, show, cache and the list of recipes load neither torch nor
-transformers.
+Commands import what they need only when they run, so that help, version, show, cache and the list of recipes load
+neither torch nor transformers.
 """
 
 import logging
@@ -20,7 +20,7 @@ from trimbit.cli.recipes import recipes
 from trimbit.cli.show import show
 from trimbit.errors import TrimbitError
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells count
+INTERRUPTED = 130  # 128 + SIGINT, as in shells
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(compress)
 app.command()(plan)
@@ -42,13 +42,13 @@ def _version(asked: bool) -> bool:
 
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", help="print it", is_eager=True, callback=_version)] = False,
+    version: Annotated[bool, typer.Option("--version", help="print version", is_eager=True, callback=_version)] = False,
 ) -> None:
     """Fit a language model to a budget."""
 
 
 def main() -> None:
-    """Run the command line; errors are one line and an exit code, an interrupt leaves nothing behind."""
+    """Run the command line. An error prints one line and sets the exit code; an interrupt leaves no partial output."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     try:
@@ -67,13 +67,13 @@ def main() -> None:
         from trimbit.jobs.cache import cache_root
 
         _fail(
-            f"the cache {cache_root()} cannot be written, or a file in it is damaged ({err}); free space or remove it",
+            f"the cache {cache_root()} cannot be written or has a damaged file ({err}); free space or remove the cache",
             1,
         )
     except Exception as err:
-        if hasattr(err, "format_message"):  # click's own errors about the arguments; without any, it shows the help
+        if hasattr(err, "format_message"):  # click's, about arguments; empty where it shows the help
             _fail(err.format_message(), 2) if err.format_message() else sys.exit(2)
-        if type(err).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+        if type(err).__name__ == "OutOfMemoryError":  # torch's, on a GPU
             _fail(f"{str(err).splitlines()[0]} Finished stages are kept in the cache and are reused", 1)
         raise
 

@@ -11,11 +11,11 @@ import typer
 from trimbit.cli.console import stderr
 from trimbit.jobs.progress import Progress, Reporter
 
-EVERY_SECONDS, LEAST_SECONDS, PARTS = 30.0, 1.0, 10  # ours: seconds between two lines of a stage; parts that have one
+EVERY_SECONDS, LEAST_SECONDS, PARTS = 30.0, 1.0, 10  # ours: time between two lines of a stage; its parts with a line
 
 
 def reporter() -> Reporter:
-    """Bars where stderr is a terminal that can redraw them, else lines, for a log."""
+    """Bars if stderr is a terminal that can redraw them, else lines, for a log."""
     return Bars() if sys.stderr.isatty() and stderr.is_interactive else Lines()
 
 
@@ -27,7 +27,7 @@ class Bars:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Progress]:
-        """A bar for one stage; a stage inside another one has its bar below."""
+        """Show a bar for one stage; a nested stage has its bar below."""
         with self._progress() as progress:
             task = progress.add_task(name, total=None)
 
@@ -60,14 +60,14 @@ def _to_stderr(line: str) -> None:
 
 
 class Lines:
-    """Progress as lines: where a stage starts, at most every 30 seconds or 10 % of it, and where it ends."""
+    """Progress as lines: when a stage starts, after every 30 seconds or 10 % of it, and when it ends."""
 
     def __init__(self, write: Callable[[str], None] = _to_stderr, clock: Callable[[], float] = time.monotonic) -> None:
         self.write, self.clock, self.depth = write, clock, 0
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Progress]:
-        """Lines of one stage; those of a stage inside another one are indented."""
+        """Write the lines of one stage; those of a nested stage are indented."""
         prefix, started, ended = "  " * self.depth + name, self.clock(), "stopped after"
         self.write(f"{prefix}: started")
         self.depth += 1
@@ -80,24 +80,24 @@ class Lines:
 
 
 class _Stage:
-    """The lines between the first and the last of a stage."""
+    """Writes the lines between the first and the last of a stage."""
 
     def __init__(self, prefix: str, write: Callable[[str], None], clock: Callable[[], float]) -> None:
         self.prefix, self.write, self.clock = prefix, write, clock
         self.began = self.told = clock()
         self.told_part = 0
-        self.before: int | None = None  # done when the time was taken: a resumed stage has done some already
+        self.before: int | None = None  # `done` at the time `began`: above 0 in a resumed stage
         self.last = 0
 
     def __call__(self, done: int, total: int) -> None:
-        """Write a line, if it is time for one."""
+        """Write a line if one is due."""
         now = self.clock()
-        if done < self.last:  # it counts from the start again
+        if done < self.last:  # the stage counts from the start again
             self.before, self.told_part = None, 0
         if self.before is None:
             self.before, self.began = (0, self.began) if done == 1 and not self.last else (done, now)
         self.last = done
-        if total <= 0 or done >= total:  # the last line says that it is done
+        if total <= 0 or done >= total:  # the last line of the stage says so
             return
         waited, part = now - self.told, PARTS * done // total
         if waited < LEAST_SECONDS or (waited < EVERY_SECONDS and part == self.told_part):
@@ -109,7 +109,7 @@ class _Stage:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in a unit that is easy to read."""
+    """A time in seconds, as text in a unit that is easy to read."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -9,13 +9,13 @@ from trimbit.cli.options import Overrides
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="one of them, or a .yaml file, to print it")] = None,
+    name: Annotated[str | None, typer.Argument(help="the recipe to print: its name, or a .yaml file")] = None,
     overrides: Overrides = None,
     defaults: Annotated[
         bool, typer.Option("--all", help="print every parameter that --set can change; this loads PyTorch")
     ] = False,
 ) -> None:
-    """List the recipes; or print one as it is written, or with all that `--set` can change."""
+    """List the recipes, or print one: as it is written, or with all that `--set` can change."""
     import yaml
 
     from trimbit.pipeline.recipes import load_recipe, names

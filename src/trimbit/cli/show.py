@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 def show(
     path: Annotated[Path, typer.Argument(help="a compressed directory")],
-    context: Annotated[int, typer.Option("--context", help="tokens that the cache is counted at", min=1)] = CONTEXT,
+    context: Annotated[int, typer.Option("--context", help="tokens for the size of the KV cache", min=1)] = CONTEXT,
     as_json: AsJson = False,
 ) -> None:
-    """Print a result: size, KL, kept heads and channels, formats, plans that were tried, stages, the KV cache."""
+    """Print what a directory holds: size, KL, kept heads and channels, formats, plans tried, stages, KV cache."""
     run, plan = read_result(path)
     if as_json:
         typer.echo(json.dumps(fields(run, context), indent=1))
@@ -28,10 +28,10 @@ def show(
 
 
 def read_result(path: Path) -> "tuple[Run, Plan]":
-    """`run.json` and `plan.json` of a compressed directory, checked against each other and the weight files.
+    """Read `run.json` and `plan.json` of a compressed directory; check them against each other and the weight files.
 
     Raises:
-        ArtifactError: if it is no compressed directory, a file is missing or damaged, or the plan was edited.
+        ArtifactError: if it is not a compressed directory, a file is missing or damaged, or the plan was edited.
     """
     from trimbit.artifact.files import PLAN_FILE, is_compressed, weight_nbytes
     from trimbit.errors import ArtifactError
@@ -44,19 +44,19 @@ def read_result(path: Path) -> "tuple[Run, Plan]":
     run, plan = parse_json(Run, path / RUN_FILE, ArtifactError), load_plan(path / PLAN_FILE)
     if plan.content != run.plan:
         raise ArtifactError(
-            f"{path / PLAN_FILE} was edited: its content key is {plan.content}, the weights were made by {run.plan}; "
-            "write another directory with `trimbit apply`, or restore the file"
+            f"{path / PLAN_FILE} was edited: its content key is {plan.content}, but {run.plan} made the weights; "
+            "restore the file, or write a new directory with `trimbit apply`"
         )
     if weight_nbytes(path) != run.nbytes:
         raise ArtifactError(
-            f"{path}: the weight files have {weight_nbytes(path):,} bytes, {RUN_FILE} says {run.nbytes:,}: "
-            "they are damaged or of another run; write the directory again"
+            f"{path}: the weight files have {weight_nbytes(path):,} bytes, but {RUN_FILE} says {run.nbytes:,}: "
+            "they are damaged or from another run; write the directory again"
         )
     return run, plan
 
 
 def fields(run: "Run", context: int) -> dict[str, Any]:
-    """What `--json` prints: run.json, with the sizes that follow from it."""
+    """What `--json` prints: run.json and the sizes derived from it."""
     cache = run.kv_cache
     return run.model_dump(mode="json") | {
         "bf16_nbytes": 2 * run.parameters,

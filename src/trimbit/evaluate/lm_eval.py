@@ -1,6 +1,6 @@
-"""Zero-shot tasks by lm-eval: its prompts, targets and metrics, on documents from local files or from the hub.
+"""Zero-shot tasks run by lm-eval, with its prompts, targets and metrics, on documents from local files or the hub.
 
-Log-probabilities are in fp32. A prompt longer than the model's positions loses its start, as always in lm-eval.
+Log-probabilities are computed in fp32. A prompt longer than the model's context loses its start, as always in lm-eval.
 """
 
 import logging
@@ -27,7 +27,7 @@ from trimbit.runtime.load import load_model, load_tokenizer
 from trimbit.schema.evaluation import Score, TaskEvaluation, TaskScore
 
 NEEDS = ("lm_eval", "datasets", "accelerate")
-LOGITS = 2**27  # in a batch: with a vocabulary of 49,152, 2,730 tokens and 0.8 GB in bf16 and fp32
+LOGITS = 2**27  # per batch; for a vocabulary of 49,152 these are 2,730 tokens, and 0.8 GB in bf16 plus fp32
 BATCH = 16  # at most: a larger batch pads more and is no faster
 
 
@@ -35,13 +35,13 @@ def check_tasks(names: tuple[str, ...], folder: Path | None, max_documents: int 
     """Check early that the tasks can be run.
 
     Raises:
-        DataError: if lm-eval is not installed, a name is not known, a file is missing or malformed, or there is no
-            folder and lm-eval cannot get its data sets.
+        DataError: if lm-eval is not installed, a name is unknown, `max_documents` is below 1, a file is missing or
+            malformed, or there is no folder and lm-eval cannot get its data sets.
     """
     if any(find_spec(package) is None for package in NEEDS):
         raise DataError("zero-shot tasks need the package lm-eval: pip install 'trimbit[eval]'")
     if max_documents is not None and max_documents < 1:
-        raise DataError(f"the limit of documents is {max_documents}; must be at least 1")
+        raise DataError(f"the limit of documents is {max_documents}, but must be at least 1")
     for name in names or ("",):
         if name not in SOURCES:
             raise DataError(f"no task {name!r}; known are {', '.join(SOURCES)}")
@@ -61,11 +61,11 @@ def evaluate_tasks(
 
     Args:
         path: the model.
-        names: of tasks in `SOURCES`.
-        folder: the tasks' files, each .jsonl or .jsonl.gz; without one lm-eval gets its data sets from the hub.
-        max_documents: number of documents of each task, from the first; None for all.
-        dtype: of the model.
-        reporter: gets a stage for each task, which counts choices.
+        names: of the tasks, keys of `SOURCES`.
+        folder: holds the tasks' files, each .jsonl or .jsonl.gz; None: lm-eval gets its data sets from the hub.
+        max_documents: number of documents per task, from the first; None: all.
+        dtype: in which the model is loaded.
+        reporter: shows progress, one stage per task, counted in choices.
 
     Raises:
         DataError: if the tasks cannot be run (see `check_tasks`), or lm-eval cannot use their data.
@@ -88,7 +88,7 @@ def score_tasks(
     model: PreTrainedModel, tokenizer: Any, names: tuple[str, ...], *, folder: Path | None, max_documents: int | None,  # noqa: ANN401
     reporter: Reporter,
 ) -> dict[str, TaskScore]:  # fmt: skip
-    """Run a model in memory over tasks; see `evaluate_tasks`."""
+    """Run a model that is in memory over tasks; see `evaluate_tasks`."""
     from lm_eval.models.huggingface import HFLM
 
     with _quiet(), TemporaryDirectory(prefix="trimbit-tasks-") as scratch:
@@ -102,7 +102,7 @@ def score_tasks(
 
 
 def _open_task(name: str, folder: Path | None, max_documents: int | None, scratch: Path) -> Any:  # noqa: ANN401
-    """lm-eval's task with its requests; only the source of the documents is ours."""
+    """lm-eval's task with its requests built; only the source of the documents is ours."""
     import lm_eval.tasks
 
     source, file = SOURCES[name], _file(name, folder) if folder else None
@@ -134,7 +134,7 @@ def _check_target(task: Any, number: int, doc: dict[str, Any]) -> None:  # noqa:
     choices = task.doc_to_choice(doc)
     target = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     if not isinstance(target, int) or not 0 <= target < len(choices):
-        raise ValueError(f"row {number + 1}: the target {target!r} is none of {len(choices)} choices")
+        raise ValueError(f"row {number + 1}: the target {target!r} is not one of the {len(choices)} choices")
 
 
 def _reason(err: BaseException) -> str:
@@ -166,14 +166,14 @@ def _run(lm: Any, name: str, task: Any, max_documents: int | None, progress: Pro
 
 
 class _Answers:
-    """Counts the answers that lm-eval reports to it, and stops at one that is not finite."""
+    """Stands in for lm-eval's cache: counts the answers reported to it, and stops at one that is not finite."""
 
     def __init__(self, name: str, total: int, progress: Progress) -> None:
         self.name, self.total, self.progress = name, total, progress
         self.done = 0
 
     def add_partial(self, _kind: str, request: tuple[str, str], answer: tuple[float, bool]) -> None:
-        """One choice's log-probability, and whether it is the greedy one."""
+        """Count an answer: the log-probability of a choice, and whether it is the greedy one."""
         if not math.isfinite(answer[0]):
             raise NumericsError(
                 f"{self.name}: the log-probability of {request[1]!r} is {answer[0]}: the model overflows on its "
@@ -190,7 +190,7 @@ def _score(found: dict[str, Any], metric: str) -> Score:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide the progress bars of lm-eval and datasets, which have no common switch, and all logs but errors."""
+    """Hide the progress bars of lm-eval and datasets, which have no common switch, and all log lines but errors."""
     from tqdm import tqdm
 
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]

@@ -32,7 +32,7 @@ from trimbit.schema.plan import load_plan
 
 log = logging.getLogger(__name__)
 READ_TOKENS = 32  # ours: half of the default `recent_tokens`
-READ_WINDOWS = 8  # ours: of READ_TOKENS each, read together, since every read dequantises all weights
+READ_WINDOWS = 8  # ours: windows read together, because every read dequantises all weights
 
 
 def evaluate(
@@ -43,8 +43,8 @@ def evaluate(
 
     Args:
         path: an original model or a compressed directory.
-        text: a .txt, .raw, .jsonl or .jsonl.gz file.
-        context: tokens in a window; windows do not overlap.
+        text: a .txt, .md, .raw or .jsonl file, each also with .gz.
+        context: tokens per window; windows do not overlap.
         max_windows: number of windows, from the start; None: all.
         against: the original model.
         dtype: in which the model is loaded, bfloat16 or float32.
@@ -61,7 +61,7 @@ def evaluate(
     config = _config(path)
     positions = getattr(config, "max_position_embeddings", context)
     if not 2 <= context <= positions:
-        raise DataError(f"the context is {context} tokens: this model reads 2 to {positions} (--context)")
+        raise DataError(f"the context is {context} tokens, but this model takes 2 to {positions}; change --context")
     if against is not None:
         _require_original(path, config.vocab_size, against)
     model = load_model(path, dtype)
@@ -103,7 +103,7 @@ def evaluate(
 
 @torch.inference_mode()
 def final_hidden(model: PreTrainedModel, window: Int[Tensor, " length"]) -> Tensor:
-    """The head's input for each token of a window."""
+    """The input of the head for each token of a window."""
     with fast_bf16():
         return model.get_decoder()(input_ids=window[None], use_cache=False).last_hidden_state[0]  # type: ignore[no-any-return]
 
@@ -114,12 +114,15 @@ def _require_original(path: Path, vocab_size: int, against: Path) -> None:
         raise ArtifactError(f"{against} is compressed; give the original model (--against)")
     original = open_checkpoint(against)
     if vocab_size != original.config.vocab_size:
-        raise ArtifactError(f"{path} and {against} have vocabularies of other sizes: their outputs do not compare")
+        raise ArtifactError(
+            f"{path} and {against} have vocabularies of different sizes, {vocab_size:,} and "
+            f"{original.config.vocab_size:,}, so their outputs cannot be compared; give the original model (--against)"
+        )
     if is_compressed(path):
         made = load_plan(path / PLAN_FILE).model
         if made.weights_hash != original.weights_hash():
             log.warning(
-                "%s was made from other files than %s: from %s (weights %s)",
+                "%s was not made from the files in %s, but from %s (weights %s)",
                 path, against, made.id, made.weights_hash[:12],
             )  # fmt: skip
 
@@ -134,10 +137,10 @@ def _config(path: Path) -> Any:  # noqa: ANN401
 def read_hidden(
     model: PreTrainedModel, windows: Int[Tensor, "windows length"]
 ) -> Float[Tensor, "windows length hidden"]:
-    """The head's input for each token of some windows, through the cache if that is quantised.
+    """The input of the head for each token of some windows, read through the KV cache if that is quantised.
 
-    Tokens are then read `READ_TOKENS` at a time: compared with generation, a token sees up to READ_TOKENS - 1 more of
-    the tokens before it unquantised.
+    Tokens are then read `READ_TOKENS` at a time, so a token sees up to READ_TOKENS - 1 more of the tokens before it
+    unquantised than it would in generation.
     """
     if precision_of(model) is None:
         return torch.stack([final_hidden(model, window) for window in windows])
@@ -157,7 +160,7 @@ def score(
     window: Int[Tensor, " length"],
     reference: tuple[PreTrainedModel, Tensor] | None,
 ) -> Tensor:
-    """Sums over a window's tokens: negative log-likelihood, KL(reference || model), agreement of the first choice.
+    """Sum over a window's tokens: negative log-likelihood, KL(reference || model), agreement of the top-1 token.
 
     `reference` is the original model and its final hidden states for the window.
     """

@@ -15,7 +15,7 @@ from trimbit.runtime.kv_cache import cache_for
 
 @torch.inference_mode()
 def decode_speed(model: PreTrainedModel, prompt: Int[Tensor, " length"], tokens: int = 32) -> float:
-    """Tokens a second of greedy generation with a cache, one row, after a short prompt."""
+    """Speed of greedy generation of one row after a short prompt, with a KV cache, in tokens per second."""
     cache = cache_for(model)
     out = model(input_ids=prompt[None], use_cache=True, logits_to_keep=1, **{CACHE: cache})
     started = time.perf_counter()

@@ -1,8 +1,8 @@
 """The zero-shot tasks and their files.
 
-lm-eval defines `acc` (the likeliest choice) for every task, and `acc_norm` (log-likelihood divided by the choice's
-characters) for PIQA, HellaSwag, ARC and OpenBookQA. The headline is `acc_norm` if there is one, else `acc` (BoolQ,
-WinoGrande); both are kept.
+lm-eval defines `acc` (the likeliest choice) for every task, and `acc_norm` (log-likelihood divided by the length of the
+choice in characters) for PIQA, HellaSwag, ARC and OpenBookQA. The headline is `acc_norm` if there is one, else `acc`
+(BoolQ, WinoGrande); both are kept.
 """
 
 import gzip
@@ -56,7 +56,7 @@ SOURCES = {
 
 
 def task_keys(names: tuple[str, ...], folder: Path | None) -> list[str]:
-    """What scores depend on besides the model: lm-eval's version and the digests of local task files."""
+    """What scores depend on apart from the model: lm-eval's version and the digests of local task files."""
     files = [hashlib.sha256(_file(name, folder).read_bytes()).hexdigest() for name in names if folder is not None]
     return [version("lm_eval"), *files]
 
@@ -66,7 +66,7 @@ def _file(name: str, folder: Path) -> Path:
     for file in (folder / f"{stem}.jsonl.gz", folder / f"{stem}.jsonl"):
         if file.is_file():
             return file
-    raise DataError(f"{folder}: holds neither {stem}.jsonl.gz nor {stem}.jsonl, which {name} needs")
+    raise DataError(f"{folder} has neither {stem}.jsonl.gz nor {stem}.jsonl; the task {name} needs one of them")
 
 
 def _check_rows(file: Path, fields: tuple[str, ...]) -> None:
@@ -78,17 +78,17 @@ def _check_rows(file: Path, fields: tuple[str, ...]) -> None:
                 row = json.loads(line)
                 missing = [field for field in fields if not isinstance(row, dict) or row.get(field) is None]
                 if missing:
-                    raise DataError(f"{file}, line {number}: has no {', '.join(missing)}")
+                    raise DataError(f"{file}, line {number}: the row has no {', '.join(missing)}")
     except json.JSONDecodeError as err:
         raise DataError(f"{file}, line {number}: not valid JSON: {err}") from err
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as err:
         raise DataError(f"{file}: cannot be read: {err}") from err
     if number == 0:
-        raise DataError(f"{file}: is empty")
+        raise DataError(f"{file} is empty")
 
 
 def mean_score(found: dict[str, TaskScore]) -> Score:
-    """The mean of the tasks' headline scores; the standard error takes their errors as independent."""
+    """The mean of the tasks' headline scores; its standard error treats the errors of the tasks as independent."""
     scores = [task.score for task in found.values()]
     errors = [score.stderr for score in scores if score.stderr is not None]
     return Score(
