@@ -114,7 +114,7 @@ def test_text_shorter_than_a_window(refused, job, tmp_path):
     write_text(tmp_path / "short.txt", 100)
     refused(
         *compress(job.model, tmp_path / "out", short),
-        words=["short.txt", "19 rows of 32", "has only 3", "12 for calibration.rows"],
+        words=["short.txt", "20 rows of 32", "has only 3", "12 for calibration.rows"],
     )
     few = ["--text", tmp_path / "short.txt", "--context", 128]
     refused("eval", job.model, *few, words=["short.txt", "100 tokens, but one window needs 128"])

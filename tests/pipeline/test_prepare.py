@@ -44,12 +44,15 @@ def test_self_calibration_is_repeatable(job, tmp_path):
     assert "sampled from the model itself" in (tmp_path / "out" / "README.md").read_text()
 
 
+MEASURED = "measure.by=measured"
+
+
 def test_budgets_share_everything_but_the_search(job, tmp_path, monkeypatch):
     """A second budget measures nothing again."""
-    opened = session(job, cache=tmp_path)
+    opened = session(job, MEASURED, cache=tmp_path)
     opened.find_plan(Budget.parse("30kB"))
     monkeypatch.setattr(preparation, "collect", None)
-    again = session(job, cache=tmp_path)
+    again = session(job, MEASURED, cache=tmp_path)
     (journal,) = tmp_path.glob("damage/*/journal.jsonl")
     before = journal.read_bytes()
     assert again.find_plan(Budget.parse("26kB")).found_by.nbytes <= 26_000
@@ -58,12 +61,12 @@ def test_budgets_share_everything_but_the_search(job, tmp_path, monkeypatch):
 
 
 def test_a_torn_journal_in_the_cache(job, tmp_path):
-    plan = session(job, cache=tmp_path).find_plan(Budget.parse(BUDGET))
+    plan = session(job, MEASURED, cache=tmp_path).find_plan(Budget.parse(BUDGET))
     (journal,) = tmp_path.glob("damage/*/journal.jsonl")
     whole = journal.read_bytes()
     journal.write_bytes(whole[: len(whole) // 2])
     shutil.rmtree(tmp_path / "plan")
-    assert session(job, cache=tmp_path).find_plan(Budget.parse(BUDGET)) == plan
+    assert session(job, MEASURED, cache=tmp_path).find_plan(Budget.parse(BUDGET)) == plan
     assert len(journal.read_bytes()) >= len(whole)
 
 

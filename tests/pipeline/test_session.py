@@ -101,7 +101,6 @@ def test_the_other_recipes(job, tmp_path, name):
     space = (
         "space.formats=[int2g32, int4g32]",
         "space.embedding_formats=[int4g32]",
-        "search.uniform={formats: [int2g32, int4g32]}",
     )
     small = (
         "calibration.rows=8",
@@ -124,7 +123,7 @@ def test_the_other_recipes(job, tmp_path, name):
 
 @pytest.mark.slow
 def test_rounds_and_compute_in_float32(job, tmp_path):
-    opened = session(job, "measure.rounds=2", "compute=float32")
+    opened = session(job, "measure.by=measured", "measure.rounds=2", "compute=float32")
     assert compress(opened, Budget.parse(BUDGET), tmp_path / "out").found_by.nbytes <= LIMIT
     state = load_file(tmp_path / "out" / "model.safetensors")
     assert all(t.isfinite().all() for t in state.values() if t.is_floating_point())
@@ -160,7 +159,8 @@ def test_a_plan_without_trials(job, tmp_path):
 
 def test_without_trials_the_better_of_two_rounds_is_taken(job, tmp_path, monkeypatch):
     """The second round's plan is not thrown away for want of a real figure."""
-    opened = session(job, "measure.apply_finalists=false", "measure.rounds=2", cache=tmp_path / "cache")
+    rounds_of_two = ("measure.by=measured", "measure.rounds=2", "measure.apply_finalists=false")
+    opened = session(job, *rounds_of_two, cache=tmp_path / "cache")
     best_of, rounds = knapsack.best_of, []
 
     def numbered(problem, config, damage):
@@ -191,7 +191,7 @@ def test_a_solver_that_stops_early_is_said_and_recorded(job, tmp_path, monkeypat
         return result
 
     monkeypatch.setattr(solver, "milp", early)
-    opened = session(job, "measure.apply_finalists=false", "search.uniform=null", cache=tmp_path / "cache")
+    opened = session(job, "measure.apply_finalists=false", cache=tmp_path / "cache")
     opened.compress(Budget.parse(BUDGET), tmp_path / "out")
     assert "a plan up to 12.5 % better may exist" in caplog.text
     assert json.loads((tmp_path / "out" / "run.json").read_text())["gap"] == 0.125
@@ -215,9 +215,8 @@ def test_a_plan_of_another_model(job, compressed, tmp_path):
 
 def test_formats_below_two_bits_meet_a_budget_that_two_bits_do_not(job, tmp_path):
     menu = "[binaryrow, mbinaryrow, ternaryrow, int2row]"
-    uniform = f"search.uniform={{formats: {menu}}}"
     fields = (f"formats={menu}", f"embedding_formats={menu}", "widths=[1.0]", "prune_kv_groups=false")
-    opened = session(job, uniform, *(f"space.{field}" for field in fields))
+    opened = session(job, *(f"space.{field}" for field in fields))
     two = make_plan(opened.layout, lambda _, cols: runs((cols, "int2row")))
     limit = resolve(two, opened.layout).file_nbytes - 500
     plan = compress(opened, Budget.parse(f"{limit}B"), tmp_path / "out")

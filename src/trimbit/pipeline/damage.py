@@ -27,7 +27,7 @@ def require_predictable(job: Job) -> None:
         RecipeError: if it has several rounds, low-rank pairs, or a quantiser whose errors cannot be predicted.
     """
     want = job.recipe.measure
-    if want is None or want.by != "predicted":
+    if want is None or want.by != "predicted" or not job.steps.method.measures_damage:
         return
     if want.rounds > 1:
         raise RecipeError("measure.by=predicted does not depend on a background; set measure.rounds=1")

@@ -176,7 +176,7 @@ class PlanKey(StageKey):
     """The result of a search."""
 
     stage: ClassVar[str] = "plan"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     weights: str
     config: str
     text: list[str]  # digests of all rows

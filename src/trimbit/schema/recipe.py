@@ -34,7 +34,7 @@ class Calibration(Schema):
 class Measure(Schema):
     """How to find the damage of choices."""
 
-    by: By = "measured"  # measured: a forward pass for each choice; predicted: one backward sweep through the model
+    by: By = "predicted"  # predicted: one backward sweep through the model; measured: a forward pass for each choice
     draws: int = Field(default=4, ge=1)  # if predicted: labels drawn from the model for each token
     rows: int = Field(default=3, ge=1)  # that nothing is fitted to; `length` tokens of each are used
     length: int = Field(default=512, ge=16)

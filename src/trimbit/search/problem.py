@@ -164,13 +164,17 @@ class Problem:
         """The ranks of the low-rank pairs of a unit's weights."""
         return dict.fromkeys(unit.weights, self.rank) if self.rank and unit.block is not None else {}
 
-    def best_estimated(self, plans: Sequence[Plan]) -> tuple[Plan, tuple[Tried, ...]]:
-        """The plan of least estimated KL, and the plans tried; the first plan if the recipe measures nothing."""
+    def estimated(self, plans: Sequence[Plan]) -> tuple[Tried, ...]:
+        """The estimated KL of each plan; nothing where there is no choice or the recipe measures nothing."""
         if self.measure is None or len(plans) == 1:
-            return plans[0], ()
-        found = [self.costs.estimate_kl(plan) for plan in plans]
-        tried = tuple(Tried(plan=plan, estimated_kl=kl) for plan, kl in zip(plans, found, strict=True))
-        return plans[found.index(min(found))], tried
+            return ()
+        return tuple(Tried(plan=plan, estimated_kl=self.costs.estimate_kl(plan)) for plan in plans)
+
+    def best_estimated(self, plans: Sequence[Plan]) -> tuple[Plan, tuple[Tried, ...]]:
+        """The plan with the lowest estimated KL, and all plans tried; the first plan if nothing is estimated."""
+        tried = self.estimated(plans)
+        at = min(range(len(tried)), key=lambda i: tried[i].estimated_kl or 0.0, default=0)
+        return plans[at], tried
 
     def best(self, plans: Sequence[Plan]) -> tuple[Plan, tuple[Tried, ...]]:
         """The plan of least applied KL, and the plans tried; by estimated KL if the recipe applies no finalists.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trimbit.calibrate.moments import Moments
 from trimbit.calibrate.stats import Stats
+from trimbit.errors import NumericsError
 from trimbit.model.checkpoint.checkpoint import Checkpoint
 from trimbit.model.layout import Layout
 from trimbit.schema.precision import Precision, Run
@@ -48,8 +49,11 @@ class ExpectedErrors:
             return h.diagonal()
         site = self.layout.weights[name].site
         if self._residual is None or self._residual[0] != site:
-            moments = self._moments(name)
-            self._residual = site, gptq.residuals(moments.h.to(h.device), [len(moments.h)], self.config).to(h.dtype)
+            own = self._moments(name).h.to(h.device)
+            try:
+                self._residual = site, gptq.residuals(own, [len(own)], self.config).to(h.dtype)
+            except NumericsError as err:
+                raise NumericsError(f"{name}: {err}") from err
         residual = self._residual[1]
         found: Tensor = torch.linalg.vecdot(residual @ h, residual)
         return found

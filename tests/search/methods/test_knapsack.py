@@ -1,5 +1,6 @@
 """The knapsack: exact on small instances, within the budget always, and never worse than a uniform plan."""
 
+import dataclasses
 import random
 
 import pytest
@@ -10,12 +11,9 @@ from problems import LAYOUT, REPORTED, SPACE, additive, formats, measurements, o
 from trimbit.errors import BudgetError
 from trimbit.model.layout import header_bound
 from trimbit.model.resolved import resolve
-from trimbit.search.methods import knapsack, uniform
+from trimbit.search.methods import knapsack
 from trimbit.search.methods.knapsack import Choice, Config
 from trimbit.search.problem import NO_CHOICE, Problem
-
-MENU = uniform.Config(formats=SPACE.formats, tries=1)
-
 
 SMALLEST = problem(0).smallest().found_by.nbytes
 
@@ -37,7 +35,7 @@ def test_pareto_keeps_exactly_the_non_dominated(pairs):
 @given(st.integers(SMALLEST, LARGEST.found_by.nbytes + 5000), st.sampled_from([0.0, 1.0, 30.0]))
 def test_a_plan_is_never_over_the_budget(limit, cost_of_width):
     found = measurements(width_damage=lambda dim, width: cost_of_width * of_width(dim, width))
-    plan = knapsack.search(problem(limit, measurements=found), Config(pruning_costs=(1.0,), uniform=None)).plan
+    plan = knapsack.search(problem(limit, measurements=found), Config(pruning_costs=(1.0,))).plan
     resolve(plan, LAYOUT)
     assert resolve(plan, LAYOUT).file_nbytes == plan.found_by.nbytes <= limit
 
@@ -94,20 +92,9 @@ def test_at_least_as_good_as_uniform(name):
     """Given room for the longest header, a uniform plan of the space is one that the knapsack could choose."""
     same = problem(0).uniform(formats(name)[0], "uniform")
     asked = problem(same.found_by.nbytes + header_bound(LAYOUT), trial=additive)
-    plan = knapsack.search(asked, Config(uniform=None)).plan
+    plan = knapsack.search(asked, Config()).plan
     assert plan.found_by.measured_damage == pytest.approx(additive(plan) + REPORTED)
     assert additive(plan) <= additive(same)
-
-
-def test_the_uniform_plan_wins_where_it_measures_better():
-    def trial(plan):
-        return 0.1 if plan.found_by.method.startswith("uniform") else 0.2
-
-    plan = knapsack.search(problem(LARGEST.found_by.nbytes, trial=trial), Config(uniform=MENU)).plan
-    assert plan.found_by.method.startswith("uniform")
-    assert plan.found_by.measured_damage == 0.1 + REPORTED
-    plan = knapsack.search(problem(LARGEST.found_by.nbytes, trial=trial), Config(uniform=None)).plan
-    assert plan.found_by.method.startswith("knapsack")
 
 
 def test_same_input_same_plan():
@@ -137,26 +124,34 @@ def test_formats_measured_at_a_cut_width_scale_with_the_width():
         assert a.damage == pytest.approx(b.damage)
 
 
-def test_a_real_trial_decides_between_the_best_of_each_kind():
+@pytest.mark.parametrize("worse", [1.1, 1.2])
+def test_a_real_trial_decides_between_the_best_of_each_kind_unless_one_is_far_behind(worse):
     """Quick evaluation picks among plans that prune; what is applied for real decides against the others."""
     quick, tried = [], []
 
     def evaluate(plan):
         quick.append(plan)
-        return float(plan.found_by.predicted_damage or 0.0)
+        return (1.0 if plan.cuts else worse) + 1e-3 * plan.found_by.predicted_damage
 
     def trial(plan):
         tried.append(plan)
-        return 1.0 if plan.cuts else 2.0
+        return 2.0 if plan.cuts else 1.0
 
     limit = (SMALLEST + LARGEST.found_by.nbytes) // 2
-    found = knapsack.search(problem(limit, evaluate=evaluate, trial=trial), Config(uniform=MENU))
-    assert found.plan.cuts
-    assert found.plan.found_by.measured_damage == 1.0 + REPORTED
+    found = knapsack.search(problem(limit, evaluate=evaluate, trial=trial), Config())
     assert sum(bool(plan.cuts) for plan in quick) > 1
-    assert [bool(plan.cuts) for plan in tried] == [True, False, False]
-    assert [one.applied_kl for one in found.tried if one.applied_kl is not None] == [1.0, 2.0, 2.0]
-    assert sum(one.estimated_kl is not None for one in found.tried) == sum(bool(plan.cuts) for plan in quick)
+    assert sum(not plan.cuts for plan in quick) == 1
+    assert [bool(plan.cuts) for plan in tried] == ([True, False] if worse < knapsack.CLOSE else [True])
+    assert bool(found.plan.cuts) == (worse > knapsack.CLOSE)
+    assert found.plan.found_by.measured_damage == (2.0 if found.plan.cuts else 1.0) + REPORTED
+    assert sum(one.estimated_kl is not None for one in found.tried) == len(quick)
+    assert sum(one.applied_kl is not None for one in found.tried) == len(tried)
+
+
+def test_without_applications_the_best_estimate_wins():
+    asked = problem((SMALLEST + LARGEST.found_by.nbytes) // 2, evaluate=lambda plan: 2.0 if plan.cuts else 1.0)
+    quick = dataclasses.replace(asked, measure=asked.measure.model_copy(update={"apply_finalists": False}))
+    assert not knapsack.search(quick, Config()).plan.cuts
 
 
 @pytest.mark.parametrize("price", [1.0, 4.0])

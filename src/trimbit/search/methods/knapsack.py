@@ -1,19 +1,18 @@
-"""Choose a width and formats for every unit under the budget, exactly, from measured damage.
+"""Choose a width and formats for every unit under the budget, exactly, from the damage of each choice.
 
 Bytes add up over the units, so this is a multiple-choice knapsack, solved by HiGHS. Damage of a choice:
-D(width) + (width / width measured at) * sum over its sites of D(format), each measured with all else as in a
-background. Additive damage is only a model, so several plans are tried: first quickly, to find the best that prunes
-and the best that does not; then these and the best uniform plan are applied for real.
+D(width) + (width / width measured at) * sum over its sites of D(format). That damage adds up is only a model, so
+several plans are solved for and put together quickly; the best that prunes and the best that does not are then applied
+for real, unless one of them is clearly worse.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
 from pydantic import PositiveFloat
 
-from trimbit.errors import BudgetError
 from trimbit.measure.choices import (
     allowed_formats,
     allowed_widths,
@@ -31,14 +30,13 @@ from trimbit.schema.plan import Plan
 from trimbit.schema.precision import Int, Precision, Run
 from trimbit.schema.structure import Structure
 from trimbit.search.effort import Effort
-from trimbit.search.methods import uniform
 from trimbit.search.problem import NO_CHOICE, Problem, SearchMethod
 from trimbit.search.solvers import knapsack as solver
 from trimbit.search.solvers.knapsack import knapsack
 
-Uniform = uniform.Config
 NO_PRUNING = "knapsack, no pruning"
 CUT = 0.1  # ours: share of the sub-blocks that a further plan cuts in a format not measured
+CLOSE = 1.15  # ours: a plan whose estimated KL is larger than the best by more than this factor is not applied
 NEAR_LOSSLESS = Int(bits=6, group=64, symmetric=False)  # errors measured one at a time add up best here
 
 
@@ -50,7 +48,6 @@ class Config(solver.Config):
     # ours: format of all blocks while a choice's damage is measured; None: the uniform plan nearest to the budget
     background: Precision | None = NEAR_LOSSLESS
     embedding_bits: int = 4  # ours: the embedding and the head suffer more from rounding than a block's weights
-    uniform: Uniform | None = Uniform()  # also try the best uniform plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +85,7 @@ def search(problem: Problem, config: Config) -> Found:
 
 
 def best_of(problem: Problem, config: Config, damage: Measurements) -> Found:
-    """The best of the plans with pruning, the plans without, and the best uniform plan."""
+    """The best of the plans with pruning and the plans without."""
     solved: dict[str, Plan] = {}
     gaps: dict[str, float | None] = {}
     costs = (*config.pruning_costs, *((None,) if config.no_pruning else ()))
@@ -98,21 +95,28 @@ def best_of(problem: Problem, config: Config, damage: Measurements) -> Found:
             plan, gap = one
             solved.setdefault(plan.content, plan)
             gaps.setdefault(plan.content, gap)
-    pruned = [plan for plan in solved.values() if plan.cuts]
-    kinds = [kind for kind in (pruned, [plan for plan in solved.values() if not plan.cuts]) if kind]
-    finalists: list[Plan] = []
-    tried: tuple[Tried, ...] = ()
-    for kind in kinds:
-        plan, more = problem.best_estimated(sorted(kind, key=_predicted))
-        finalists.append(plan)
-        tried += more
-    for found in _uniform(problem, config):
-        finalists.append(found.plan)
-        tried += found.tried
-    if not finalists:  # the bound on the header leaves no room
-        finalists = [problem.smallest().with_provenance(notes=(NO_CHOICE.format("the smallest plan"),))]
-    best, applied = problem.best(sorted(finalists, key=_predicted))
-    return Found(plan=best, tried=(*tried, *applied), gap=gaps.get(best.content))
+    if not solved:  # the bound on the header leaves no room
+        smallest = problem.smallest().with_provenance(notes=(NO_CHOICE.format("the smallest plan"),))
+        solved[smallest.content] = smallest
+    plans = sorted(solved.values(), key=_predicted)
+    estimated = problem.estimated(plans)
+    last = finalists(estimated) if estimated else plans
+    assert problem.measure is not None
+    best, applied = problem.best(last if problem.measure.apply_finalists else last[:1])
+    return Found(plan=best, tried=(*estimated, *applied), gap=gaps.get(best.content))
+
+
+def finalists(estimated: Sequence[Tried]) -> list[Plan]:
+    """The best plan that prunes and the best that does not, best first; one that is far behind is left out."""
+
+    def kl(one: Tried) -> float:
+        assert one.estimated_kl is not None
+        return one.estimated_kl
+
+    first, *others = sorted(estimated, key=kl)
+    second = next((one for one in others if bool(one.plan.cuts) != bool(first.plan.cuts)), None)
+    close = second is not None and kl(second) <= CLOSE * kl(first)
+    return [one.plan for one in (first, second) if one is not None][: 1 + close]
 
 
 def cost(problem: Problem, config: Config) -> Effort:
@@ -122,28 +126,15 @@ def cost(problem: Problem, config: Config) -> Effort:
     prunes = any(len(allowed_widths(problem.layout, unit, problem.space)) > 1 for unit in problem.layout.units.values())
     pruned = len(config.pruning_costs) if prunes else 0  # all plans but that of the highest price tend to prune
     kinds = (pruned > 0) + (config.no_pruning or not prunes)
-    own = Effort() if config.uniform is None else uniform.cost(problem, config.uniform)
-    finalists = kinds + (config.uniform is not None)
-    applied = rounds * finalists if problem.measure.apply_finalists else 0
+    tried = pruned + config.no_pruning
     return Effort(
-        damage_rounds=rounds, background=around, solved=rounds * (len(config.pruning_costs) + config.no_pruning),
-        assembled=rounds * ((pruned if pruned > 1 else 0) + own.assembled), cut=rounds * CUT * pruned,
-        formats=own.formats, embedding_formats=own.embedding_formats, applied=applied,
+        damage_rounds=rounds, background=around, solved=rounds * tried, assembled=rounds * tried if tried > 1 else 0,
+        cut=rounds * CUT * pruned, applied=rounds * kinds if problem.measure.apply_finalists else 0,
     )  # fmt: skip
 
 
 def _predicted(plan: Plan) -> float:
     return plan.found_by.predicted_damage if plan.found_by.predicted_damage is not None else float("inf")
-
-
-def _uniform(problem: Problem, config: Config) -> list[Found]:
-    """The best uniform plan, if one is wanted and fits."""
-    if config.uniform is None:
-        return []
-    try:
-        return [uniform.search(problem, config.uniform)]
-    except BudgetError:
-        return []  # the knapsack's plans may still fit
 
 
 def require_feasible(problem: Problem, config: Config) -> None:
