@@ -1,7 +1,7 @@
 """What does choosing widths and bits together give, compared with bits alone and with one format for all?
 
-Cells: five file sizes by three recipes. A plan that several recipes try is applied once, and damage is measured once
-for all budgets, so the first cell takes about 70 minutes, the others 4 to 12.
+Cells: five file sizes by three recipes. A plan that several recipes try is applied once, and damage is predicted once
+for all budgets, so the first cell takes about 20 minutes, the others 5 to 15.
 Alone: `python benchmarks/run.py main.budgets --data DATA`, one budget: `--only '*/45MB'`, other seeds: `--seeds 1 2`
 """
 
@@ -20,7 +20,7 @@ from trimbit.pipeline.flow import compress
 from trimbit.schema.budget import Budget
 
 SEEDS = (0,)
-SHARED_MINUTES = 65.0  # for moments, candidates, and the damage of every choice with and without pruning
+SHARED_MINUTES = 12.0  # moments, candidates and the damage of every choice, with and without pruning
 BUDGETS = ("90MB", "72MB", "55MB", "45MB", "36MB")
 RECIPES = {"uniform-gptq": 4, "knapsack-nopruning": 8, "knapsack": 12}  # minutes
 
