@@ -19,7 +19,8 @@ from trimbit.model.forward.attention import grouped
 from trimbit.model.forward.hf_names import CACHE
 
 BATCH = 32  # rows sampled together
-SEGMENTS = 2  # per row: an interrupted run loses at most one, but each starts by reading the tokens before it again
+SEGMENT = 512  # tokens of a row, at least: an interrupted run loses at most a segment
+SEGMENTS = 2  # of a row, at most: each starts by reading the tokens before it again
 PREFILL_TOKENS = 64  # tokens of a row that are read together
 _SENTINEL = "TRIMBIT-USER-TURN"
 
@@ -50,7 +51,7 @@ def sample_self(
     if path is not None and (known := load_tensors(path)) is not None:
         tokens, done = known[0]["tokens"], int(known[1]["segments"])
         states = [_Row.from_json(one, old) for one, old in zip(json.loads(known[1]["rows"]), states, strict=True)]
-    step = -(-length // SEGMENTS)
+    step = segment_tokens(length)
     work = [(first, start) for first in range(0, rows, batch) for start in range(0, length, step)]
     for at, (first, start) in enumerate(work[done:], start=done):
         own = slice(first, min(first + batch, rows))
@@ -68,6 +69,11 @@ def sample_self(
     if path is not None:
         path.unlink()
     return TokenSet(name="self", tokens=tokens, seed=seed)
+
+
+def segment_tokens(length: int) -> int:
+    """The tokens of each segment of a row but the last."""
+    return max(-(-length // SEGMENTS), SEGMENT)
 
 
 def _segment(

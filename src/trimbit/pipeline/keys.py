@@ -14,7 +14,7 @@ class TextKey(StageKey):
     """Text sampled from the model."""
 
     stage: ClassVar[str] = "text"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     weights: str
     config: str
     tokenizer: str  # with its chat template
@@ -100,7 +100,7 @@ class RemovalsKey(StageKey):
     """Damage of leaving out each sub-block that may go, measured."""
 
     stage: ClassVar[str] = "removals"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     weights: str
     config: str
     tokens: str

@@ -31,7 +31,8 @@ class ExpectedErrors:
         self.layout = layout
         self.stats = stats
         self.config = config
-        self._residual: tuple[str, Tensor] | None = None  # of the last site
+        self._last: tuple[str, Moments] | None = None  # of the last site
+        self._residual: tuple[str, Tensor] | None = None
 
     def of_rows(
         self, name: str, rows: Int[Tensor, " some"], precision: Precision, felt: Float[Tensor, "cols places"]
@@ -59,6 +60,9 @@ class ExpectedErrors:
         return found
 
     def _moments(self, name: str) -> Moments:
-        found = moments_of(self.layout, self.stats, self.layout.weights[name])
-        assert found is not None, "GPTQ needs moments"
-        return found
+        weight = self.layout.weights[name]
+        if self._last is None or self._last[0] != weight.site:
+            found = moments_of(self.layout, self.stats, weight)
+            assert found is not None, "GPTQ needs moments"
+            self._last = weight.site, found
+        return self._last[1]

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 
-from trimbit.calibrate.sample import BATCH, SEGMENTS
+from trimbit.calibrate.sample import BATCH, segment_tokens
 from trimbit.measure.choices import allowed_widths
 from trimbit.measure.damage import Change
 from trimbit.measure.predict import ROWS
+from trimbit.measure.removals import LENGTH as REMOVAL_LENGTH
 from trimbit.model.layout import Unit, Weight
 from trimbit.pipeline.estimate.timing import Pieces
 from trimbit.pipeline.job import Job
@@ -112,7 +113,7 @@ class Costs:
     def text(self) -> float:
         """Sampling token by token; before each segment of a row, the tokens so far are read again."""
         rows, length = rows_of(self.job), self.want.length
-        total, step = self._model(), -(-length // SEGMENTS)
+        total, step = self._model(), segment_tokens(length)
         for first in range(0, rows, BATCH):
             own = min(BATCH, rows - first)
             drawn, reading = self.pieces.sampling(own, length)
@@ -188,7 +189,8 @@ class Costs:
     def removals(self, count: int) -> float:
         """Running the model without each of `count` sub-blocks, from that sub-block on."""
         assert self.measure is not None
-        tokens, length = self.measure.rows * self.measure.length, self.measure.length
+        length = min(self.measure.length, REMOVAL_LENGTH)
+        tokens = self.measure.rows * length
         passes = self.layout.blocks * tokens * (1 + count / 2) * self.pieces.streamed(length)
         ends = tokens * (self.pieces.logits() + count * (self.pieces.logits() + self.pieces.divergence()))
         return self._model() + passes + ends
