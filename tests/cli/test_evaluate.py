@@ -21,13 +21,14 @@ def test_eval_prints_json(run, job, compressed):
     found = json.loads(out)
     assert math.isfinite(found["ppl"])
     assert found["kl"] >= 0
+    assert found["hardware"].keys() == {"cpu", "instruction_sets", "threads", "gpu"}
     assert (found["context"], found["windows"], found["tokens"]) == (32, 3, 93)
     assert found["weight_nbytes"] == (compressed / "model.safetensors").stat().st_size
     assert found.keys() == {
         "schema_version", "model", "against", "text", "context", "windows", "tokens", "ppl", "kl", "top1_agreement",
         "kv_cache", "kv_cache_nbytes", "kv_cache_bf16_nbytes",
         "weight_nbytes", "bits_per_weight", "peak_rss_nbytes", "prefill_tokens_per_second", "decode_tokens_per_second",
-        "dtype", "hardware", "threads", "versions",
+        "dtype", "hardware", "versions",
     }  # fmt: skip
     code, out, err = run("eval", compressed, *arguments)
     assert code == 0, err
@@ -38,8 +39,7 @@ def test_eval_prints_json(run, job, compressed):
 
 
 TASKS = {
-    "schema_version", "model", "task_data", "task_limit", "tasks", "task_mean", "dtype", "hardware", "threads",
-    "versions",
+    "schema_version", "model", "task_data", "task_limit", "tasks", "task_mean", "dtype", "hardware", "versions",
 }  # fmt: skip
 
 

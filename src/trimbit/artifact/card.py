@@ -6,6 +6,8 @@ from pathlib import Path
 from trimbit.model.layout import Layout
 from trimbit.schema.plan import Plan
 
+TEXTS = {"self": "text sampled from the model itself", "builtin": "the text that comes with trimbit"}
+
 
 def model_card(model_id: str, license_name: str | None, layout: Layout, plan: Plan, calibration: str) -> str:
     """The text of README.md in a compressed directory."""
@@ -13,7 +15,7 @@ def model_card(model_id: str, license_name: str | None, layout: Layout, plan: Pl
     license_line = f"license: {license_name}\n" if license_name else ""
     damage = f"{found.measured_damage:.4f} nats a token" if found.measured_damage is not None else "not measured"
     cache = f" Keys and values are cached in {plan.kv_cache.label}." if plan.kv_cache is not None else ""
-    text = "text sampled from the model itself" if calibration == "self" else Path(calibration).name
+    text = TEXTS.get(calibration, Path(calibration).name)
     return (
         f"---\nbase_model: {model_id}\nlibrary_name: trimbit\n{license_line}"
         "tags: [trimbit, quantized, pruned]\n---\n\n"

@@ -18,6 +18,7 @@ from trimbit.jobs.checked import load_tensors, save_tensors
 from trimbit.model.forward.attention import grouped
 from trimbit.model.forward.hf_names import CACHE
 
+NAME = "self"
 BATCH = 32  # rows sampled together
 SEGMENT = 512  # tokens of a row, at least: an interrupted run loses at most a segment
 SEGMENTS = 2  # of a row, at most: each starts by reading the tokens before it again
@@ -68,7 +69,7 @@ def sample_self(
             save_tensors(path, {"tokens": tokens}, rest)
     if path is not None:
         path.unlink()
-    return TokenSet(name="self", tokens=tokens, seed=seed)
+    return TokenSet(name=NAME, tokens=tokens, seed=seed)
 
 
 def segment_tokens(length: int) -> int:

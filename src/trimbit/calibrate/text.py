@@ -196,16 +196,33 @@ def from_file(path: Path, tokenizer: PreTrainedTokenizerBase, *, rows: int, leng
     Raises:
         DataError: if the file cannot be read, or has fewer windows than `rows`.
     """
+    ids = encode(read_text(path), tokenizer)
+    try:
+        found = draw_rows(path.name, ids, tokenizer, rows=rows, length=length, seed=seed)
+    except DataError as error:
+        msg = f"{path}: {error}"
+        raise DataError(msg) from error
+    return found
+
+
+def draw_rows(
+    name: str, ids: Int[Tensor, " n"], tokenizer: PreTrainedTokenizerBase, *, rows: int, length: int, seed: int
+) -> TokenSet:
+    """Draw `rows` different windows of `length` tokens at random, in the order drawn.
+
+    Raises:
+        DataError: if there are fewer windows than `rows`.
+    """
     require_positive("rows", rows)
-    found = evaluation_windows(path, tokenizer, context=length, max_windows=None)
+    found = windows(ids, length, bos=default_bos(tokenizer))
     if len(found) < rows:
         msg = (
-            f"{path}: {rows} rows of {length} tokens were requested, but the text has only {len(found)}; "
+            f"{rows} rows of {length} tokens were requested, but the text has only {len(found)}; "
             f"request at most {len(found)} rows, shorten them or give more text"
         )
         raise DataError(msg)
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
-    return TokenSet(name=path.name, tokens=found[order[:rows]], seed=seed)
+    return TokenSet(name=name, tokens=found[order[:rows]], seed=seed)
 
 
 def require_positive(what: str, value: int) -> None:

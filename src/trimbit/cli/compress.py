@@ -62,7 +62,7 @@ def plan(
 def apply_command(
     model: Model, plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="a plan.json")], out: Out,
     recipe: Annotated[str | None, typer.Option("--recipe", help="default: the recipe that found the plan")] = None,
-    calibration: Annotated[str | None, typer.Option("--calibration", help="`self`, or a text file")] = None,
+    calibration: Annotated[str | None, typer.Option("--calibration", help="`self`, `builtin`, or a text file")] = None,
     overrides: Overrides = None,
     seed: Annotated[int | None, typer.Option("--seed", help="default: the seed with which the plan was found")] = None,
 ) -> None:  # fmt: skip
@@ -71,14 +71,16 @@ def apply_command(
     from trimbit.errors import PlanError
     from trimbit.pipeline import flow
     from trimbit.pipeline.recipes import load_recipe, read_recipe
+    from trimbit.pipeline.text import NAMED
     from trimbit.schema.plan import load_plan
 
     require_absent(out)
     found, own = load_plan(plan_file), tuple(overrides or ())
     by = found.found_by
     resolved = read_recipe(by.recipe, str(plan_file), own) if recipe is None else load_recipe(recipe, own)
-    job = _job(model, resolved, calibration or "self", by.seed if seed is None else seed)
-    if calibration is None and by.calibration != "self" and job.needs_text:
+    named = by.calibration if by.calibration in NAMED else NAMED[0]
+    job = _job(model, resolved, calibration or named, by.seed if seed is None else seed)
+    if calibration is None and by.calibration not in NAMED and job.needs_text:
         raise PlanError(f"the plan was found on {by.calibration}; give that file or another text (--calibration)")
     written = flow.apply(job, found, out)
     print_summary(job.layout, written, None, out)

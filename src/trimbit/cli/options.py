@@ -16,7 +16,10 @@ BudgetText = Annotated[
 RecipeName = Annotated[str, typer.Option("--recipe", help="the name of a recipe, or a .yaml file")]
 Calibration = Annotated[
     str,
-    typer.Option("--calibration", help="`self` (sampled from the model), or a .txt, .md, .raw or .jsonl file (or .gz)"),
+    typer.Option(
+        "--calibration",
+        help="`self` (sampled from the model), `builtin` (comes with trimbit), or a .txt, .md, .raw, .jsonl file (.gz)",
+    ),
 ]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="override a parameter of the recipe: stage.parameter=value")

@@ -19,8 +19,8 @@ import yaml
 from transformers import PreTrainedModel
 
 from trimbit.errors import DataError, NumericsError
-from trimbit.evaluate.speed import hardware
 from trimbit.evaluate.tasks import SOURCES, _check_rows, _file, mean_score
+from trimbit.jobs.hardware import hardware
 from trimbit.jobs.progress import Progress, Reporter
 from trimbit.model.forward.compute import fast_bf16
 from trimbit.runtime.load import load_model, load_tokenizer
@@ -79,7 +79,7 @@ def evaluate_tasks(
     return TaskEvaluation(
         model=str(path), task_data=str(folder) if folder else None, task_limit=max_documents,
         tasks=scores, task_mean=mean_score(scores),
-        dtype=str(dtype).removeprefix("torch."), hardware=hardware(), threads=torch.get_num_threads(),
+        dtype=str(dtype).removeprefix("torch."), hardware=hardware(),
         versions={package: version(package) for package in ("torch", "transformers", "lm_eval")},
     )  # fmt: skip
 

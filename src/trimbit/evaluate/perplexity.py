@@ -2,7 +2,6 @@
 
 import logging
 import math
-import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,8 @@ from transformers import AutoConfig, PreTrainedModel
 from trimbit.artifact.files import PLAN_FILE, is_compressed, weight_nbytes
 from trimbit.calibrate.text import evaluation_windows
 from trimbit.errors import ArtifactError, DataError, NumericsError
-from trimbit.evaluate.speed import decode_speed, hardware
+from trimbit.evaluate.speed import decode_speed
+from trimbit.jobs.hardware import hardware, peak_nbytes
 from trimbit.jobs.progress import Progress, silent
 from trimbit.model.checkpoint.open import open_checkpoint
 from trimbit.model.forward.compute import fast_bf16
@@ -76,7 +76,7 @@ def evaluate(
         hidden = read_hidden(model, part)
         seconds += time.perf_counter() - started
         if at == 0:  # after one window, before the original is loaded
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            peak = peak_nbytes()
             reference = load_model(against, dtype) if against is not None else None
         for window, own in zip(part, hidden, strict=True):
             beside = (reference, final_hidden(reference, window)) if reference is not None else None
@@ -96,7 +96,7 @@ def evaluate(
         decode_tokens_per_second=decode_speed(model, windows[0, :16]),
         prefill_tokens_per_second=windows.numel() / seconds,
         peak_rss_nbytes=peak,
-        dtype=str(dtype).removeprefix("torch."), hardware=hardware(), threads=torch.get_num_threads(),
+        dtype=str(dtype).removeprefix("torch."), hardware=hardware(),
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
     )  # fmt: skip
 

@@ -1,8 +1,6 @@
-"""Speed of generation, and the hardware that it ran on."""
+"""Speed of generation."""
 
-import platform
 import time
-from pathlib import Path
 
 import torch
 from jaxtyping import Int
@@ -23,13 +21,3 @@ def decode_speed(model: PreTrainedModel, prompt: Int[Tensor, " length"], tokens:
         token = out.logits[:, -1:].argmax(-1)
         out = model(input_ids=token, use_cache=True, logits_to_keep=1, **{CACHE: cache})
     return tokens / (time.perf_counter() - started)
-
-
-def hardware() -> str:
-    """The name of the processor, to label results with."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

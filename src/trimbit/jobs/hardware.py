@@ -42,7 +42,7 @@ class PeakMemory:
 
     def __enter__(self) -> "PeakMemory":
         self.nbytes = resident_nbytes()
-        self._before = _high_water()
+        self._before = peak_nbytes()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -55,7 +55,7 @@ class PeakMemory:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._done.set()
         self._thread.join()
-        after = _high_water()
+        after = peak_nbytes()
         self.nbytes = after if after > self._before else max(self.nbytes, resident_nbytes())
 
 
@@ -64,9 +64,10 @@ def resident_nbytes() -> int:
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * resource.getpagesize()
-    return _high_water()
+    return peak_nbytes()
 
 
-def _high_water() -> int:
+def peak_nbytes() -> int:
+    """The peak resident memory of this process so far, in bytes."""
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

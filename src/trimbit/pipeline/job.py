@@ -31,7 +31,7 @@ class Job:
 
     checkpoint: Checkpoint
     recipe: Recipe
-    calibration: str = "self"  # or a file
+    calibration: str = "self"  # or `builtin`, or a file
     seed: int = 0
     threads: int = field(default_factory=torch.get_num_threads)  # for sampling text, which depends on them
     runner: Runner = field(default_factory=Runner)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from trimbit.artifact.files import require_absent
-from trimbit.calibrate.text import from_file
+from trimbit.calibrate.sample import NAME as SELF
 from trimbit.errors import BudgetError, DataError, PlanError, RecipeError
 from trimbit.evaluate.lm_eval import check_tasks
 from trimbit.jobs.cache import Cache
@@ -18,7 +18,7 @@ from trimbit.pipeline.damage import require_predictable
 from trimbit.pipeline.job import Job
 from trimbit.pipeline.oracle import problem_of
 from trimbit.pipeline.recovering import examples_of
-from trimbit.pipeline.text import damage_rows, rows_of
+from trimbit.pipeline.text import NAMED, damage_rows, read_rows
 from trimbit.recover.tune import require_peft
 from trimbit.report.plot import require_plot
 from trimbit.schema.budget import Budget
@@ -38,7 +38,7 @@ def open_job(
     Args:
         model: a directory with config.json and safetensors, or a `.gguf` file.
         recipe: as read by `pipeline.recipes.load_recipe`.
-        calibration: `self` (text sampled from the model) or a file.
+        calibration: `self` (text sampled from the model), `builtin` (text of the package) or a file.
         seed: seeds all random numbers.
         cache: where finished stages are kept; default `$TRIMBIT_CACHE` or `~/.cache/trimbit`.
         reporter: shows progress; default nothing.
@@ -87,7 +87,7 @@ def preflight(job: Job, budget: Budget | None, out: Path | None = None) -> int:
         check_tasks(job.objective.tasks, Path(folder) if folder else None, job.objective.documents)
     budget_nbytes = _nbytes(job, budget)
     job.steps.method.require_feasible(problem_of(job, budget_nbytes), job.steps.search)
-    if job.needs_text and job.calibration != "self":
+    if job.needs_text and job.calibration != SELF:
         require_rows(job, job.checkpoint.tokenizer())
     return budget_nbytes
 
@@ -102,14 +102,14 @@ def _nbytes(job: Job, budget: Budget | None) -> int:
 
 
 def require_rows(job: Job, tokenizer: Any) -> None:  # noqa: ANN401
-    """Refuse a file that is too short.
+    """Refuse a text that is too short.
 
     Raises:
         DataError: naming the fields that ask for rows.
     """
     want = job.recipe.calibration
     try:
-        from_file(Path(job.calibration), tokenizer, rows=rows_of(job), length=want.length, seed=job.seed)
+        read_rows(job, tokenizer)
     except DataError as err:
         uses = {
             "calibration.rows": want.rows, "calibration.training": want.training,
@@ -188,8 +188,8 @@ def _check_text(job: Job) -> None:
         require_samples(criterion.config, want.rows, want.length)
     if isinstance(job.steps.search, MaskedSearch):
         _check_masks(job, job.steps.search)
-    if job.calibration != "self" and not Path(job.calibration).is_file():
-        raise DataError(f"no calibration text {job.calibration!r}: give `self` or a file")
+    if job.calibration not in NAMED and not Path(job.calibration).is_file():
+        raise DataError(f"no calibration text {job.calibration!r}: give `self`, `builtin` or a file")
 
 
 def _check_masks(job: Job, config: MaskedSearch) -> None:

@@ -4,6 +4,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from trimbit.calibrate.builtin import NAME as BUILTIN
+from trimbit.calibrate.builtin import builtin_text
+from trimbit.calibrate.sample import NAME as SELF
 from trimbit.calibrate.sample import sample_self
 from trimbit.calibrate.text import TokenSet, from_file, tokenizer_digest
 from trimbit.jobs.checked import load_tensors, save_tensors
@@ -11,6 +14,8 @@ from trimbit.jobs.stages import Stage, Work
 from trimbit.model.forward.in_memory import InMemoryModel
 from trimbit.pipeline.job import Job
 from trimbit.pipeline.keys import TextKey
+
+NAMED = (SELF, BUILTIN)  # texts that are no files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,17 +52,26 @@ def text_of(job: Job) -> Text:
     Raises:
         DataError: if the file cannot be read or is too short, naming the fields that ask for rows.
     """
-    want, rows, tokenizer = job.recipe.calibration, rows_of(job), job.checkpoint.tokenizer()
-    if job.calibration == "self":
-        found = job.runner.run(sampled_stage(job, tokenizer))
-    else:
-        found = from_file(Path(job.calibration), tokenizer, rows=rows, length=want.length, seed=job.seed)
+    want, tokenizer = job.recipe.calibration, job.checkpoint.tokenizer()
+    found = job.runner.run(sampled_stage(job, tokenizer)) if job.calibration == SELF else read_rows(job, tokenizer)
     counts = (want.rows, want.training, want.held_out, damage_rows(job), want.report)
     fit, train, choose, damage, report = found.split(*counts)
     measure, beginnings = job.recipe.measure, None
     if measure is not None and len(damage.tokens):
         beginnings = replace(damage, tokens=damage.tokens[:, : measure.length])
     return Text(fit=fit, train=train if want.training else fit, choose=choose, damage=beginnings, report=report)
+
+
+def read_rows(job: Job, tokenizer: Any) -> TokenSet:  # noqa: ANN401
+    """The rows of a text that is read, not sampled.
+
+    Raises:
+        DataError: if it cannot be read or is too short.
+    """
+    rows, length = rows_of(job), job.recipe.calibration.length
+    if job.calibration == BUILTIN:
+        return builtin_text(tokenizer, rows=rows, length=length, seed=job.seed)
+    return from_file(Path(job.calibration), tokenizer, rows=rows, length=length, seed=job.seed)
 
 
 def sampled_stage(job: Job, tokenizer: Any) -> Stage[TokenSet]:  # noqa: ANN401
@@ -74,7 +88,7 @@ def sampled_stage(job: Job, tokenizer: Any) -> Stage[TokenSet]:  # noqa: ANN401
     def load(folder: Path) -> TokenSet:
         found = load_tensors(folder / "tokens.safetensors")
         assert found is not None, f"{folder} was checked when it was opened"
-        return TokenSet(name="self", tokens=found[0]["tokens"], seed=job.seed)
+        return TokenSet(name=SELF, tokens=found[0]["tokens"], seed=job.seed)
 
     key = TextKey(
         weights=job.model.weights_hash, config=job.model.config_hash, tokenizer=tokenizer_digest(tokenizer),

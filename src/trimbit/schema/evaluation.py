@@ -4,12 +4,13 @@ from typing import Literal
 
 from trimbit.schema.base import Schema
 from trimbit.schema.kv_cache import KVPrecision
+from trimbit.schema.run import Hardware
 
 
 class Evaluation(Schema):
     """Perplexity, memory and speed of a model, with the text, settings and hardware they were measured on."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     model: str
     against: str | None
     text: str
@@ -28,8 +29,7 @@ class Evaluation(Schema):
     prefill_tokens_per_second: float  # with a packed cache, READ_WINDOWS windows are read together
     decode_tokens_per_second: float
     dtype: str
-    hardware: str
-    threads: int
+    hardware: Hardware
     versions: dict[str, str]
 
 
@@ -60,13 +60,12 @@ class TaskScore(Schema):
 class TaskEvaluation(Schema):
     """Zero-shot scores of a model, with the data, settings and hardware they were measured on."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     model: str
     task_data: str | None  # the folder; None: lm-eval's own data sets
     task_limit: int | None
     tasks: dict[str, TaskScore]
     task_mean: Score  # mean of the headline scores
     dtype: str
-    hardware: str
-    threads: int
+    hardware: Hardware
     versions: dict[str, str]

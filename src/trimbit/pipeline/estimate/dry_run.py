@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from trimbit.calibrate.sample import NAME as SELF
 from trimbit.jobs.hardware import resident_nbytes
 from trimbit.measure.removals import removable
 from trimbit.pipeline.estimate.costs import Costs
@@ -64,7 +65,7 @@ class _Stages:
         job, costs, holds, there = self.job, self.costs, self.holds, self.there
         if not job.needs_text:
             return
-        if job.calibration == "self":
+        if job.calibration == SELF:
             self._add("text", costs.text, holds.text, cached=there.text is not None)
         if job.needs_moments:
             self._add("moments", costs.moments, holds.moments, cached=there.moments)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import cached_property
 
+from trimbit.calibrate.sample import NAME as SELF
 from trimbit.jobs.journal import Journal
 from trimbit.measure.damage import Change, changes
 from trimbit.pipeline.applying import applied_stage
@@ -28,7 +29,7 @@ class There:
         job = self.job
         if not job.needs_text:
             return None
-        there = job.calibration != "self" or job.runner.has(sampled_stage(job, job.checkpoint.tokenizer()))
+        there = job.calibration != SELF or job.runner.has(sampled_stage(job, job.checkpoint.tokenizer()))
         return text_of(job) if there else None
 
     @cached_property
