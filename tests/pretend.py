@@ -94,11 +94,12 @@ def _run(func, args, kwargs):
         others = [] if first else [t for t, own in zip(tensors, on_device, strict=True) if not own and t.dim() > 0]
         if others:
             raise MixedDevicesError(f"{func}: a tensor of shape {tuple(others[0].shape)} is on the CPU, others are not")
-    target = kwargs.get("device")
+    target = kwargs.get("device") or next((one for one in args if isinstance(one, torch.device)), None)
     on = any(on_device) if target is None else torch.device(target).type == NAME
     inner_args, inner_kwargs = tree_map_only(OnDevice, lambda one: one.held, (args, kwargs))
-    if target is not None:
+    if "device" in inner_kwargs:
         inner_kwargs = inner_kwargs | {"device": torch.device("cpu")}
+    inner_args = [torch.device("cpu") if isinstance(one, torch.device) else one for one in inner_args]
     out = func(*inner_args, **inner_kwargs)
     if func._schema.is_mutable and isinstance(out, torch.Tensor) and tensors and out is _held(args[0]):
         return args[0]

@@ -27,7 +27,9 @@ def test_chats_lie_between_the_prose_and_are_written_by_the_template() -> None:
     chats = [at for at, document in enumerate(written) if document.startswith("[user]")]
     assert len(chats) == len(builtin._read("chats"))
     assert all("[assistant]" in written[at] for at in chats)
-    assert max(later - at for at, later in zip([0, *chats], [*chats, len(written)], strict=True)) <= 4  # not in one heap
+    assert (
+        max(later - at for at, later in zip([0, *chats], [*chats, len(written)], strict=True)) <= 4
+    )  # not in one heap
     assert not any("[user]" in document for document in builtin._documents(plain))
 
 

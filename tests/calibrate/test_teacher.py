@@ -11,8 +11,6 @@ from trimbit.calibrate import teacher
 from trimbit.calibrate.teacher import teacher_outputs
 from trimbit.pipeline.recovering import examples_of
 
-CPU = torch.device("cpu")
-
 
 def test_the_originals_answers_are_kept_and_are_those_of_the_whole_model(job, tmp_path, monkeypatch):
     """In groups of rows, what is missing alone; on all tokens of an instruction."""
@@ -24,11 +22,11 @@ def test_the_originals_answers_are_kept_and_are_those_of_the_whole_model(job, tm
     examples = [row.tokens for row in rows]
     monkeypatch.setattr(teacher, "CARRIED", 4 * 48 * 100)
     swept = []
-    first = teacher_outputs(opened.stream, examples[:2], tmp_path / "kept", lambda *done: swept.append(done), CPU)
+    first = teacher_outputs(opened.stream, examples[:2], tmp_path / "kept", lambda *done: swept.append(done))
     count = len(swept)
-    original = teacher_outputs(opened.stream, examples, tmp_path / "kept", lambda *done: swept.append(done), CPU)
+    original = teacher_outputs(opened.stream, examples, tmp_path / "kept", lambda *done: swept.append(done))
     assert 0 < count < len(swept)
-    again = teacher_outputs(opened.stream, examples, tmp_path / "kept", lambda *_: pytest.fail("all are there"), CPU)
+    again = teacher_outputs(opened.stream, examples, tmp_path / "kept", lambda *_: pytest.fail("all are there"))
     whole = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
     for row in examples:
         found = original.hidden(row)

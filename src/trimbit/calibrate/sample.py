@@ -56,7 +56,7 @@ def sample_self(
     work = [(first, start) for first in range(0, rows, batch) for start in range(0, length, step)]
     for at, (first, start) in enumerate(work[done:], start=done):
         own = slice(first, min(first + batch, rows))
-        generator = torch.Generator(model.device).manual_seed(seed * 1_000_003 + at)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + at)
 
         def report(steps: int, before: int = (first // batch) * length + start) -> None:
             if progress is not None:
@@ -115,7 +115,7 @@ def draw(
         msg = f"{bad} of {logits.numel()} logits are not finite while sampling; check the weights"
         raise NumericsError(msg)
     below = logits.softmax(-1).cumsum(-1)  # so one random number per row is enough, not one per vocabulary entry
-    point = torch.rand(len(below), 1, generator=generator, device=below.device) * below[:, -1:]
+    point = torch.rand(len(below), 1, generator=generator).to(below.device) * below[:, -1:]
     drawn = torch.searchsorted(below, point, right=True).clamp_(max=below.shape[1] - 1)
     return drawn[:, 0].tolist(), out[CACHE]
 

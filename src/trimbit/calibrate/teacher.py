@@ -31,10 +31,8 @@ class Teacher:
 CARRIED = 2**28  # most bytes of fp32 hidden states that one sweep over the blocks carries
 
 
-def teacher_outputs(
-    stream: BlockStream, rows: Iterable[Tensor], folder: Path, progress: Progress, device: torch.device
-) -> Teacher:  # fmt: skip
-    """The original as the teacher for `rows`; rows missing from `folder` are computed one by one, on `device`.
+def teacher_outputs(stream: BlockStream, rows: Iterable[Tensor], folder: Path, progress: Progress) -> Teacher:
+    """The original as the teacher for `rows`; rows missing from `folder` are computed one by one.
 
     No row's result depends on the others. A row of n tokens takes 2 * n * hidden bytes in `folder`.
     """
@@ -45,13 +43,13 @@ def teacher_outputs(
     missing = {path: tokens for tokens in rows if load_tensors(path := place(tokens)) is None}
     groups = _groups(missing, 4 * stream.layout.sizes["hidden"])
     for number, group in enumerate(groups):
-        hidden = [stream.embed(missing[path][None]).to(device) for path in group]
+        hidden = [stream.embed(missing[path][None]) for path in group]
         for index in range(stream.layout.blocks):
-            block = stream.load(index).to(device, stream.compute)
+            block = stream.load(index).to(stream.compute)
             hidden = [stream.run(index, block, row) for row in hidden]
             progress(number * stream.layout.blocks + index + 1, len(groups) * stream.layout.blocks)
         for path, last in zip(group, hidden, strict=True):
-            save_tensors(path, {"hidden": stream.final_norm(last.cpu())[0].to(torch.bfloat16)})
+            save_tensors(path, {"hidden": stream.final_norm(last)[0].to(torch.bfloat16).cpu()})
 
     def hidden_of(tokens: Tensor) -> Tensor:
         found = load_tensors(place(tokens))

@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trimbit.cli.console import print_line, print_table
-from trimbit.cli.options import CONTEXT, BudgetText, Calibration, DryRun, Model, Out, Overrides, RecipeName, Seed
+from trimbit.cli.options import (
+    CONTEXT,
+    BudgetText,
+    Calibration,
+    Device,
+    DryRun,
+    Model,
+    Out,
+    Overrides,
+    RecipeName,
+    Seed,
+)  # fmt: skip
 from trimbit.cli.progress import reporter
 
 if TYPE_CHECKING:
@@ -19,7 +30,8 @@ if TYPE_CHECKING:
 
 def compress(
     model: Model, out: Out, budget_text: BudgetText = None, recipe: RecipeName = "knapsack",
-    calibration: Calibration = "self", overrides: Overrides = None, seed: Seed = 0, dry_run: DryRun = False,
+    calibration: Calibration = "self", overrides: Overrides = None, seed: Seed = 0, device: Device = "auto",
+    dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """Find the best model within a budget and write it."""
     from trimbit.artifact.files import require_absent
@@ -29,7 +41,7 @@ def compress(
 
     budget = Budget.parse(budget_text) if budget_text is not None else None
     require_absent(out)
-    job = _job(model, load_recipe(recipe, tuple(overrides or ())), calibration, seed)
+    job = _job(model, load_recipe(recipe, tuple(overrides or ())), calibration, seed, device)
     if dry_run:
         _estimate(job, budget)
         return
@@ -39,7 +51,8 @@ def compress(
 
 def plan(
     model: Model, out: Out, budget_text: BudgetText = None, recipe: RecipeName = "knapsack",
-    calibration: Calibration = "self", overrides: Overrides = None, seed: Seed = 0, dry_run: DryRun = False,
+    calibration: Calibration = "self", overrides: Overrides = None, seed: Seed = 0, device: Device = "auto",
+    dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """Find the best plan within a budget and write it as JSON."""
     from trimbit.artifact.files import require_absent
@@ -50,7 +63,7 @@ def plan(
 
     budget = Budget.parse(budget_text) if budget_text is not None else None
     require_absent(out, file=True)
-    job = _job(model, load_recipe(recipe, tuple(overrides or ())), calibration, seed)
+    job = _job(model, load_recipe(recipe, tuple(overrides or ())), calibration, seed, device)
     if dry_run:
         _estimate(job, budget)
         return
@@ -65,6 +78,7 @@ def apply_command(
     calibration: Annotated[str | None, typer.Option("--calibration", help="`self`, `builtin`, or a text file")] = None,
     overrides: Overrides = None,
     seed: Annotated[int | None, typer.Option("--seed", help="default: the seed with which the plan was found")] = None,
+    device: Device = "auto",
 ) -> None:  # fmt: skip
     """Apply a plan to a model with the recipe that found the plan, and write the compressed directory."""
     from trimbit.artifact.files import require_absent
@@ -79,17 +93,17 @@ def apply_command(
     by = found.found_by
     resolved = read_recipe(by.recipe, str(plan_file), own) if recipe is None else load_recipe(recipe, own)
     named = by.calibration if by.calibration in NAMED else NAMED[0]
-    job = _job(model, resolved, calibration or named, by.seed if seed is None else seed)
+    job = _job(model, resolved, calibration or named, by.seed if seed is None else seed, device)
     if calibration is None and by.calibration not in NAMED and job.needs_text:
         raise PlanError(f"the plan was found on {by.calibration}; give that file or another text (--calibration)")
     written = flow.apply(job, found, out)
     print_summary(job.layout, written, None, out)
 
 
-def _job(model: Path, recipe: "Recipe", calibration: str, seed: int) -> "Job":
+def _job(model: Path, recipe: "Recipe", calibration: str, seed: int, device: str) -> "Job":
     from trimbit.pipeline.preflight import open_job
 
-    return open_job(model, recipe, calibration=calibration, seed=seed, reporter=reporter())
+    return open_job(model, recipe, calibration=calibration, seed=seed, reporter=reporter(), device=device)
 
 
 def print_summary(layout: "Layout", plan: "Plan", budget_nbytes: int | None, out: Path) -> None:

@@ -25,6 +25,7 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="override a parameter of the recipe: stage.parameter=value")
 ]
 Seed = Annotated[int, typer.Option("--seed", help="seed of everything random")]
+Device = Annotated[str, typer.Option("--device", help="auto (the GPU if there is one), cpu, cuda or cuda:1")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="check everything and estimate size, memory and time; write nothing")
 ]

@@ -24,14 +24,14 @@ class KLProbe:
 
     def __init__(self, whole: InMemoryModel, tokens: Int[Tensor, "rows length"], *, repeated: bool = True) -> None:
         self.whole = whole
-        self.tokens = tokens
+        self.tokens = tokens.to(whole.device)
         self.arguments = block_arguments(whole.model, *tokens.shape)
         self.before: Chunks = []
         self.head: Head = whole.model.get_output_embeddings()
         self.stored: list[Tensor] | None = None
         self.final = self._final(self.refresh() if repeated else self._run(self._embedded(), 0))
         if repeated:
-            with computing(whole.compute):
+            with computing(whole.compute, whole.device.type):
                 logits = self._logits(self.final, self.head)
                 self.stored = [torch.log_softmax(own, -1).to(torch.float16) for _, own in logits]
         else:
@@ -48,7 +48,7 @@ class KLProbe:
             return self.whole.model.get_input_embeddings()(self.tokens).float()  # type: ignore[no-any-return]
 
     def _run(self, hidden: Tensor, start: int, *, keep: bool = False) -> Tensor:
-        with computing(self.whole.compute):
+        with computing(self.whole.compute, self.whole.device.type):
             for index in range(start, len(self.whole.blocks)):
                 if keep:
                     self.before.append(hidden)
@@ -56,7 +56,7 @@ class KLProbe:
         return hidden
 
     def _final(self, hidden: Tensor) -> Tensor:
-        with computing(self.whole.compute):
+        with computing(self.whole.compute, self.whole.device.type):
             norm = self.whole.model.get_submodule(self.whole.layout.family.final_norm)
             return norm(hidden).flatten(0, -2)  # type: ignore[no-any-return]
 
@@ -73,7 +73,7 @@ class KLProbe:
         """The model as it is now; nothing before block `start` changed since `refresh` (None: anything may)."""
         hidden = self._run(self._embedded(), 0) if start is None else self._run(self.before[start], start)
         logits = self._logits(self._final(hidden), self.whole.model.get_output_embeddings())
-        with computing(self.whole.compute):
+        with computing(self.whole.compute, self.whole.device.type):
             return compare_logits(self._reference(), logits, following(self.tokens))
 
     def damage(self, start: int | None) -> float:

@@ -3,6 +3,7 @@
 from types import ModuleType
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -10,25 +11,25 @@ from trimbit.calibrate.gradients import coupled, sweep
 from trimbit.calibrate.stats import Stats
 from trimbit.errors import RecipeError
 from trimbit.jobs.progress import Progress
-from trimbit.model.checkpoint.checkpoint import Checkpoint
 from trimbit.model.forward.stream import BlockStream
-from trimbit.model.layout import Layout
 
 Rankings = dict[str, tuple[int, ...]]  # dim -> its indices, the one to keep longest first
 
 
 def by_moments(
-    module: ModuleType, config: Any, layout: Layout, checkpoint: Checkpoint, stats: Stats, progress: Progress  # noqa: ANN401
+    module: ModuleType, config: Any, stream: BlockStream, stats: Stats, progress: Progress,  # noqa: ANN401
 ) -> Rankings:  # fmt: skip
     """Rank by what flows into each unit's output weight."""
     found: Rankings = {}
+    layout = stream.layout
     units = [unit for unit in layout.units.values() if unit.dim is not None]
     for at, unit in enumerate(units):
         assert unit.dim is not None
         assert unit.out_weight is not None
         weight = layout.weights[unit.out_weight]
-        w = checkpoint.tensor(f"{weight.name}.weight").float()
-        found[unit.dim] = _order(module.score(w, stats.moments(weight.site), weight.cols // unit.size, config))
+        w = stream.checkpoint.tensor(f"{weight.name}.weight").to(stream.device, torch.float32)
+        moments = stats.moments(weight.site).to(stream.device)
+        found[unit.dim] = _order(module.score(w, moments, weight.cols // unit.size, config))
         progress(at + 1, len(units))
     return found
 

@@ -10,7 +10,7 @@ from trimbit.jobs.progress import Reporter
 from trimbit.jobs.stages import Runner
 from trimbit.model.build import build_layout
 from trimbit.model.checkpoint.checkpoint import Checkpoint
-from trimbit.model.forward.compute import fastest_device, native
+from trimbit.model.forward.compute import fastest_device, named_device, native
 from trimbit.model.forward.stream import BlockStream
 from trimbit.model.layout import Layout
 from trimbit.pipeline.steps import Steps, open_steps
@@ -24,6 +24,8 @@ from trimbit.transform.rotate import RotatedStream
 from trimbit.transform.weight import WeightCompressor
 from trimbit.trial.masked.memory import masked_nbytes
 
+BLOCKS = 4  # in fp32: the most that a stage holds of a block, its copies and the moments of its inputs
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -33,6 +35,7 @@ class Job:
     recipe: Recipe
     calibration: str = "self"  # or `builtin`, or a file
     seed: int = 0
+    device_name: str = "auto"  # or `cpu`, `cuda`, `cuda:1`
     threads: int = field(default_factory=torch.get_num_threads)  # for sampling text, which depends on them
     runner: Runner = field(default_factory=Runner)
 
@@ -49,11 +52,19 @@ class Job:
 
     @cached_property
     def device(self) -> torch.device:
-        """The device for mask training and the original's outputs; all else runs on the CPU."""
+        """The device that blocks are run on, one at a time; a search for masks needs the whole model there."""
         config = self.steps.search
-        if not isinstance(config, MaskedSearch):
-            return fastest_device(4 * self.layout.parameters // self.layout.blocks)  # a block at a time
-        return fastest_device(masked_nbytes(self.layout, config, self.compute.itemsize))
+        block = 4 * self.layout.parameters // self.layout.blocks
+        masked = isinstance(config, MaskedSearch)
+        return named_device(
+            self.device_name, masked_nbytes(self.layout, config, self.compute.itemsize) if masked else BLOCKS * block
+        )
+
+    @cached_property
+    def whole_device(self) -> torch.device:
+        """The device that holds the whole model where a stage needs it: `device` if there is room, else the CPU."""
+        nbytes = 2 * self.compute.itemsize * self.layout.parameters
+        return fastest_device(nbytes, self.device) if self.device.type == "cuda" else self.device
 
     @property
     def reporter(self) -> Reporter:
@@ -74,13 +85,13 @@ class Job:
     @cached_property
     def original(self) -> BlockStream:
         """The dense model without rotation, block by block."""
-        return BlockStream(self.checkpoint, self.layout, self.compute)
+        return BlockStream(self.checkpoint, self.layout, self.compute, self.device)
 
     @cached_property
     def sampled(self) -> BlockStream:
-        """The dense model in the type that the CPU multiplies fastest, to sample text from."""
-        fast = native(self.compute, "cpu")
-        return self.original if fast is self.compute else BlockStream(self.checkpoint, self.layout, fast)
+        """The dense model in the type that the device multiplies fastest, to sample text from."""
+        fast = native(self.compute, self.device.type)
+        return self.original if fast is self.compute else BlockStream(self.checkpoint, self.layout, fast, self.device)
 
     @cached_property
     def stream(self) -> BlockStream:
@@ -88,7 +99,7 @@ class Job:
         rotation = self.recipe.rotation
         if rotation is None:
             return self.original
-        return RotatedStream(self.checkpoint, self.layout, rotation, self.compute)
+        return RotatedStream(self.checkpoint, self.layout, rotation, self.compute, self.device)
 
     @cached_property
     def space(self) -> Space:

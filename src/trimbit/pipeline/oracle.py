@@ -99,7 +99,7 @@ class ModelOracle:
 
     @cached_property
     def _model(self) -> InMemoryModel:
-        return InMemoryModel(self.job.stream)
+        return InMemoryModel(self.job.stream, self.job.whole_device)
 
     @cached_property
     def _damage_probe(self) -> KLProbe:

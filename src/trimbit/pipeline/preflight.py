@@ -31,7 +31,7 @@ from trimbit.transform.rotate import require_rotatable
 
 def open_job(
     model: str | Path, recipe: Recipe, *, calibration: str = "self", seed: int = 0, cache: Path | None = None,
-    reporter: Reporter | None = None, threads: int | None = None,
+    reporter: Reporter | None = None, threads: int | None = None, device: str = "auto",
 ) -> Job:  # fmt: skip
     """Open a model for a recipe.
 
@@ -43,6 +43,7 @@ def open_job(
         cache: where finished stages are kept; default `$TRIMBIT_CACHE` or `~/.cache/trimbit`.
         reporter: shows progress; default nothing.
         threads: number of threads for sampling text; default PyTorch's.
+        device: `auto` (the GPU if there is one with enough memory), `cpu`, `cuda` or `cuda:1`.
 
     Raises:
         TrimbitError: if the model cannot be read or is not complete, or the recipe or the text is not valid.
@@ -50,11 +51,13 @@ def open_job(
     runner = Runner(Cache(cache), reporter) if reporter is not None else Runner(Cache(cache))
     more: dict[str, Any] = {} if threads is None else {"threads": threads}
     job = Job(
-        checkpoint=open_checkpoint(model), recipe=recipe, calibration=calibration, seed=seed, runner=runner, **more
-    )
+        checkpoint=open_checkpoint(model), recipe=recipe, calibration=calibration, seed=seed, runner=runner,
+        device_name=device, **more,
+    )  # fmt: skip
     job.checkpoint.tokenizer()  # needed for the text and the compressed directory
     _check_recipe(job)
     _check_text(job)
+    _ = job.device
     return job
 
 

@@ -84,7 +84,7 @@ def ranking_stage(job: Job, text: Text, stats: Stats | None) -> Stage[dict[str, 
     def make(work: Work) -> None:
         if module.READS == "moments":
             assert stats is not None
-            found = by_moments(module, config, job.layout, job.checkpoint, stats, work.progress)
+            found = by_moments(module, config, job.stream, stats, work.progress)
         else:
             found = by_gradients(module, config, job.stream, text.fit.tokens, work.progress)
         save_json(work.folder / "ranking.json", found)

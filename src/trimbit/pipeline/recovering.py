@@ -52,7 +52,7 @@ def teacher(job: Job, rows: Iterable[Tensor]) -> Teacher:
         device=job.device.type,
     )  # fmt: skip
     with job.runner.store(key, "the original's outputs") as work:
-        return teacher_outputs(job.original, rows, work.folder, work.progress, job.device)
+        return teacher_outputs(job.original, rows, work.folder, work.progress)
 
 
 def examples_of(job: Job, text: Text | None) -> list[Example]:

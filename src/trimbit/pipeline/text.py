@@ -79,7 +79,7 @@ def sampled_stage(job: Job, tokenizer: Any) -> Stage[TokenSet]:  # noqa: ANN401
     rows, length = rows_of(job), job.recipe.calibration.length
 
     def make(work: Work) -> None:
-        model = InMemoryModel(job.sampled).model
+        model = InMemoryModel(job.sampled, job.whole_device).model
         found = sample_self(
             model, tokenizer, rows=rows, length=length, seed=job.seed, progress=work.progress, folder=work.folder
         )

@@ -16,7 +16,7 @@ from trimbit.errors import LayoutError, PlanError
 from trimbit.kernels.hadamard import factors, transform
 from trimbit.model import axes
 from trimbit.model.checkpoint.checkpoint import Checkpoint
-from trimbit.model.forward.stream import BlockStream
+from trimbit.model.forward.stream import CPU, BlockStream
 from trimbit.model.layout import Layout
 from trimbit.runtime.rotation import go_online, turn
 from trimbit.schema.plan import Rotation
@@ -93,11 +93,12 @@ class RotatedStream(BlockStream):
     rotation: Rotation
 
     def __init__(
-        self, checkpoint: Checkpoint, layout: Layout, rotation: Rotation, compute: torch.dtype = torch.bfloat16
-    ) -> None:
+        self, checkpoint: Checkpoint, layout: Layout, rotation: Rotation, compute: torch.dtype = torch.bfloat16,
+        device: torch.device = CPU,
+    ) -> None:  # fmt: skip
         require_rotatable(layout)
         self.rotation = rotation
-        super().__init__(fold(checkpoint, layout, rotation), layout, compute)
+        super().__init__(fold(checkpoint, layout, rotation), layout, compute, device)
         self.go_online(self.norm, layout.family.final_norm)
 
     def go_online(self, root: nn.Module, prefix: str = "") -> None:

@@ -21,6 +21,7 @@ from trimbit.kernels.acts import take_channels
 from trimbit.measure.choices import allowed_formats, format_of, sites_of
 from trimbit.model.channels import cut_channels
 from trimbit.model.checkpoint.checkpoint import Checkpoint
+from trimbit.model.forward.stream import CPU
 from trimbit.model.layout import Layout, Unit, Weight
 from trimbit.schema.base import digest
 from trimbit.schema.precision import BF16, Precision, Run
@@ -38,8 +39,9 @@ class CandidateWeights:
     def __init__(
         self, checkpoint: Checkpoint, layout: Layout, stats: Stats | None, compressor: WeightCompressor, folder: Path,
         rankings: Mapping[str, tuple[int, ...]], space: Space | None, *, rank: int = 0, refits: bool = True,
-        orders: Mapping[str, Tensor] = MappingProxyType({}),
+        orders: Mapping[str, Tensor] = MappingProxyType({}), device: torch.device = CPU,
     ) -> None:  # fmt: skip
+        """`device` is where weights are compressed; what is returned is on the CPU."""
         self.checkpoint = checkpoint
         self.layout = layout
         self.stats = stats
@@ -50,6 +52,7 @@ class CandidateWeights:
         self.rank = rank
         self.refits = refits
         self.orders = orders  # of the columns, by site
+        self.device = device
 
     def unit_state(self, unit: Unit, width: int | None, formats: Mapping[str, Precision]) -> dict[str, Tensor]:
         """Parameters of a unit by name, each weight in its or its site's format; the output weight has a bias, too."""
@@ -112,6 +115,9 @@ class CandidateWeights:
                 self.unit_state(unit, self.space.kept.get(unit.dim or "", unit.size), formats)
             progress(at + 1, len(units))
 
+    def _there(self, moments: Moments | None) -> Moments | None:
+        return None if moments is None else moments.to(self.device)
+
     def _rank(self, weight: Weight) -> int:
         return self.rank if self.layout.units[weight.unit].block is not None else 0
 
@@ -129,9 +135,9 @@ class CandidateWeights:
         work = [(member, p) for member in members for p in menu if not self._path(member, p).exists()]
         if not work:  # another process has made them meanwhile
             return
-        dense = {member.name: self._dense(member) for member in members}
+        dense = {member.name: self._dense(member).to(self.device) for member in members}
         made = self.compressor.compress(
-            [dense[m.name] for m, _ in work], self.moments(weight), [m.name for m, _ in work],
+            [dense[m.name] for m, _ in work], self._there(self.moments(weight)), [m.name for m, _ in work],
             [(Run(count=m.cols, precision=p),) for m, p in work], [self._rank(m) for m, _ in work],
         )  # fmt: skip
         for (member, p), one in zip(work, made, strict=True):
@@ -154,8 +160,9 @@ class CandidateWeights:
         path = self._path(weight, precision, keep)
 
         def make() -> None:
-            w = self._dense(weight)[index]
-            (made,) = self.compressor.compress([w], self.moments(weight), [weight.name], [runs], [self.rank])
+            w = self._dense(weight)[index].to(self.device)
+            moments = self._there(self.moments(weight))
+            (made,) = self.compressor.compress([w], moments, [weight.name], [runs], [self.rank])
             save_tensors(path, made.tensors(weight.name))
 
         spread = torch.zeros(weight.rows, weight.cols)
@@ -173,14 +180,16 @@ class CandidateWeights:
         def make() -> None:
             full = self.stats.moments(weight.site) if self.stats is not None else None
             kept = None if full is None else replace(full.at(index), cross=full.h[:, index], dense_mean=full.mean)
-            w = self._dense(weight)
-            bias = self._bias(weight).float() if weight.bias else None
+            kept, w = self._there(kept), self._dense(weight).to(self.device)
+            bias = self._bias(weight).float().to(self.device) if weight.bias else None
             fitted = w[:, index]
             if self.refits:
                 assert kept is not None
                 fitted = refit.refit(w, fitted, bias, kept, kept, RIDGE).weight
             (made,) = self.compressor.compress([fitted], kept, [weight.name], [runs], [self.rank])
-            new = self._bias(weight) if kept is None or not self.refits else refit.bias_for(w, made.dense(), bias, kept)
+            new = self._bias(weight)
+            if kept is not None and self.refits:
+                new = refit.bias_for(w, made.dense().to(self.device), bias, kept)
             save_tensors(path, {**made.tensors(weight.name), "bias": new.bfloat16().float()})  # as it is stored
 
         tensors = self._kept(path, make)

@@ -35,16 +35,16 @@ def score(w: Float[Tensor, "rows channels"], moments: Moments, size: int, config
     mean = moments.mean.double()
     inverse = damped_inverse(moments.h.double() - mean.outer(mean), config.damping)
     w = w.double().clone()
-    left = torch.arange(w.shape[1] // size)
-    scores = torch.zeros(len(left), dtype=torch.float64)
+    left = torch.arange(w.shape[1] // size, device=w.device)
+    scores = torch.zeros(len(left), dtype=torch.float64, device=w.device)
     per_round = max(1, -(-len(left) // config.rounds))
     rank = 0
     while len(left) > 0:
         cost = _costs(w, inverse, size)
         leaving = cost.argsort(stable=True)[:per_round]
-        scores[left[leaving]] = torch.arange(rank, rank + len(leaving), dtype=torch.float64)
+        scores[left[leaving]] = torch.arange(rank, rank + len(leaving), dtype=torch.float64, device=w.device)
         rank += len(leaving)
-        staying = torch.ones(len(left), dtype=torch.bool)
+        staying = torch.ones(len(left), dtype=torch.bool, device=w.device)
         staying[leaving] = False
         w, inverse = _remove(w, inverse, staying.repeat_interleave(size))
         left = left[staying]
@@ -56,7 +56,7 @@ def _costs(w: Tensor, inverse: Tensor, size: int) -> Tensor:
     members = w.shape[1] // size
     if size == 1:
         return w.square().sum(0) / inverse.diagonal()
-    index = torch.arange(members * size).view(members, size)
+    index = torch.arange(members * size, device=w.device).view(members, size)
     blocks = inverse[index[:, :, None], index[:, None, :]]
     parts = w.T.reshape(members, size, -1)
     solved: Tensor = torch.linalg.solve(blocks, parts)

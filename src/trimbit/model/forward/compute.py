@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from trimbit.errors import RecipeError
+
 log = logging.getLogger(__name__)
 _ATEN = torch.ops.aten
 _PRODUCTS = {
@@ -23,11 +25,12 @@ _PRODUCTS = {
 }
 
 
-def fastest_device(nbytes: int = 0) -> torch.device:
+def fastest_device(nbytes: int = 0, gpu: torch.device | None = None) -> torch.device:
     """The GPU if there is one with `nbytes` of free memory, else the CPU; warns if the GPU has less."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    free, _ = torch.cuda.mem_get_info()
+    gpu = gpu or torch.device("cuda")
+    free, _ = torch.cuda.mem_get_info(gpu)
     if free < nbytes:
         log.warning(
             "the GPU has %.1f GB of free memory, but about %.1f GB are needed; "
@@ -35,7 +38,28 @@ def fastest_device(nbytes: int = 0) -> torch.device:
             free / 1e9, nbytes / 1e9,
         )  # fmt: skip
         return torch.device("cpu")
-    return torch.device("cuda")
+    return gpu
+
+
+def named_device(name: str, nbytes: int) -> torch.device:
+    """The device of a name such as `cpu` or `cuda:1`; `auto` is the fastest that has `nbytes` of free memory.
+
+    Raises:
+        RecipeError: if it is not there, or has less free memory.
+    """
+    if name == "auto":
+        return fastest_device(nbytes)
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as err:
+        raise RecipeError(f"device {name!r} is not there: use auto, cpu, cuda or cuda:1 ({err})") from err
+    if device.type == "cuda" and (free := torch.cuda.mem_get_info(device)[0]) < nbytes:
+        raise RecipeError(
+            f"{name} has {free / 1e9:.1f} GB of free memory, but about {nbytes / 1e9:.1f} GB are needed; "
+            "use --device cpu"
+        )
+    return device
 
 
 @contextmanager

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from trimbit.model.checkpoint.open import materialize
-from trimbit.model.forward.stream import BlockStream, build_skeleton
+from trimbit.model.forward.stream import CPU, BlockStream, build_skeleton
 
 
 class InMemoryModel:
     """A causal LM whose parameters can be replaced; all weights that write to the residual stream have a bias."""
 
-    def __init__(self, stream: BlockStream) -> None:
+    def __init__(self, stream: BlockStream, device: torch.device = CPU) -> None:
         self.layout = stream.layout
         self.compute = stream.compute
+        self.device = device
         self.model = build_skeleton(stream.checkpoint.config, stream.compute)
         self.blocks: nn.ModuleList = self.model.get_decoder().layers
         for index, block in enumerate(self.blocks):
@@ -38,6 +39,7 @@ class InMemoryModel:
                     linear.bias = nn.Parameter(
                         torch.zeros(linear.out_features, dtype=self.compute), requires_grad=False
                     )
+        nn.Module.to(self.model, device)
 
     def install(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy tensors, by parameter name, into the model."""
