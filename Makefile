@@ -10,7 +10,7 @@ GGUF := SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL := .models/$(GGUF)
 SOURCES := src tests benchmarks examples
 
-.PHONY: help venv model demo check fmt test test-all bench clean
+.PHONY: help venv model demo gpu-check check fmt test test-all bench clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
@@ -40,6 +40,9 @@ demo: venv model ## Fit the small model to 72 MB, look at it and let it speak
 	$(BIN)/trimbit compress $(MODEL) out/demo --budget 72MB --recipe demo
 	$(BIN)/trimbit show out/demo
 	$(BIN)/python examples/generate.py out/demo
+
+gpu-check: venv model ## Compare a job on the GPU with the same job on the CPU
+	$(BIN)/python benchmarks/device_check.py $(MODEL) --device cuda
 
 check: venv ## Lint, format, types, import directions
 	@echo '== ruff check'
