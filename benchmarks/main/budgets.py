@@ -49,6 +49,7 @@ def within(bench: Bench, recipe: str, budget: str, seed: int, overrides: tuple[s
     nbytes = limit.nbytes(job.layout.parameters)
     return found | {
         "limit": nbytes, "used": found["nbytes"] / nbytes, "cut": plan.widths, "weights_by_format": dict(stored),
+        "damage": job.recipe.measure.by if job.recipe.measure is not None else None,
         "notes": list(plan.found_by.notes),
     }  # fmt: skip
 

@@ -89,7 +89,7 @@ def rows(results: Results) -> list[str]:
     quality = []
     for budget in BUDGETS:
         keys = {"measured": f"measured/{RECIPE}/{budget}", "predicted": f"budget/{RECIPE}/{budget}"}
-        if keys["measured"] not in results:
+        if keys["measured"] not in results or results.get(keys["predicted"], {}).get("damage") != "predicted":
             continue
         for name, own in ((name, results[key]) for name, key in keys.items() if key in results):
             cut = str(len(own["cut"]))
