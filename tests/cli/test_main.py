@@ -10,13 +10,13 @@ from trimbit.cli import main as cli
 from trimbit.pipeline.recipes import load_recipe, names
 from trimbit.pipeline.steps import module_of
 
-SEARCHING = ["--budget", "--calibration", "--dry-run", "--recipe", "--seed", "--set"]
+SEARCHING = ["--budget", "--calibration", "--device", "--dry-run", "--recipe", "--seed", "--set"]
 
 
 OPTIONS = {
     "compress": (["model", "out"], SEARCHING),
     "plan": (["model", "out"], SEARCHING),
-    "apply": (["model", "plan_file", "out"], ["--calibration", "--recipe", "--seed", "--set"]),
+    "apply": (["model", "plan_file", "out"], ["--calibration", "--device", "--recipe", "--seed", "--set"]),
     "eval": (
         ["model"],
         ["--against", "--context", "--dtype", "--json", "--limit", "--task-data", "--tasks", "--text", "--windows"],

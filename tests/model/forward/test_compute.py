@@ -117,6 +117,6 @@ def test_not_for_a_gpu_whatever_its_host(monkeypatch):
 def test_a_gpu_that_is_too_small_is_left_alone(monkeypatch, caplog, free, kind):
     """With a warning: the CPU is much slower."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 20_000))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 20_000))
     assert fastest_device(10_000).type == kind
     assert ("falling back to the CPU" in caplog.text) is (kind == "cpu")

@@ -25,7 +25,7 @@ def other(job, name, params, **fields):
 
 JOBS = {
     "knapsack, two rounds, text of its own": (
-        lambda job: sessions.session(job, "measure.rounds=2", calibration="self"),
+        lambda job: sessions.session(job, "measure.by=measured", "measure.rounds=2", calibration="self"),
         BUDGET,
     ),
     "knapsack, estimates alone": (lambda job: sessions.session(job, "measure.apply_finalists=false"), BUDGET),
@@ -73,14 +73,17 @@ def test_its_stages_are_those_of_the_run(job, tmp_path, monkeypatch, name):
     assert all(one.cached for one in again.stages)
 
 
+MEASURED = "measure.by=measured"
+
+
 @pytest.mark.slow
 def test_what_an_interrupted_measurement_left_counts_less(job, tmp_path, monkeypatch):
     monkeypatch.setenv("TRIMBIT_CACHE", str(tmp_path))
-    made = sessions.session(job)
+    made = sessions.session(job, MEASURED)
     made.find_plan(Budget.parse(BUDGET))
     (folder,) = entries(tmp_path, "damage")
     other_budget = Budget.parse(f"{LIMIT + 500}B")
-    stages = {one.stage: one for one in estimate(sessions.session(job).job, other_budget).stages}
+    stages = {one.stage: one for one in estimate(sessions.session(job, MEASURED).job, other_budget).stages}
     assert stages["damage"].seconds == 0
     assert not stages["damage"].cached  # its journal is read again
     assert stages["moments"].cached
@@ -88,7 +91,7 @@ def test_what_an_interrupted_measurement_left_counts_less(job, tmp_path, monkeyp
     journal = folder / "journal.jsonl"
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(lines[: len(lines) // 2]))
-    half = {one.stage: one for one in estimate(sessions.session(job).job, other_budget).stages}
+    half = {one.stage: one for one in estimate(sessions.session(job, MEASURED).job, other_budget).stages}
     assert half["damage"].seconds > 0
 
 
