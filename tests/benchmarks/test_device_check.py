@@ -14,6 +14,7 @@ def arguments(job, tmp_path):
     return [str(job.model), "--recipe", str(recipe), "--budget", BUDGET, "--calibration", str(job.text), "--device"]
 
 
+@pytest.mark.slow
 def test_both_are_compared(arguments, capsys):
     with Pretend():
         assert device_check.main([*arguments, str(DEVICE)]) == 0

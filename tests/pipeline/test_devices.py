@@ -19,10 +19,11 @@ def compressed(job, folder, device, *overrides, **fields):
     return plan, load_file(folder / "out" / "model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
-    [(), ("criterion.name=activation", "quant.name=rtn"), ("measure.by=measured",), ("search.no_pruning=false",)],
-    ids=["default", "rtn", "measured", "pruned"],
+    [(), ("criterion.name=activation", "quant.name=rtn"), ("measure.by=measured",)],
+    ids=["default", "rtn", "measured"],
 )
 def test_the_same_model_is_made(job, tmp_path, overrides):
     expected, tensors = compressed(job, tmp_path / "cpu", CPU, *overrides)
