@@ -1,15 +1,11 @@
 """The text that comes with the package."""
 
-from importlib.resources import files
-
 import pytest
 
 from chats import make_tokenizer
 from trimbit.calibrate import builtin
 from trimbit.calibrate.builtin import builtin_text
 from trimbit.errors import DataError
-
-FOLDER = files("trimbit.calibrate") / "texts"
 
 
 def test_rows_depend_on_the_seed_alone() -> None:
@@ -41,7 +37,7 @@ def test_every_chat_is_of_user_and_assistant_in_turn() -> None:
 
 
 def test_every_source_has_its_licence() -> None:
-    licences = (FOLDER / "SOURCES.md").read_text(encoding="utf-8")
+    licences = (builtin.FOLDER / "SOURCES.md").read_text(encoding="utf-8")
     sources = {document["source"].partition(",")[0] for document in builtin._read("prose")}
     assert len(sources) == 5
     assert {source for source in sources if source not in licences} == set()

@@ -43,6 +43,32 @@ def test_self_is_repeatable_and_trainable(model: LlamaForCausalLM) -> None:
     model(one.tokens, labels=one.tokens).loss.backward()  # inference tensors would fail here
 
 
+def test_an_interrupted_row_resumes_with_the_same_tokens(model, tmp_path, monkeypatch) -> None:
+    """After any of the segments, here two of 8 tokens for each of two batches."""
+    monkeypatch.setattr(sampling, "SEGMENT", 4)
+    tokenizer = make_tokenizer(chat=True)
+    expected = sampling.sample_self(model, tokenizer, rows=3, length=16, seed=1, batch=2)
+    segment, begun = sampling._segment, []
+    for stop in (1, 2, 3):
+        begun.clear()
+
+        def interrupted(*args, last=stop):
+            begun.append(args[3])
+            if len(begun) > last:
+                raise KeyboardInterrupt
+            segment(*args)
+
+        folder = tmp_path / str(stop)
+        folder.mkdir()
+        monkeypatch.setattr(sampling, "_segment", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sampling.sample_self(model, tokenizer, rows=3, length=16, seed=1, batch=2, folder=folder)
+        assert begun == [0, 8, 0, 8][: stop + 1]
+        monkeypatch.setattr(sampling, "_segment", segment)
+        resumed = sampling.sample_self(model, tokenizer, rows=3, length=16, seed=1, batch=2, folder=folder)
+        assert resumed.digest == expected.digest
+
+
 def test_self_follows_the_model_without_a_cache(model: LlamaForCausalLM) -> None:
     """Greedy stand-in for the draw: each token must be the uncached argmax of its prefix."""
     favour(model, EOS, -100.0)

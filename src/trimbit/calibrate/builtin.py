@@ -3,15 +3,15 @@
 It is what a model can be fitted to without a file and without hours of sampling.
 """
 
-import json
 from collections.abc import Iterator
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
-from trimbit.calibrate.text import TokenSet, draw_rows, encode
+from trimbit.calibrate.text import TokenSet, draw_rows, encode, read_rows
 from trimbit.errors import DataError
 
 NAME = "builtin"
+FOLDER = Path(__file__).parent / "texts"
 
 
 def builtin_text(tokenizer: Any, *, rows: int, length: int, seed: int) -> TokenSet:  # noqa: ANN401
@@ -47,5 +47,4 @@ def _chat(messages: list[dict[str, str]], tokenizer: Any) -> str:  # noqa: ANN40
 
 
 def _read(name: str) -> list[dict[str, Any]]:
-    text = (files("trimbit.calibrate") / "texts" / f"{name}.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    return [row for _, row in read_rows(FOLDER / f"{name}.jsonl")]

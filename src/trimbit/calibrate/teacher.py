@@ -16,7 +16,7 @@ from trimbit.errors import ArtifactError
 from trimbit.jobs.checked import load_tensors, save_tensors
 from trimbit.jobs.progress import Progress
 from trimbit.model.forward.logits import Head
-from trimbit.model.forward.stream import BlockStream
+from trimbit.model.forward.stream import CPU, BlockStream
 from trimbit.schema.base import digest
 
 
@@ -57,7 +57,7 @@ def teacher_outputs(stream: BlockStream, rows: Iterable[Tensor], folder: Path, p
             raise ArtifactError(f"{place(tokens)} is missing or was damaged during the run; run again")
         return found[0]["hidden"].to(stream.compute)
 
-    return Teacher(hidden=hidden_of, head=stream.head())
+    return Teacher(hidden=hidden_of, head=stream.head(CPU))
 
 
 def _groups(rows: Mapping[Path, Tensor], token_nbytes: int) -> list[list[Path]]:

@@ -45,7 +45,7 @@ def layer_information(
 
 
 def _added(before: list[Tensor], after: list[Tensor]) -> Tensor:
-    return torch.cat([(new - old)[:, 1:].flatten(0, 1) for old, new in zip(before, after, strict=True)])
+    return torch.cat([(new - old)[:, 1:].flatten(0, 1) for old, new in zip(before, after, strict=True)]).cpu()
 
 
 def _predictions(
@@ -60,7 +60,7 @@ def _predictions(
         progress(index + 1, 2 * layout.blocks)
     head, found = stream.head(), []
     for chunk in hidden:
-        with computing(stream.compute):
+        with computing(stream.compute, stream.device.type):
             final = stream.final_norm(chunk)[:, 1:].flatten(0, 1)
             found += [logits.argmax(-1) for _, logits in logit_slices(head, layout.config, final)]
-    return torch.cat(found)
+    return torch.cat(found).cpu()

@@ -173,8 +173,7 @@ class Problem:
     def best_estimated(self, plans: Sequence[Plan]) -> tuple[Plan, tuple[Tried, ...]]:
         """The plan with the lowest estimated KL, and all plans tried; the first plan if nothing is estimated."""
         tried = self.estimated(plans)
-        at = min(range(len(tried)), key=lambda i: tried[i].estimated_kl or 0.0, default=0)
-        return plans[at], tried
+        return (min(tried, key=estimate_of).plan if tried else plans[0]), tried
 
     def best(self, plans: Sequence[Plan]) -> tuple[Plan, tuple[Tried, ...]]:
         """The plan of least applied KL, and the plans tried; by estimated KL if the recipe applies no finalists.
@@ -218,6 +217,12 @@ class Problem:
                 f"the budget of {self.budget_nbytes:,} bytes is below the smallest model that this recipe can make; "
                 f"the smallest feasible budget is {need:,} bytes (--budget {need}B)"
             )
+
+
+def estimate_of(one: Tried) -> float:
+    """The estimated KL of a plan that has one."""
+    assert one.estimated_kl is not None
+    return one.estimated_kl
 
 
 @runtime_checkable

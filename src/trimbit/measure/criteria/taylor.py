@@ -42,7 +42,7 @@ def score(parts: Sequence[Coupled], size: int, config: Config) -> Float[Tensor, 
         other = 1 - part.axis
         channel = channel.sum(other).abs() if config.kind == "vector" else channel.abs().sum(other)
         inside = part.member >= 0
-        total.index_add_(0, part.member[inside], channel[inside])
+        total.index_add_(0, part.member[inside], channel.cpu()[inside])
     return total.float()
 
 

@@ -139,10 +139,12 @@ class BlockStream:
         with torch.no_grad():
             return self.norm(hidden)  # type: ignore[no-any-return]
 
-    def head(self) -> Head:
+    def head(self, device: torch.device | None = None) -> Head:
         """The dense head, in the dtype of matrix products."""
         name = self.layout.family.embed if self.layout.tied else self.layout.family.head
-        return partial(functional.linear, weight=self.checkpoint.tensor(f"{name}.weight").to(self.device, self.compute))
+        return partial(
+            functional.linear, weight=self.checkpoint.tensor(f"{name}.weight").to(device or self.device, self.compute)
+        )
 
     def load(self, index: int) -> nn.Module:
         """A new copy of a block, with its weights in fp32."""

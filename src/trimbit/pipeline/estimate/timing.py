@@ -47,6 +47,8 @@ def best_of(times: int, work: Callable[[], object]) -> float:
     for _ in range(times):
         started = time.perf_counter()
         work()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         found.append(time.perf_counter() - started)
     return min(found)
 
@@ -56,7 +58,7 @@ class Pieces:
 
     def __init__(self, job: Job) -> None:
         self.job, self.layout, self.stream = job, job.layout, job.stream
-        self.compute = job.stream.compute
+        self.compute, self.device = job.stream.compute, job.stream.device
         self._known: dict[tuple[object, ...], float] = {}
         self._h: dict[int, Moments] = {}  # by number of channels
 
@@ -96,7 +98,7 @@ class Pieces:
         own = block_arguments(self.stream.skeleton, rows, length)[0]
 
         def run() -> None:
-            with computing(self.compute):
+            with computing(self.compute, self.device.type):
                 run_block(block, own, x)
 
         return self._once(("in memory", rows, length), run) / (rows * length)
@@ -105,7 +107,7 @@ class Pieces:
         return self.stream.final_norm(self.hidden(1, LOGIT_TOKENS))[0]
 
     def _log_softmax(self) -> Tensor:
-        with computing(self.compute):
+        with computing(self.compute, self.device.type):
             ((_, logits),) = logit_slices(self.head, self.layout.config, self._slice())
             return torch.log_softmax(logits, -1)
 
@@ -120,10 +122,10 @@ class Pieces:
 
     def head_gradient(self) -> float:
         """A token's loss, from the last hidden state, and the gradient back to it."""
-        labels = torch.zeros(LOGIT_TOKENS, dtype=torch.long)
+        labels = torch.zeros(LOGIT_TOKENS, dtype=torch.long, device=self.device)
 
         def run() -> None:
-            with products_in(self.compute):
+            with products_in(self.compute, self.device.type):
                 leaf = self._slice().requires_grad_() * 1.0
                 loss_gradient(self.head, self.layout.config, leaf, labels, None, LOGIT_TOKENS)
 
@@ -131,13 +133,13 @@ class Pieces:
 
     def gram(self, cols: int) -> float:
         """Adding a token to the second moments of a site."""
-        x = torch.randn(CHUNK_TOKENS, cols)
+        x = torch.randn(CHUNK_TOKENS, cols, device=self.device)
         total = Accumulator()
         return self._once(("gram", cols), lambda: total.add(x)) / CHUNK_TOKENS
 
     def _moments(self, cols: int) -> Moments:
         if cols not in self._h:
-            x = torch.randn(cols + cols // 4, cols, generator=torch.Generator().manual_seed(0))
+            x = torch.randn(cols + cols // 4, cols, generator=torch.Generator().manual_seed(0)).to(self.device)
             total = Accumulator()
             total.add(x)
             found = total.moments()
@@ -152,7 +154,7 @@ class Pieces:
         menu, formats = tuple(kinds), tuple(kinds.values())
 
         def compress(rows: int) -> None:
-            ws = [torch.randn(max(1, rows // len(formats)), cols) for _ in formats]
+            ws = [torch.randn(max(1, rows // len(formats)), cols, device=self.device) for _ in formats]
             runs: list[tuple[Run, ...]] = [(Run(count=cols, precision=p),) for p in formats]
             rank = min(self.job.rank, len(ws[0]))
             self.job.compressor.compress(ws, self._moments(cols), list(menu), runs, [rank] * len(ws))
@@ -166,7 +168,8 @@ class Pieces:
     def dequantize(self, precision: Precision) -> float:
         """Putting an element of a candidate into the model."""
         weight = self.layout.weights[self.layout.units["blocks.0.mlp"].weights[0]]
-        w, runs = torch.randn(weight.rows, weight.cols), (Run(count=weight.cols, precision=precision),)
+        w = torch.randn(weight.rows, weight.cols, device=self.device)
+        runs = (Run(count=weight.cols, precision=precision),)
         rank = min(self.job.rank, weight.rows, weight.cols)
         moments = self._moments(weight.cols) if self.job.compressor.needs_moments else None
         (made,) = self.job.compressor.compress([w], moments, [weight.name], [runs], [rank])
@@ -177,7 +180,7 @@ class Pieces:
         assert unit.out_weight is not None
         weight = self.layout.weights[unit.out_weight]
         cols = self.layout.weight_shape(weight, width)[1]
-        config, w = refit.Config(ridges=(0.1,) * ridges), torch.randn(weight.rows, weight.cols)
+        config, w = refit.Config(ridges=(0.1,) * ridges), torch.randn(weight.rows, weight.cols, device=self.device)
         full, index = self._moments(weight.cols), torch.arange(cols)
         kept = full.at(index)
         return self._once(
@@ -203,6 +206,7 @@ class Pieces:
         else:
             materialize(model.get_submodule(family.head), original.checkpoint, f"{family.head}.", original.compute)
         original.go_online(model)
+        nn.Module.to(model, self.job.whole_device)
         with grouped(model):
             return self._drawn(model, blocks, rows, length)
 
@@ -232,7 +236,7 @@ class Pieces:
 
         def run() -> None:
             leaf = x.detach().requires_grad_()
-            with torch.enable_grad(), products_in(self.compute):
+            with torch.enable_grad(), products_in(self.compute, self.device.type):
                 out = self.stream.forward(0, block, leaf)
                 torch.autograd.grad(out, [leaf, *own], x)
 
@@ -244,7 +248,7 @@ class Pieces:
         module, config = self.job.steps.criterion
         units = [unit for unit in self.layout.units.values() if unit.block == 0 and unit.dim is not None]
         names = [name for unit in units for name in unit.weights]
-        w = {name: self.job.checkpoint.tensor(f"{name}.weight").float() for name in names}
+        w = {name: self.job.checkpoint.tensor(f"{name}.weight").to(self.device, torch.float32) for name in names}
         if module.READS == "moments":
             moments = {self.layout.weights[name].cols: self._moments(self.layout.weights[name].cols) for name in names}
 
@@ -261,7 +265,10 @@ class Pieces:
 
     def rounding(self) -> float:
         """Rounding an element to nearest."""
-        runs, w = (Run(count=ROUNDED[1], precision=Int(bits=3, group=128, symmetric=True)),), torch.randn(*ROUNDED)
+        runs, w = (
+            (Run(count=ROUNDED[1], precision=Int(bits=3, group=128, symmetric=True)),),
+            torch.randn(*ROUNDED, device=self.device),
+        )
         return self._once(("rounding",), lambda: rtn.quantize(w, None, runs, rtn.Config(scales="mse"))) / w.numel()
 
     def felt(self, cols: int) -> float:

@@ -30,7 +30,7 @@ from trimbit.schema.plan import Plan
 from trimbit.schema.precision import Int, Precision, Run
 from trimbit.schema.structure import Structure
 from trimbit.search.effort import Effort
-from trimbit.search.problem import NO_CHOICE, Problem, SearchMethod
+from trimbit.search.problem import NO_CHOICE, Problem, SearchMethod, estimate_of
 from trimbit.search.solvers import knapsack as solver
 from trimbit.search.solvers.knapsack import knapsack
 
@@ -108,15 +108,11 @@ def best_of(problem: Problem, config: Config, damage: Measurements) -> Found:
 
 def finalists(estimated: Sequence[Tried]) -> list[Plan]:
     """The best plan that prunes and the best that does not, best first; one that is far behind is left out."""
-
-    def kl(one: Tried) -> float:
-        assert one.estimated_kl is not None
-        return one.estimated_kl
-
-    first, *others = sorted(estimated, key=kl)
+    first, *others = sorted(estimated, key=estimate_of)
     second = next((one for one in others if bool(one.plan.cuts) != bool(first.plan.cuts)), None)
-    close = second is not None and kl(second) <= CLOSE * kl(first)
-    return [one.plan for one in (first, second) if one is not None][: 1 + close]
+    if second is None or estimate_of(second) > CLOSE * estimate_of(first):
+        return [first.plan]
+    return [first.plan, second.plan]
 
 
 def cost(problem: Problem, config: Config) -> Effort:
@@ -128,7 +124,8 @@ def cost(problem: Problem, config: Config) -> Effort:
     kinds = (pruned > 0) + (config.no_pruning or not prunes)
     tried = pruned + config.no_pruning
     return Effort(
-        damage_rounds=rounds, background=around, solved=rounds * tried, assembled=rounds * tried if tried > 1 else 0,
+        damage_rounds=rounds, background=around, solved=rounds * (len(config.pruning_costs) + config.no_pruning),
+        assembled=rounds * tried if tried > 1 else 0,
         cut=rounds * CUT * pruned, applied=rounds * kinds if problem.measure.apply_finalists else 0,
     )  # fmt: skip
 

@@ -76,7 +76,7 @@ def zeros(w: Float[Tensor, "rows cols"], rank: int, generator: torch.Generator) 
     _check(w, rank)
     a = torch.empty(rank, w.shape[1])
     torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)  # code (huggingface/peft)
-    return LowRank(a=_bf16(a), b=torch.zeros(w.shape[0], rank))
+    return LowRank(a=_bf16(a).to(w.device), b=w.new_zeros(w.shape[0], rank))
 
 
 def loftq(w: Float[Tensor, "rows cols"], quantize: Quantize, config: Config) -> tuple[QTensor, LowRank]:
@@ -91,7 +91,7 @@ def loftq(w: Float[Tensor, "rows cols"], quantize: Quantize, config: Config) -> 
         NumericsError: if the weight is not finite.
     """
     _check(w, config.rank)
-    pair = LowRank(a=torch.zeros(config.rank, w.shape[1]), b=torch.zeros(w.shape[0], config.rank))
+    pair = LowRank(a=w.new_zeros(config.rank, w.shape[1]), b=w.new_zeros(w.shape[0], config.rank))
     q = quantize(w)
     d = w.double() - q.dequantize()
     best, least = (q, pair), float(d.square().sum())
