@@ -198,7 +198,7 @@ class Pieces:
         original, family = self.job.sampled, self.layout.family
         model = build_skeleton(original.checkpoint.config, original.compute)
         decoder, some = model.get_decoder(), min(SAMPLED_BLOCKS, self.layout.blocks)
-        blocks = decoder.layers[:some]
+        decoder.layers = blocks = decoder.layers[:some]  # the others stay without data
         for name in (*(f"{family.blocks}.{at}" for at in range(some)), family.embed, family.final_norm):
             materialize(model.get_submodule(name), original.checkpoint, f"{name}.", original.compute)
         if self.layout.tied:
