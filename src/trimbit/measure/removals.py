@@ -23,7 +23,7 @@ from trimbit.schema.measurements import Measurements
 from trimbit.schema.space import Space
 
 DENSE = "dense"
-LENGTH = 128  # ours: tokens of each row; what a sub-block is worth differs more between texts than along one
+ROWS, LENGTH = 4, 128  # ours: what a sub-block is worth differs more between texts than along one
 
 
 def removable(layout: Layout, space: Space) -> list[Unit]:
@@ -36,11 +36,11 @@ def measure_removals(
 ) -> dict[str, float]:
     """KL of the dense model without each sub-block that may go, by its dim, in nats a token.
 
-    Only the first `LENGTH` tokens of each row are read.
+    Only the first `LENGTH` tokens of the first `ROWS` rows are read.
 
     A sweep that was interrupted goes on from the block that it had reached, kept in `folder`.
     """
-    layout, carried, tokens = stream.layout, Carried(folder), tokens[:, :LENGTH]
+    layout, carried, tokens = stream.layout, Carried(folder), tokens[:ROWS, :LENGTH]
     done, hidden = 0, {DENSE: embed_chunks(stream, tokens)}
     if (known := carried.load()) is not None:
         done, hidden = known[0], {name: [own.to(stream.device) for own in states] for name, states in known[1].items()}

@@ -35,7 +35,7 @@ class Measure(Schema):
     """How to find the damage of choices."""
 
     by: By = "predicted"  # predicted: one backward sweep through the model; measured: a forward pass for each choice
-    draws: int = Field(default=4, ge=1)  # if predicted: labels drawn from the model for each token
+    draws: int = Field(default=1, ge=1)  # if predicted: labels drawn from the model for each token
     rows: int = Field(default=3, ge=1)  # that nothing is fitted to; `length` tokens of each are used
     length: int = Field(default=512, ge=16)
     # apply the last plans for real to choose the best of them; false: choose by estimated KL, in seconds

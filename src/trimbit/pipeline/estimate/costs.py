@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Sequence
 
 from trimbit.calibrate.sample import BATCH, segment_tokens
+from trimbit.measure import removals
 from trimbit.measure.choices import allowed_widths
 from trimbit.measure.damage import Change
 from trimbit.measure.predict import ROWS
-from trimbit.measure.removals import LENGTH as REMOVAL_LENGTH
 from trimbit.model.layout import Unit, Weight
 from trimbit.pipeline.estimate.timing import Pieces
 from trimbit.pipeline.job import Job
@@ -189,8 +189,8 @@ class Costs:
     def removals(self, count: int) -> float:
         """Running the model without each of `count` sub-blocks, from that sub-block on."""
         assert self.measure is not None
-        length = min(self.measure.length, REMOVAL_LENGTH)
-        tokens = self.measure.rows * length
+        rows, length = min(self.measure.rows, removals.ROWS), min(self.measure.length, removals.LENGTH)
+        tokens = rows * length
         passes = self.layout.blocks * tokens * (1 + count / 2) * self.pieces.streamed(length)
         ends = tokens * (self.pieces.logits() + count * (self.pieces.logits() + self.pieces.divergence()))
         return self._model() + passes + ends

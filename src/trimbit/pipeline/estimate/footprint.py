@@ -6,7 +6,7 @@ KV cache while text is sampled, the embedding while it is read or compressed, an
 
 from trimbit.calibrate.sample import BATCH
 from trimbit.calibrate.teacher import CARRIED
-from trimbit.measure.removals import LENGTH as REMOVAL_LENGTH
+from trimbit.measure import removals
 from trimbit.model.forward.compute import native
 from trimbit.model.forward.logits import LOGIT_TOKENS
 from trimbit.model.forward.stream import CHUNK_TOKENS
@@ -97,7 +97,7 @@ class Footprint:
         """Hidden states of every model that lacks a sub-block, twice when they are saved, and a block."""
         measure = self.job.recipe.measure
         assert measure is not None
-        tokens = measure.rows * min(measure.length, REMOVAL_LENGTH)
+        tokens = min(measure.rows, removals.ROWS) * min(measure.length, removals.LENGTH)
         states = 2 * (count + 1) * tokens * self.hidden * FP32
         passing = max(self._passing(min(tokens, self.chunk)) + FP32 * self.block, self.logits + self._read)
         return self.stream + states + passing

@@ -19,7 +19,7 @@ from trimbit.transform.quant.lloyd import mean_size, middle_of_two, ternary_scal
 
 ScaleSearch = Literal["absmax", "mse"]
 SHRINKS = tuple(1.0 - 0.03 * step for step in range(24))  # ours: 1.00 down to 0.31 of the group's range
-CHUNK = 4_000_000  # elements whose grids are searched at a time: bounds memory
+CHUNK, CPU_CHUNK = 4_000_000, 100_000  # elements searched at a time: bounds memory; on a CPU, fit its cache
 FLOAT16_MAX = 65504.0
 PLAIN, TABLE = 0.0, -1.0  # in place of a top code: bf16 values; NF4
 LEVELS = torch.tensor(NF4_LEVELS)
@@ -84,7 +84,7 @@ def fit_grid(
             scales.append(None)
             zeros.append(None)
             continue
-        rows = max(1, CHUNK // run.count)
+        rows = max(1, (CPU_CHUNK if w.device.type == "cpu" else CHUNK) // run.count)
         fitted = [_fit_run(chunk, run.precision, search, weight) for chunk in part.split(rows)]
         scales.append(torch.cat([scale for scale, _ in fitted]))
         zeros.append(torch.cat([zero for _, zero in fitted]))
@@ -109,34 +109,34 @@ def _fit_run(
 def _solved(x: Tensor, precision: Ternary | Binary, search: ScaleSearch, cost: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and zero point or mean, [rows, groups, 1], of formats whose least squared error needs no search."""
     if isinstance(precision, Ternary):
-        scale = _float16(ternary_scale(x, cost) if search == "mse" else x.abs().amax(-1, keepdim=True))
+        scale = _finite(_float16(ternary_scale(x, cost) if search == "mse" else x.abs().amax(-1, keepdim=True)))
         return scale, torch.ones_like(scale)
     mean = torch.zeros_like(x[..., :1])
     if precision.mean:
         low, high = x.aminmax(dim=-1, keepdim=True)
-        mean = _float16(middle_of_two(x, cost) if search == "mse" else (low + high) / 2)
+        mean = _finite(_float16(middle_of_two(x, cost) if search == "mse" else (low + high) / 2))
     off = (x - mean).abs_()
-    return _float16(mean_size(off, cost) if search == "mse" else off.amax(-1, keepdim=True)), mean
+    return _finite(_float16(mean_size(off, cost) if search == "mse" else off.amax(-1, keepdim=True))), mean
 
 
 def _searched(x: Tensor, precision: Int | NormalFloat, search: ScaleSearch, cost: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and zero point, [rows, groups, 1], from ranges of the group shrunk by factors."""
-    candidates = [
-        (shrink, side) for shrink in (SHRINKS if search == "mse" else (1.0,)) for side in _sides(precision, search)
-    ]
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    scratch = torch.empty_like(x), torch.empty_like(x)
     best: tuple[Tensor, Tensor, Tensor] | None = None
-    for shrink, side in candidates:
-        scale, zero = _grid(x, precision, shrink, side)
-        error = (rounded(x, scale, zero, precision) - x).square_().mul_(cost).sum(-1, keepdim=True)
-        if best is None:
-            best = (error, scale, zero)
-            continue
-        better = error < best[0]
-        best = (
-            torch.where(better, error, best[0]),
-            torch.where(better, scale, best[1]),
-            torch.where(better, zero, best[2]),
-        )
+    for shrink in SHRINKS if search == "mse" else (1.0,):
+        for side in _sides(precision, search):
+            scale, zero = _grid(low * shrink, high * shrink, precision, side)
+            error = _squared_error(x, scale, zero, precision, cost, scratch)
+            if best is None:
+                best = (error, _finite(scale), zero)  # the widest range
+                continue
+            better = error < best[0]
+            best = (
+                torch.where(better, error, best[0]),
+                torch.where(better, scale, best[1]),
+                torch.where(better, zero, best[2]),
+            )
     assert best is not None
     return best[1], best[2]
 
@@ -147,39 +147,52 @@ def _sides(precision: Int | NormalFloat, search: ScaleSearch) -> tuple[float, ..
     return (1.0, -1.0) if both and search == "mse" else (1.0,)
 
 
-def _grid(x: Tensor, precision: Int | NormalFloat, shrink: float, side: float) -> tuple[Tensor, Tensor]:
-    """Scale and zero point, [rows, groups, 1], of the range of x shrunk by a factor."""
+def _most_steps(precision: Int | NormalFloat) -> float:
+    """Into how many steps a range is divided, from zero to its farther end."""
     if isinstance(precision, NormalFloat):
-        scale = side * _float16(x.abs().amax(-1, keepdim=True) * shrink)
+        return 1.0
+    return 2.0 ** (precision.bits - 1) - 1 if precision.symmetric else 2.0**precision.bits - 1
+
+
+def _grid(low: Tensor, high: Tensor, precision: Int | NormalFloat, side: float) -> tuple[Tensor, Tensor]:
+    """Scale and zero point, [rows, groups, 1], of a range."""
+    steps = _most_steps(precision)
+    if isinstance(precision, NormalFloat):
+        scale = side * _float16(torch.maximum(-low, high))
         return scale, torch.zeros_like(scale)
-    levels = 2**precision.bits
     if precision.symmetric:
-        reach = x.abs().amax(-1, keepdim=True) * shrink
-        scale = side * _float16(reach / (levels / 2 - 1))
-        return scale, torch.full_like(scale, levels / 2)
-    low = x.amin(-1, keepdim=True).clamp(max=0) * shrink
-    high = x.amax(-1, keepdim=True).clamp(min=0) * shrink
-    scale = _float16((high - low) / (levels - 1))
+        scale = side * _float16(torch.maximum(-low, high) / steps)
+        return scale, torch.full_like(scale, steps + 1)
+    low = low.clamp(max=0)
+    scale = _float16((high.clamp(min=0) - low) / steps)
     zero = torch.where(scale > 0, (-low / scale.clamp(min=torch.finfo(torch.float32).tiny)).round(), 0.0)
-    return scale, zero.clamp(0, levels - 1)
+    return scale, zero.clamp(0, steps)
 
 
 def _float16(scale: Tensor) -> Tensor:
-    """A scale or mean rounded to fp16."""
-    if not bool((scale.abs() <= FLOAT16_MAX).all()):
-        raise NumericsError(
-            f"a scale of {scale.abs().max():.3g} does not fit fp16 (largest {FLOAT16_MAX:g}); weights are too large"
-        )
+    """A scale or mean rounded to fp16; infinite if it does not fit."""
     return scale.to(torch.float16).to(torch.float32)
 
 
-def rounded(x: Tensor, scale: Tensor, zero: Tensor, precision: Int | NormalFloat) -> Tensor:
-    """The nearest values on the grid; zero where the scale is zero."""
-    safe = torch.where(scale == 0, torch.ones_like(scale), scale)
+def _finite(scale: Tensor) -> Tensor:
+    if not bool(scale.isfinite().all()):
+        raise NumericsError(f"a scale does not fit fp16 (largest {FLOAT16_MAX:g}); weights are too large")
+    return scale
+
+
+def _squared_error(
+    x: Tensor, scale: Tensor, zero: Tensor, precision: Int | NormalFloat, cost: Tensor, scratch: tuple[Tensor, Tensor]
+) -> Tensor:
+    """The squared error of each group's nearest values on a grid, [rows, groups, 1]; works in place in `scratch`."""
+    at, level = scratch
+    safe = torch.where(scale == 0, torch.ones_like(scale), scale)  # too small for fp16: all values round to zero
     if isinstance(precision, NormalFloat):
-        return LEVELS.to(x.device)[torch.bucketize(x / safe, MIDPOINTS.to(x.device))] * scale
-    codes = ((x / safe).round_() + zero).clamp_(0, 2**precision.bits - 1)
-    return (codes - zero) * scale
+        torch.div(x, safe, out=at)
+        level = LEVELS.to(x.device)[torch.bucketize(at, MIDPOINTS.to(x.device))]
+    else:
+        torch.addcmul(zero, x, 1 / safe, out=at)
+        torch.round(at, out=level).clamp_(0, 2**precision.bits - 1)
+    return level.sub_(at).square_().mul_(cost).sum(-1, keepdim=True).mul_(safe.square())
 
 
 def nearest(x: Tensor, safe: Tensor, zero: Tensor, top: Tensor, *, tables: bool) -> tuple[Tensor, Tensor]:
