@@ -14,6 +14,7 @@ from trimbit.jobs.progress import Reporter
 from trimbit.pipeline.job import Job
 from trimbit.pipeline.preflight import open_job
 from trimbit.pipeline.recipes import load_recipe
+from trimbit.pipeline.text import NAMED
 
 BENCHMARKS = Path(__file__).parent.parent
 DOCS = BENCHMARKS.parent / "docs"
@@ -63,10 +64,14 @@ class Bench:
         self, recipe: str, seed: int = 0, overrides: tuple[str, ...] = (), *, text: str = TRAIN,
         model_seed: int | None = None, reporter: Reporter | None = None,
     ) -> Job:  # fmt: skip
-        """A job on the off-grid model; `model_seed` seeds that model's scales, by default `seed` does."""
+        """A job on the off-grid model; `model_seed` seeds that model's scales, by default `seed` does.
+
+        `text` is a file of the data, a path, or the name of a text that is no file.
+        """
         loaded = load_recipe(recipe, (*overrides, *self.overrides))
+        calibration = text if text in NAMED else str(self.data / text)
         return open_job(
-            self.original(seed if model_seed is None else model_seed), loaded, calibration=str(self.data / text),
+            self.original(seed if model_seed is None else model_seed), loaded, calibration=calibration,
             seed=seed, cache=self.cache, reporter=reporter,
         )  # fmt: skip
 

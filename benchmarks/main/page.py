@@ -2,7 +2,7 @@
 
 from harness.bench import DOCS
 from harness.tables import Results, between, origin_table, write_parts
-from main import budgets, job, predicted, rounding
+from main import budgets, job, predicted, rounding, texts
 
 PAGE = DOCS / "benchmarks.md"
 DAMAGE = DOCS / "damage.md"
@@ -10,7 +10,7 @@ DAMAGE = DOCS / "damage.md"
 
 def tables(results: Results) -> str:
     """All tables of docs/benchmarks.md, as text."""
-    parts = (rounding.rows(results), budgets.rows(results), job.rows(results))
+    parts = (rounding.rows(results), budgets.rows(results), texts.rows(results), job.rows(results))
     return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
 
 
