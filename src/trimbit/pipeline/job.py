@@ -2,10 +2,14 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from trimbit.calibrate.builtin import NAME as BUILTIN
+from trimbit.calibrate.builtin import builtin_text
+from trimbit.calibrate.text import TokenSet, from_file
 from trimbit.jobs.progress import Reporter
 from trimbit.jobs.stages import Runner
 from trimbit.model.build import build_layout
@@ -123,6 +127,30 @@ class Job:
     def rank(self) -> int:
         """The rank of the low-rank pair of each weight in the blocks; 0: no pairs."""
         return self.steps.lowrank.rank if self.steps.lowrank is not None else 0
+
+    @property
+    def damage_rows(self) -> int:
+        """The number of rows whose beginnings the damage of choices is found on: different texts, not pieces of one."""
+        measure = self.recipe.measure
+        return measure.rows if measure is not None and self.steps.method.measures_damage else 0
+
+    @property
+    def rows(self) -> int:
+        """The number of rows of the whole text."""
+        want = self.recipe.calibration
+        return want.rows + want.training + want.held_out + self.damage_rows + want.report
+
+    @cached_property
+    def read(self) -> TokenSet:
+        """The rows of a text that is not sampled.
+
+        Raises:
+            DataError: if it cannot be read or is too short.
+        """
+        tokenizer, length = self.checkpoint.tokenizer(), self.recipe.calibration.length
+        if self.calibration == BUILTIN:
+            return builtin_text(tokenizer, rows=self.rows, length=length, seed=self.seed)
+        return from_file(Path(self.calibration), tokenizer, rows=self.rows, length=length, seed=self.seed)
 
     @property
     def objective(self) -> Objective | None:

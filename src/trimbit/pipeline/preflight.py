@@ -18,7 +18,7 @@ from trimbit.pipeline.damage import require_predictable
 from trimbit.pipeline.job import Job
 from trimbit.pipeline.oracle import problem_of
 from trimbit.pipeline.recovering import examples_of
-from trimbit.pipeline.text import NAMED, damage_rows, read_rows
+from trimbit.pipeline.text import NAMED
 from trimbit.recover.tune import require_peft
 from trimbit.report.plot import require_plot
 from trimbit.schema.budget import Budget
@@ -91,7 +91,7 @@ def preflight(job: Job, budget: Budget | None, out: Path | None = None) -> int:
     budget_nbytes = _nbytes(job, budget)
     job.steps.method.require_feasible(problem_of(job, budget_nbytes), job.steps.search)
     if job.needs_text and job.calibration != SELF:
-        require_rows(job, job.checkpoint.tokenizer())
+        require_rows(job)
     return budget_nbytes
 
 
@@ -104,7 +104,7 @@ def _nbytes(job: Job, budget: Budget | None) -> int:
     return default(problem_of(job, 0), job.steps.search)
 
 
-def require_rows(job: Job, tokenizer: Any) -> None:  # noqa: ANN401
+def require_rows(job: Job) -> None:
     """Refuse a text that is too short.
 
     Raises:
@@ -112,11 +112,11 @@ def require_rows(job: Job, tokenizer: Any) -> None:  # noqa: ANN401
     """
     want = job.recipe.calibration
     try:
-        read_rows(job, tokenizer)
+        job.read  # noqa: B018 - read for its errors; kept for the job
     except DataError as err:
         uses = {
             "calibration.rows": want.rows, "calibration.training": want.training,
-            "calibration.held_out": want.held_out, "measure.rows": damage_rows(job), "calibration.report": want.report,
+            "calibration.held_out": want.held_out, "measure.rows": job.damage_rows, "calibration.report": want.report,
         }  # fmt: skip
         parts = " + ".join(f"{count} for {name}" for name, count in uses.items() if count)
         raise DataError(f"{err} (the rows are {parts})") from err

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from trimbit.calibrate.builtin import NAME as BUILTIN
-from trimbit.calibrate.builtin import builtin_text
 from trimbit.calibrate.sample import NAME as SELF
 from trimbit.calibrate.sample import sample_self
-from trimbit.calibrate.text import TokenSet, from_file, tokenizer_digest
+from trimbit.calibrate.text import TokenSet, tokenizer_digest
 from trimbit.jobs.checked import load_tensors, save_tensors
 from trimbit.jobs.stages import Stage, Work
 from trimbit.model.forward.in_memory import InMemoryModel
@@ -34,18 +33,6 @@ class Text:
         return [part.digest for part in (self.fit, self.train, self.choose, self.damage, self.report) if part]
 
 
-def damage_rows(job: Job) -> int:
-    """The number of rows whose beginnings the damage of choices is found on: different texts, not pieces of one."""
-    measure = job.recipe.measure
-    return measure.rows if measure is not None and job.steps.method.measures_damage else 0
-
-
-def rows_of(job: Job) -> int:
-    """The number of rows of the whole text."""
-    want = job.recipe.calibration
-    return want.rows + want.training + want.held_out + damage_rows(job) + want.report
-
-
 def text_of(job: Job) -> Text:
     """Read or sample the text of a job, once.
 
@@ -53,8 +40,8 @@ def text_of(job: Job) -> Text:
         DataError: if the file cannot be read or is too short, naming the fields that ask for rows.
     """
     want, tokenizer = job.recipe.calibration, job.checkpoint.tokenizer()
-    found = job.runner.run(sampled_stage(job, tokenizer)) if job.calibration == SELF else read_rows(job, tokenizer)
-    counts = (want.rows, want.training, want.held_out, damage_rows(job), want.report)
+    found = job.runner.run(sampled_stage(job, tokenizer)) if job.calibration == SELF else job.read
+    counts = (want.rows, want.training, want.held_out, job.damage_rows, want.report)
     fit, train, choose, damage, report = found.split(*counts)
     measure, beginnings = job.recipe.measure, None
     if measure is not None and len(damage.tokens):
@@ -62,21 +49,9 @@ def text_of(job: Job) -> Text:
     return Text(fit=fit, train=train if want.training else fit, choose=choose, damage=beginnings, report=report)
 
 
-def read_rows(job: Job, tokenizer: Any) -> TokenSet:  # noqa: ANN401
-    """The rows of a text that is read, not sampled.
-
-    Raises:
-        DataError: if it cannot be read or is too short.
-    """
-    rows, length = rows_of(job), job.recipe.calibration.length
-    if job.calibration == BUILTIN:
-        return builtin_text(tokenizer, rows=rows, length=length, seed=job.seed)
-    return from_file(Path(job.calibration), tokenizer, rows=rows, length=length, seed=job.seed)
-
-
 def sampled_stage(job: Job, tokenizer: Any) -> Stage[TokenSet]:  # noqa: ANN401
     """The stage that samples text from the model."""
-    rows, length = rows_of(job), job.recipe.calibration.length
+    rows, length = job.rows, job.recipe.calibration.length
 
     def make(work: Work) -> None:
         model = InMemoryModel(job.sampled, job.whole_device).model

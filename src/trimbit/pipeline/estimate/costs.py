@@ -10,7 +10,6 @@ from trimbit.measure.predict import ROWS
 from trimbit.model.layout import Unit, Weight
 from trimbit.pipeline.estimate.timing import Pieces
 from trimbit.pipeline.job import Job
-from trimbit.pipeline.text import rows_of
 from trimbit.recover.tune import Config as Tuning
 from trimbit.schema.precision import BF16, Int, Precision
 from trimbit.search.effort import Effort
@@ -112,7 +111,7 @@ class Costs:
 
     def text(self) -> float:
         """Sampling token by token; before each segment of a row, the tokens so far are read again."""
-        rows, length = rows_of(self.job), self.want.length
+        rows, length = self.job.rows, self.want.length
         total, step = self._model(), segment_tokens(length)
         for first in range(0, rows, BATCH):
             own = min(BATCH, rows - first)

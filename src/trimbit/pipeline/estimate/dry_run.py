@@ -13,7 +13,6 @@ from trimbit.pipeline.job import Job
 from trimbit.pipeline.oracle import problem_of
 from trimbit.pipeline.preflight import preflight
 from trimbit.pipeline.recovering import config_of
-from trimbit.pipeline.text import rows_of
 from trimbit.recover.tune import Config as Tuning
 from trimbit.schema.budget import Budget
 from trimbit.schema.estimate import Estimate, StageEstimate
@@ -32,7 +31,7 @@ def estimate(job: Job, budget: Budget | None) -> Estimate:
     stages.search()
     stages.finish()
     want = job.recipe.calibration
-    text = f"{rows_of(job)} rows of {want.length} tokens, {job.calibration}" if job.needs_text else "none"
+    text = f"{job.rows} rows of {want.length} tokens, {job.calibration}" if job.needs_text else "none"
     return Estimate(
         model=job.checkpoint.model_id, parameters=job.layout.parameters, budget_nbytes=budget_nbytes, text=text,
         opened_nbytes=opened, stages=tuple(stages.found.values()),

@@ -12,7 +12,6 @@ from trimbit.model.forward.logits import LOGIT_TOKENS
 from trimbit.model.forward.stream import CHUNK_TOKENS
 from trimbit.model.kv_nbytes import cache_nbytes
 from trimbit.pipeline.job import Job
-from trimbit.pipeline.text import rows_of
 from trimbit.search.effort import Effort
 from trimbit.search.two_formats.config import MaskedSearch
 from trimbit.trial.masked.memory import masked_nbytes
@@ -57,7 +56,7 @@ class Footprint:
 
     def text(self) -> int:
         """The model, and the keys and values of all rows of a batch."""
-        config, rows = self.layout.config, min(BATCH, rows_of(self.job))
+        config, rows = self.layout.config, min(BATCH, self.job.rows)
         kept = rows * cache_nbytes(config, {}, None, self.job.recipe.calibration.length)
         drawn = 4 * FP32 * rows * self.vocab
         return self.stream + self._model + max(self._read, kept + kept // self.layout.blocks + drawn)
