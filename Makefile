@@ -64,7 +64,8 @@ test: venv ## Run the tests, but for the slow ones and for checks of shapes at r
 
 test-all: venv model ## Run all tests, also on the small real model, as CI does
 	@echo '== pytest, slow ones too'
-	@$(BIN)/pytest
+	@$(BIN)/pytest -m 'not slow'
+	@$(BIN)/pytest -m slow --jaxtyping-packages=
 
 DATA ?= ../shared/data
 CELLS ?= *

@@ -22,7 +22,7 @@ def write_recipe(path: Path) -> None:
     """The knapsack's recipe for a model of 3 blocks of width 48."""
     fields = yaml.safe_load((RECIPES / "knapsack.yaml").read_text(encoding="utf-8"))
     fields["calibration"] = {"rows": 12, "length": 32, "held_out": 2}
-    fields["measure"] = {"rows": 2, "length": 16}
+    fields["measure"] = {"rows": 2, "length": 16, "draws": 4}
     formats = ["uint2g32", "int4g32", "uint8row"]
     fields["space"] |= {
         "formats": formats,

@@ -1,6 +1,7 @@
 """The comparison of two devices, on one that is not there."""
 
 import pytest
+import yaml
 
 import device_check
 from jobs import BUDGET
@@ -10,7 +11,8 @@ from pretend import DEVICE, Pretend
 @pytest.fixture
 def arguments(job, tmp_path):
     recipe = tmp_path / "fp32.yaml"  # the device that is not there knows no autocast
-    recipe.write_text(job.recipe.read_text() + "compute: float32\n")
+    fields = yaml.safe_load(job.recipe.read_text()) | {"compute": "float32", "criterion": {"name": "activation"}}
+    recipe.write_text(yaml.safe_dump(fields | {"quant": {"name": "rtn", "params": {"scales": "absmax"}}}))
     return [str(job.model), "--recipe", str(recipe), "--budget", BUDGET, "--calibration", str(job.text), "--device"]
 
 

@@ -25,7 +25,7 @@ def on_device(stream):
 @pytest.mark.parametrize("module", [gptq, rtn])
 def test_predicted_damage(stream, on_device, candidates, module):
     def run(own):
-        errors = ExpectedErrors(stream.checkpoint, stream.layout, candidates.stats, module.Config())
+        errors = ExpectedErrors(stream.checkpoint, stream.layout, candidates.stats, module.Config(scales="absmax"))
         args = (candidates.change, candidates.rankings, REF, "digest", nothing)
         return predict(own, TOKENS, 2, 0, SPACE, errors, *args)
 

@@ -72,7 +72,7 @@ def test_the_refit():
     assert found.ridge == expected.ridge
 
 
-@pytest.mark.parametrize(("model_type", "tied"), [("llama", True), ("llama", False), ("qwen2", True), ("phi3", False)])
+@pytest.mark.parametrize(("model_type", "tied"), [("llama", True), ("qwen2", True), ("phi3", False)])
 def test_an_application(model_type, tied, tmp_path):
     save_tiny(tiny_model(model_type, tied=tied).bfloat16(), tmp_path / "original")
     checkpoint = open_checkpoint(tmp_path / "original")
@@ -82,7 +82,7 @@ def test_an_application(model_type, tied, tmp_path):
     plan = make_plan(layout, lambda _, n: runs((n, "int4g32")), cuts, biases)
     tokens = torch.randint(3, VOCAB, (10, 64), generator=generator())
     stats = collected(BlockStream(checkpoint, layout, torch.float32), tokens, tmp_path / "stats")
-    method = WeightCompressor(module=gptq, config=gptq.Config())
+    method = WeightCompressor(module=gptq, config=gptq.Config(scales="absmax"))  # the search for scales is tested above
 
     def run(device):
         stream, out = BlockStream(checkpoint, layout, torch.float32, device), tmp_path / device.type
