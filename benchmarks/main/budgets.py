@@ -1,7 +1,8 @@
 """What does choosing widths and bits together give, compared with bits alone and with one format for all?
 
-Cells: five file sizes by three recipes. A plan that several recipes try is applied once, and damage is predicted once
-for all budgets, so the first cell takes about 20 minutes, the others 5 to 15.
+Cells: five file sizes by three recipes, and two of them by a plan made by hand (`main.tail`). A plan that several
+recipes try is applied once, and damage is predicted once for all budgets, so the first cell takes about 20 minutes, the
+others 5 to 15.
 Alone: `python benchmarks/run.py main.budgets --data DATA`, one budget: `--only '*/45MB'`, other seeds: `--seeds 1 2`
 """
 
@@ -16,13 +17,15 @@ from harness.cells import Cell, Found, seeded
 from harness.quality import quality
 from harness.records import run_fields
 from harness.tables import Results, table
-from trimbit.pipeline.flow import compress
+from main.tail import tail_high
+from trimbit.pipeline.flow import apply, compress
 from trimbit.schema.budget import Budget
 
 SEEDS = (0,)
 SHARED_MINUTES = 12.0  # moments, candidates and the damage of every choice, with and without pruning
 BUDGETS = ("90MB", "72MB", "55MB", "45MB", "36MB")
 RECIPES = {"uniform-gptq": 4, "knapsack-nopruning": 8, "knapsack": 12}  # minutes
+TAIL, TAIL_BUDGETS = "tail-high", ("72MB", "55MB")
 
 
 def cells(bench: Bench, seed: int) -> Iterator[Cell]:
@@ -34,6 +37,22 @@ def cells(bench: Bench, seed: int) -> Iterator[Cell]:
             minutes=RECIPES[recipe], seed=seed, context=bench.context,
             texts=(bench.data / TEST, bench.data / TRAIN),
         )  # fmt: skip
+    for budget in TAIL_BUDGETS:
+        yield Cell(
+            key=seeded(f"budget/{TAIL}/{budget}", seed), run=partial(by_hand, bench, budget, seed),
+            minutes=RECIPES["uniform-gptq"], seed=seed, context=bench.context,
+            texts=(bench.data / TEST, bench.data / TRAIN),
+        )  # fmt: skip
+
+
+def by_hand(bench: Bench, budget: str, seed: int) -> Found:
+    """Bytes and quality of the plan whose last blocks have more bits."""
+    job, limit = bench.job("uniform-gptq", seed), Budget.parse(budget)
+    nbytes = limit.nbytes(job.layout.parameters)
+    with bench.scratch() as out:
+        plan = apply(job, tail_high(job, nbytes), out)
+        found = run_fields(out) | quality(bench, out, bench.original(seed))
+    return found | {"limit": nbytes, "used": found["nbytes"] / nbytes, "cut": plan.widths}
 
 
 def within(bench: Bench, recipe: str, budget: str, seed: int, overrides: tuple[str, ...] = ()) -> Found:
@@ -57,7 +76,9 @@ def within(bench: Bench, recipe: str, budget: str, seed: int, overrides: tuple[s
 def rows(results: Results) -> list[str]:
     """A table of quality by budget and recipe."""
     found = []
-    for budget, recipe in product(BUDGETS, RECIPES):
+    for budget, recipe in product(BUDGETS, ("uniform-gptq", TAIL, "knapsack-nopruning", "knapsack")):
+        if recipe == TAIL and budget not in TAIL_BUDGETS:
+            continue
         cell = results.get(f"budget/{recipe}/{budget}")
         figures = ["not run", *[""] * 5]
         if cell is not None:
