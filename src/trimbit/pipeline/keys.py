@@ -29,7 +29,7 @@ class MomentsKey(StageKey):
     """Second moments of the inputs of every site of the dense model."""
 
     stage: ClassVar[str] = "moments"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     weights: str
     config: str
     tokens: str
@@ -60,7 +60,7 @@ class CandidatesKey(StageKey):
     """Compressed weights of every choice, made from the dense model alone; a store."""
 
     stage: ClassVar[str] = "candidates"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     source: str  # the key of the moments, or the weights' hash where none are needed
     quant: Plain
     repair: Plain
@@ -74,7 +74,7 @@ class DamageKey(StageKey):
     """Damage of every choice; a store with a journal, since other search spaces share some of the changes."""
 
     stage: ClassVar[str] = "damage"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     moments: str
     candidates: str
     background: dict[str, Any]
@@ -86,7 +86,7 @@ class PredictedKey(StageKey):
     """Damage of every choice, predicted."""
 
     stage: ClassVar[str] = "predicted"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     moments: str
     candidates: str
     space: dict[str, Any]
@@ -100,7 +100,7 @@ class RemovalsKey(StageKey):
     """Damage of leaving out each sub-block that may go, measured."""
 
     stage: ClassVar[str] = "removals"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     weights: str
     config: str
     tokens: str
@@ -123,7 +123,7 @@ class AppliedKey(StageKey):
     """A plan applied for real."""
 
     stage: ClassVar[str] = "applied"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     plan: dict[str, Any]  # without its provenance and its cache of keys and values, which change no weight
     fit: str | None  # tokens that the method is fitted to
     choose: str | None
@@ -165,7 +165,7 @@ class SharesKey(StageKey):
     """KL of the model under masks; a store with a journal."""
 
     stage: ClassVar[str] = "shares"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     masked: dict[str, Any]
     moments: str
     train: str
