@@ -8,7 +8,10 @@
 Each cell is stored in `benchmarks/results/GROUP.json` as soon as it is done, and one that is there is not run again.
 """
 
-from harness.cli import main
+from trimbit.jobs.threads import share_cores
 
 if __name__ == "__main__":
+    share_cores()  # before torch is loaded
+    from harness.cli import main
+
     main(__doc__)

@@ -1,8 +1,11 @@
 """What is said of the machine is so."""
 
+import os
+
 import torch
 
 from trimbit.jobs.hardware import PeakMemory, hardware
+from trimbit.jobs.threads import SPINS, share_cores
 
 
 def test_the_machine_is_named_with_its_instruction_sets():
@@ -21,3 +24,12 @@ def test_peak_memory_sees_what_was_held_and_let_go():
         held = torch.ones(64, 2**20)  # 268 MB
         del held
     assert busy.nbytes > idle.nbytes + 200e6
+
+
+def test_threads_that_wait_sleep_soon_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    share_cores()
+    assert os.environ["GOMP_SPINCOUNT"] == SPINS
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    share_cores()
+    assert os.environ["GOMP_SPINCOUNT"] == "7"

@@ -5,7 +5,6 @@ neither torch nor transformers.
 """
 
 import logging
-import os
 import signal
 import sys
 from typing import Annotated
@@ -20,8 +19,8 @@ from trimbit.cli.evaluate import eval_command
 from trimbit.cli.recipes import recipes
 from trimbit.cli.show import show
 from trimbit.errors import TrimbitError
+from trimbit.jobs.threads import share_cores
 
-SPINS = "1000"  # ours: on a busy machine, threads that wait by spinning take 50 times as long; on a free one, no less
 INTERRUPTED = 130  # 128 + SIGINT, as in shells
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(compress)
@@ -51,7 +50,7 @@ def root(
 
 def main() -> None:
     """Run the command line. An error prints one line and sets the exit code; an interrupt leaves no partial output."""
-    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is loaded
+    share_cores()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     try:
