@@ -32,7 +32,7 @@ CODE = {  # what makes each result, below src/trimbit
         "calibrate/sensitivity.py",
         "measure/predict.py",
         "measure/choices.py",
-        "trial/row_errors.py",
+        "trial/expected.py",
         "trial/candidates.py",
         "transform/quant",
         "transform/repair/refit.py",

@@ -17,7 +17,7 @@ from trimbit.measure.predict import predict
 from trimbit.pipeline.job import Job
 from trimbit.pipeline.oracle import ModelOracle
 from trimbit.pipeline.prepare import Prepared, prepare
-from trimbit.trial.row_errors import RowErrors
+from trimbit.trial.expected import ExpectedErrors
 
 SEEDS = (0,)
 SHARED_MINUTES = 0.0
@@ -52,7 +52,8 @@ def compared(bench: Bench, seed: int) -> Found:
 
 
 def _damage(job: Job, prepared: Prepared, rows: Tensor, draws: int, seed: int) -> dict[str, float]:
-    errors = RowErrors(job.stream.checkpoint, job.layout, prepared.stats, job.compressor)
+    config = job.steps.quant.config
+    errors = ExpectedErrors(job.stream.checkpoint, job.layout, prepared.stats, config)
     with ModelOracle(job, prepared) as oracle:
         found = predict(
             job.stream, rows, draws, seed, job.space, errors, oracle.candidates.change, prepared.rankings, job.model,

@@ -9,8 +9,7 @@ from trimbit.measure.predict import predict
 from trimbit.measure.removals import measure_removals
 from trimbit.model.forward.stream import BlockStream
 from trimbit.transform.quant import gptq, rtn
-from trimbit.transform.weight import WeightCompressor
-from trimbit.trial.row_errors import RowErrors
+from trimbit.trial.expected import ExpectedErrors
 
 
 def nothing(*_):
@@ -26,8 +25,7 @@ def on_device(stream):
 @pytest.mark.parametrize("module", [gptq, rtn])
 def test_predicted_damage(stream, on_device, candidates, module):
     def run(own):
-        method = WeightCompressor(module=module, config=module.Config(scales="absmax"))
-        errors = RowErrors(stream.checkpoint, stream.layout, candidates.stats, method)
+        errors = ExpectedErrors(stream.checkpoint, stream.layout, candidates.stats, module.Config(scales="absmax"))
         args = (candidates.change, candidates.rankings, REF, "digest", nothing)
         return predict(own, TOKENS, 2, 0, SPACE, errors, *args)
 

@@ -15,15 +15,12 @@ from trimbit.model.forward.in_memory import InMemoryModel
 from trimbit.schema.measurements import Background
 from trimbit.schema.precision import BF16
 from trimbit.transform.quant import rtn
-from trimbit.transform.weight import WeightCompressor
-from trimbit.trial.row_errors import RowErrors
-
-RTN = WeightCompressor(module=rtn, config=rtn.Config())
+from trimbit.trial.expected import ExpectedErrors
 
 
 @pytest.fixture(scope="module")
 def predicted(stream, candidates):
-    errors = RowErrors(stream.checkpoint, stream.layout, candidates.stats, RTN)
+    errors = ExpectedErrors(stream.checkpoint, stream.layout, candidates.stats, rtn.Config())
     return predict(
         stream, TOKENS, 32, 0, SPACE, errors, candidates.change, candidates.rankings, REF, "digest", lambda *_: None
     )
@@ -122,7 +119,7 @@ def test_a_space_that_keeps_all_sub_blocks(stream, tmp_path):
 
 def test_some_rows_stand_for_all(stream, candidates, predicted, monkeypatch):
     monkeypatch.setattr(predict_module, "ROWS", 24)
-    errors = RowErrors(stream.checkpoint, stream.layout, candidates.stats, RTN)
+    errors = ExpectedErrors(stream.checkpoint, stream.layout, candidates.stats, rtn.Config())
     args = (candidates.change, candidates.rankings, REF, "digest", lambda *_: None)
     some = predict(stream, TOKENS, 32, 0, SPACE, errors, *args)
     for one, all_ in zip(some.formats, predicted.formats, strict=True):

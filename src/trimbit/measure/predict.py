@@ -1,8 +1,7 @@
 """Predict the damage of every choice from one sweep back through the model, in place of a forward pass for each.
 
-Damage is the KL to second order (`calibrate.sensitivity`): of a format, for the errors that the quantiser leaves in
-some rows of each weight; of a width, for what the cut and its refit change. Both are of the dense model, whatever else
-is chosen.
+Damage is the KL to second order (`calibrate.sensitivity`): of a format, for the errors that its quantiser is expected
+to leave; of a width, for what the cut and its refit change. Both are of the dense model, whatever else is chosen.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,17 +22,20 @@ from trimbit.schema.plan import ModelRef
 from trimbit.schema.precision import BF16, Precision
 from trimbit.schema.space import Space
 
-ROWS = 128  # ours: of a weight, those that are quantised; the rest is like them
+ROWS = 256  # ours: of a weight, those whose errors are looked at; the rest is like them
 
 
 @runtime_checkable
 class Errors(Protocol):
-    """Errors that a quantiser leaves."""
+    """Errors that a quantiser is expected to leave."""
 
-    def of_site(
-        self, rows: Mapping[str, Int[Tensor, " some"]], formats: Sequence[Precision]
-    ) -> dict[str, Float[Tensor, "formats some cols"]]:
-        """The change of some rows of the weights that read one input, by weight."""
+    def of_rows(
+        self, name: str, rows: Int[Tensor, " some"], precision: Precision, felt: Float[Tensor, "cols places"]
+    ) -> Float[Tensor, "some places"]:
+        """The expected squared error of some rows' output, where that of each column counts as `felt` in each place."""
+
+    def felt(self, name: str, h: Float[Tensor, "cols cols"]) -> Float[Tensor, " cols"]:
+        """The mean square of what an error in each column is felt on, where the inputs' second moment is `h`."""
 
 
 Cut = Callable[[Unit, int], Change]  # what a unit's width changes, the weight that writes its output being refitted
@@ -89,7 +91,10 @@ def _formats(
 ) -> Iterator[FormatDamage]:
     """Of the sites of a sub-block: the sum over the weights that read each."""
     for site, names in sites_of(stream.layout, unit).items():
-        yield from _of_site(site, {name: [found.weights[name]] for name in names}, unit, space, errors)
+        read = [_Rows.of(name, [found.weights[name]], errors) for name in names]
+        for precision in allowed_formats(unit, space):
+            damage = sum(own.damage(precision, errors) for own in read)
+            yield FormatDamage(site=site, precision=precision, damage=damage, by="predicted")
 
 
 def _of_end(
@@ -98,32 +103,26 @@ def _of_end(
     """Of the embedding or the head; where they are one weight, its errors are felt in both places."""
     family, (name,) = stream.layout.family, unit.weights
     places = [ends[family.embed], ends[family.head]] if stream.layout.tied else [ends[name]]
-    yield from _of_site(unit.name, {name: places}, unit, space, errors)
-
-
-def _of_site(
-    site: str, weights: Mapping[str, Sequence[Sensitivity]], unit: Unit, space: Space, errors: Errors
-) -> Iterator[FormatDamage]:
-    """`weights` are those that read the site, with the sensitivity in each place where their errors are felt."""
-    formats, some = allowed_formats(unit, space), {name: _Rows.of(places) for name, places in weights.items()}
-    left = errors.of_site({name: own.index for name, own in some.items()}, formats)
-    damage = torch.stack([own.damage(left[name]) for name, own in some.items()]).sum(0)
-    for precision, one in zip(formats, damage.tolist(), strict=True):
-        yield FormatDamage(site=site, precision=precision, damage=one, by="predicted")
+    read = _Rows.of(name, places, errors)
+    for precision in allowed_formats(unit, space):
+        yield FormatDamage(
+            site=unit.name, precision=precision, damage=read.damage(precision, errors), by="predicted"
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Rows:
     """Some rows of a weight, which stand for all of them."""
 
+    name: str
     index: Int[Tensor, " some"]
     weights: Float[Tensor, "some places"]  # by which their errors count in each place
-    hs: tuple[Tensor, ...]  # second moment of what the errors act on in each place [cols, cols]
+    felt: Float[Tensor, "cols places"]
 
     @classmethod
-    def of(cls, places: Sequence[Sensitivity]) -> "_Rows":
+    def of(cls, name: str, places: Sequence[Sensitivity], errors: Errors) -> "_Rows":
         """All rows, or of more than `ROWS` so many at even steps through the sum of their sensitivities."""
-        b = torch.stack([own.rows for own in places], 1)
+        b, felt = torch.stack([own.rows for own in places], 1), [errors.felt(name, own.h) for own in places]
         index, weights = torch.arange(len(b), device=b.device), b
         if len(b) > ROWS:
             share = (b / b.sum(0).clamp(min=torch.finfo(b.dtype).tiny)).mean(1)
@@ -131,12 +130,8 @@ class _Rows:
             found = torch.searchsorted(share.cumsum(0), steps).clamp(max=len(b) - 1)
             index, counts = found.unique(return_counts=True)
             weights = b[index] * (counts / (ROWS * share[index]))[:, None]
-        return cls(index=index, weights=weights, hs=tuple(own.h for own in places))
+        return cls(name=name, index=index, weights=weights, felt=torch.stack(felt, 1))
 
-    def damage(self, errors: Float[Tensor, "formats some cols"]) -> Float[Tensor, " formats"]:
-        """1/2 sum_i b_i e_i H e_i^T of each format, summed over the places where the weight's errors are felt."""
-        found = [
-            torch.linalg.vecdot(errors @ h, errors) @ own
-            for h, own in zip(self.hs, self.weights.unbind(1), strict=True)
-        ]
-        return torch.stack(found).sum(0) / 2
+    def damage(self, precision: Precision, errors: Errors) -> float:
+        """1/2 sum_i b_i E[e_i^2], summed over the places where the weight's errors are felt."""
+        return float((self.weights * errors.of_rows(self.name, self.index, precision, self.felt)).sum()) / 2

@@ -15,15 +15,16 @@ from trimbit.pipeline.prepare import Prepared, kept_members, moments_key
 from trimbit.pipeline.text import Text
 from trimbit.schema.base import digest
 from trimbit.schema.measurements import Background, Measurements
+from trimbit.transform.quant import gptq, rtn
 from trimbit.trial.candidates import CandidateWeights
-from trimbit.trial.row_errors import RowErrors
+from trimbit.trial.expected import ExpectedErrors
 
 
 def require_predictable(job: Job) -> None:
     """Refuse a recipe whose damage cannot be predicted.
 
     Raises:
-        RecipeError: if it has several rounds or low-rank pairs.
+        RecipeError: if it has several rounds, low-rank pairs, or a quantiser whose errors cannot be predicted.
     """
     want = job.recipe.measure
     if want is None or want.by != "predicted" or not job.steps.method.measures_damage:
@@ -32,6 +33,8 @@ def require_predictable(job: Job) -> None:
         raise RecipeError("measure.by=predicted does not depend on a background; set measure.rounds=1")
     if job.rank:
         raise RecipeError("measure.by=predicted does not know what low-rank pairs make up for; set measure.by=measured")
+    if not isinstance(job.steps.quant.config, gptq.Config | rtn.Config):
+        raise RecipeError(f"measure.by=predicted expects errors of gptq or rtn, not of {job.recipe.quant.name}")
 
 
 def damage_key(job: Job, prepared: Prepared, background: Background) -> DamageKey:
@@ -89,10 +92,11 @@ def predicted_stage(job: Job, prepared: Prepared, candidates: CandidateWeights) 
     assert text is not None
     assert text.damage is not None
     assert want is not None
-    tokens = text.damage
+    tokens, config = text.damage, job.steps.quant.config
+    assert isinstance(config, gptq.Config | rtn.Config)
 
     def make(work: Work) -> None:
-        errors = RowErrors(job.stream.checkpoint, job.layout, prepared.stats, job.compressor)
+        errors = ExpectedErrors(job.stream.checkpoint, job.layout, prepared.stats, config)
         found = predict(
             job.stream, tokens.tokens, want.draws, job.seed, job.space, errors, candidates.change, prepared.rankings,
             job.model, tokens.digest, work.progress,

@@ -86,7 +86,7 @@ class PredictedKey(StageKey):
     """Damage of every choice, predicted."""
 
     stage: ClassVar[str] = "predicted"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     moments: str
     candidates: str
     space: dict[str, Any]

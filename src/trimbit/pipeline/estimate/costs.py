@@ -176,18 +176,14 @@ class Costs:
         passes = self._sweep(tokens) + self._model() + tokens * blocks * each
         ends = tokens * (draws * self.pieces.head_gradient() + self.pieces.gram(self.layout.sizes["hidden"]))
         space, layout = self.job.space, self.layout
-        errors = 0.0
-        for count, formats, weights in (
-            (blocks, space.formats, self.block), (1, space.embedding_formats, self.ends),
-        ):  # fmt: skip
-            for site in self._sites(weights):
-                rows = len(formats) * sum(min(weight.rows, ROWS) for weight in site)
-                errors += count * self.pieces.row_errors(site[0].cols, rows)
+        elements = len(space.formats) * blocks * sum(min(w.rows, ROWS) * w.cols for w in self.block)
+        elements += len(space.embedding_formats) * sum(min(w.rows, ROWS) * w.cols for w in self.ends)
+        factors = sum(blocks * self.pieces.felt(site[0].cols) for site in self._sites(self.block))
         cuts = 0.0
         for unit in self.cuttable:
             widths = (w for w in allowed_widths(layout, unit, space) if 0 < w < unit.size)
             cuts += blocks * sum(self._cut(unit, width, BF16) for width in widths)
-        return passes + ends + errors + cuts
+        return passes + ends + elements * self.pieces.rounding() + factors + cuts
 
     def removals(self, count: int) -> float:
         """Running the model without each of `count` sub-blocks, from that sub-block on."""

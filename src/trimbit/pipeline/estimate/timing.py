@@ -29,7 +29,7 @@ from trimbit.pipeline.job import Job
 from trimbit.schema.precision import Int, Precision, Run
 from trimbit.search.solvers.knapsack import Config as Solver
 from trimbit.search.solvers.knapsack import knapsack
-from trimbit.transform.quant import rtn
+from trimbit.transform.quant import gptq, rtn
 from trimbit.transform.repair import refit
 
 FEW, MANY = 8, 800_000  # compressed weights: rows of the small one, elements of the large one
@@ -271,17 +271,12 @@ class Pieces:
         )
         return self._once(("rounding",), lambda: rtn.quantize(w, None, runs, rtn.Config(scales="mse"))) / w.numel()
 
-    def row_errors(self, cols: int, rows: int) -> float:
-        """Quantising some rows that read one input, and what their errors do there."""
-        moments, method = self._moments(cols), self.job.compressor
-        runs, w = (Run(count=cols, precision=Int(bits=3, group=64, symmetric=False)),), moments.h.new_ones(rows, cols)
-        w = torch.randn_like(w)
-
-        def run() -> None:
-            (made,) = method.module.quantize_all([w], moments, [runs], method.config)
-            torch.linalg.vecdot(made.dequantize() @ moments.h, w)
-
-        return self._once(("row errors", cols, rows), run, 1)
+    def felt(self, cols: int) -> float:
+        """The weight that the squared error of each column of a site has in the output's error."""
+        h, config = self._moments(cols).h, self.job.steps.quant.config
+        if not isinstance(config, gptq.Config):
+            return 0.0
+        return self._once(("felt", cols), lambda: gptq.residuals(h, [cols], config).float() @ h, 1)
 
     def solve(self) -> float:
         """A knapsack over the choices of all units, with plausible sizes and damage."""

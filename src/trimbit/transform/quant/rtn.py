@@ -10,7 +10,7 @@ from trimbit.calibrate.moments import Moments
 from trimbit.kernels.qtensor import QTensor, concat_rows, pack_columns
 from trimbit.schema.base import Schema
 from trimbit.schema.precision import Run
-from trimbit.transform.quant.grid import PLAIN, TABLE, ScaleSearch, fit_grid, nearest
+from trimbit.transform.quant.grid import PLAIN, TABLE, Grid, ScaleSearch, fit_grid, nearest
 
 PAPER = "baseline"
 NEEDS_MOMENTS = False
@@ -37,6 +37,14 @@ def quantize_all(
 ) -> list[QTensor]:
     """Round weights that read the same input."""
     return [quantize(w, moments, own, config) for w, own in zip(ws, runs, strict=True)]
+
+
+def rounding_errors(w: Float[Tensor, "rows cols"], grid: Grid) -> Float[Tensor, "rows cols"]:
+    """The change in each element from rounding it to its grid."""
+    x, scale, zero, top = grid.columns(w)
+    safe = torch.where(scale == 0, torch.ones_like(scale), scale)
+    _, levels = nearest(x, safe, zero, top, tables=bool((top == TABLE).any()))
+    return torch.where(top == PLAIN, x.to(torch.bfloat16).float(), levels * scale) - x
 
 
 def round_columns(w: Tensor, scale: Tensor, zero: Tensor, top: Tensor) -> Tensor:
