@@ -55,8 +55,9 @@ def test_shapes_are_checked():
             wrong()
 
 
-@pytest.mark.slow  # `make test` runs without these checks
-def test_the_package_is_checked():
+def test_the_package_is_checked(pytestconfig):
+    if not pytestconfig.getoption("--jaxtyping-packages"):
+        pytest.skip("`make test`, and the slow tests, run without these checks")
     with pytest.raises(BeartypeCallHintViolation):
         factors("8")
     with pytest.raises(TypeCheckError):
