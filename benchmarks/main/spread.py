@@ -65,7 +65,7 @@ def _damage(job: Job, prepared: Prepared, rows: Tensor, draws: int, seed: int) -
 def rows(results: Results) -> list[str]:
     """A table of how far the logarithms of two runs are apart."""
     if (cell := results.get(KEY)) is None:
-        return []
+        return ["Not run yet."]
     lines = []
     for pair in PAIRS:
         one, other = (np.array(list(cell[name].values())) for name in pair)
