@@ -19,7 +19,9 @@ from harness.records import run_fields
 from harness.tables import Results, table
 from main.tail import tail_high
 from trimbit.pipeline.flow import apply, compress
+from trimbit.pipeline.job import Job
 from trimbit.schema.budget import Budget
+from trimbit.schema.plan import Plan
 
 SEEDS = (0,)
 SHARED_MINUTES = 12.0  # moments, candidates and the damage of every choice, with and without pruning
@@ -48,11 +50,9 @@ def cells(bench: Bench, seed: int) -> Iterator[Cell]:
 def by_hand(bench: Bench, budget: str, seed: int) -> Found:
     """Bytes and quality of the plan whose last blocks have more bits."""
     job, limit = bench.job("uniform-gptq", seed), Budget.parse(budget)
-    nbytes = limit.nbytes(job.layout.parameters)
     with bench.scratch() as out:
-        plan = apply(job, tail_high(job, nbytes), out)
-        found = run_fields(out) | quality(bench, out, bench.original(seed))
-    return found | {"limit": nbytes, "used": found["nbytes"] / nbytes, "cut": plan.widths}
+        plan = apply(job, tail_high(job, limit.nbytes(job.layout.parameters)), out)
+        return _found(bench, job, limit, plan, out, seed)
 
 
 def within(bench: Bench, recipe: str, budget: str, seed: int, overrides: tuple[str, ...] = ()) -> Found:
@@ -60,7 +60,11 @@ def within(bench: Bench, recipe: str, budget: str, seed: int, overrides: tuple[s
     job, limit = bench.job(recipe, seed, overrides), Budget.parse(budget)
     with bench.scratch() as out:
         plan = compress(job, limit, out)
-        found = run_fields(out) | quality(bench, out, bench.original(seed))
+        return _found(bench, job, limit, plan, out, seed)
+
+
+def _found(bench: Bench, job: Job, limit: Budget, plan: Plan, out: Path, seed: int) -> Found:
+    found = run_fields(out) | quality(bench, out, bench.original(seed))
     stored: Counter[str] = Counter()
     for name, runs in plan.weights.items():
         for run in runs:

@@ -7,7 +7,6 @@ embedding and head aside. A minute for the smallest, 40 for the largest.
 Alone: `python benchmarks/run.py main.scale --data DATA`
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,10 +20,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from harness.bench import TRAIN, Bench
 from harness.cells import Cell, Found, seeded
 from harness.process import measured
+from harness.records import run_fields
 from harness.tables import Results, table
 from trimbit.measure import removals
 from trimbit.pipeline.recipes import load_recipe
-from trimbit.schema.run import RUN_FILE, Run
 
 SEEDS = (0,)
 SHARED_MINUTES = 0.0
@@ -99,11 +98,10 @@ def one_block(bench: Bench, shape: Shape, seed: int) -> Found:
             for one in (*ROWS, f"calibration.length={length}", f"measure.length={length}"):
                 command += ["--set", one]
             seconds, peak = measured(command, cache)
-            run = Run.model_validate(json.loads((out / RUN_FILE).read_text(encoding="utf-8")), strict=False)
             found[f"{length} tokens"] = {
                 "seconds": round(seconds, 1), "peak_rss_nbytes": peak,
                 "cache_nbytes": sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()),
-                "stages": [one.model_dump(mode="json", exclude={"key"}) for one in run.stages],
+                "stages": run_fields(out)["stages"],
             }  # fmt: skip
     return found
 

@@ -72,7 +72,7 @@ def test_the_refit():
     assert found.ridge == expected.ridge
 
 
-@pytest.mark.parametrize(("model_type", "tied"), [("llama", True), ("qwen2", True), ("phi3", False)])
+@pytest.mark.parametrize(("model_type", "tied"), [("llama", True), ("llama", False), ("qwen2", True), ("phi3", False)])
 def test_an_application(model_type, tied, tmp_path):
     save_tiny(tiny_model(model_type, tied=tied).bfloat16(), tmp_path / "original")
     checkpoint = open_checkpoint(tmp_path / "original")

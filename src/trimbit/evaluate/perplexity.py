@@ -26,7 +26,6 @@ from trimbit.model.forward.hf_names import CACHE
 from trimbit.model.forward.logits import kl, logit_slices
 from trimbit.model.kv_nbytes import cache_nbytes
 from trimbit.runtime.kv_cache import cache_for, precision_of
-from trimbit.runtime.layers import dense_head
 from trimbit.runtime.load import load_model, load_tokenizer
 from trimbit.schema.evaluation import Evaluation
 from trimbit.schema.plan import load_plan
@@ -181,4 +180,4 @@ def score(
 
 
 def _logits(model: PreTrainedModel, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    return logit_slices(dense_head(model.get_output_embeddings(), hidden.dtype), model.config, hidden)
+    return logit_slices(model.get_output_embeddings(), model.config, hidden)

@@ -1,7 +1,5 @@
 """Packed layers: weights stay packed in memory; each layer dequantises its weight when it runs."""
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -146,11 +144,3 @@ class TiedHead(nn.Module):
             return functional.linear(x, embedding.weight)
         parts = [slice(at, at + HEAD_ROWS) for at in range(0, embedding.rows, HEAD_ROWS)]
         return torch.cat([functional.linear(x, embedding.dense(x.dtype, part)) for part in parts], dim=-1)
-
-
-def dense_head(head: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """The head, if it is packed as a product with its dense matrix: dequantised once for many calls."""
-    table = head.__dict__["embedding"] if isinstance(head, TiedHead) else head
-    if not isinstance(table, Packed):
-        return head
-    return partial(functional.linear, weight=table.dense(dtype), bias=getattr(table, "bias", None))

@@ -148,7 +148,7 @@ def test_bf16_on_a_cpu_with_instructions_for_it_or_without(job, monkeypatch, kin
         masks = {site: (torch.arange(len(own[0].inputs.order)) % 2).float() for site, own in model.layers.items()}
         found.append((model.damage(masks).nll, model.damage(masks, 1).nll, gradients(model, masks, 0)[0]))
     assert found[0][:2] == pytest.approx(found[1][:2], rel=0.1)
-    assert found[0][2] == pytest.approx(found[1][2], rel=0.25)  # bf16 rounds what a tiny model hardly feels
+    assert found[0][2] == pytest.approx(found[1][2], rel=0.15)  # bf16 rounds what a tiny model hardly feels
 
 
 def test_every_step_takes_the_next_rows(job):

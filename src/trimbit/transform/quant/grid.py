@@ -109,14 +109,14 @@ def _fit_run(
 def _solved(x: Tensor, precision: Ternary | Binary, search: ScaleSearch, cost: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and zero point or mean, [rows, groups, 1], of formats whose least squared error needs no search."""
     if isinstance(precision, Ternary):
-        scale = _finite(_float16(ternary_scale(x, cost) if search == "mse" else x.abs().amax(-1, keepdim=True)))
+        scale = _float16(ternary_scale(x, cost) if search == "mse" else x.abs().amax(-1, keepdim=True))
         return scale, torch.ones_like(scale)
     mean = torch.zeros_like(x[..., :1])
     if precision.mean:
         low, high = x.aminmax(dim=-1, keepdim=True)
-        mean = _finite(_float16(middle_of_two(x, cost) if search == "mse" else (low + high) / 2))
+        mean = _float16(middle_of_two(x, cost) if search == "mse" else (low + high) / 2)
     off = (x - mean).abs_()
-    return _finite(_float16(mean_size(off, cost) if search == "mse" else off.amax(-1, keepdim=True))), mean
+    return _float16(mean_size(off, cost) if search == "mse" else off.amax(-1, keepdim=True)), mean
 
 
 def _searched(x: Tensor, precision: Int | NormalFloat, search: ScaleSearch, cost: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +129,7 @@ def _searched(x: Tensor, precision: Int | NormalFloat, search: ScaleSearch, cost
             scale, zero = _grid(low * shrink, high * shrink, precision, side)
             error = _squared_error(x, scale, zero, precision, cost, scratch)
             if best is None:
-                best = (error, _finite(scale), zero)  # the widest range
+                best = (error, scale, zero)
                 continue
             better = error < best[0]
             best = (
@@ -170,14 +170,12 @@ def _grid(low: Tensor, high: Tensor, precision: Int | NormalFloat, side: float) 
 
 
 def _float16(scale: Tensor) -> Tensor:
-    """A scale or mean rounded to fp16; infinite if it does not fit."""
+    """A scale or mean rounded to fp16."""
+    if not bool((scale.abs() <= FLOAT16_MAX).all()):
+        raise NumericsError(
+            f"a scale of {scale.abs().max():.3g} does not fit fp16 (largest {FLOAT16_MAX:g}); weights are too large"
+        )
     return scale.to(torch.float16).to(torch.float32)
-
-
-def _finite(scale: Tensor) -> Tensor:
-    if not bool(scale.isfinite().all()):
-        raise NumericsError(f"a scale does not fit fp16 (largest {FLOAT16_MAX:g}); weights are too large")
-    return scale
 
 
 def _squared_error(
