@@ -17,7 +17,7 @@ from trimbit.transform.quant import gptq, rtn
 from trimbit.transform.repair import refit
 from trimbit.transform.rotate import RotatedStream
 from trimbit.transform.weight import WeightCompressor
-from written import collected, writing
+from written import collected, taught, writing
 
 ROTATION = Rotation(seed=3)
 
@@ -46,8 +46,9 @@ def write(folder, out, plan, method=RTN, **fields):
     stats = collected(stream, sample(70, 0), out.parent / f"{out.name}-stats") if method is GPTQ else None
     with writing(out, stream.layout, plan) as writer:
         kls = apply_plan(
-            stream, plan, sample(70, 0), method, refit.Config(), stats, writer, lambda *_: None, sample(4, 2)
-        )
+            stream, plan, sample(70, 0), method, refit.Config(), stats, writer, lambda *_: None,
+            *taught(streams(folder, None), sample(4, 2), folder),
+        )  # fmt: skip
     return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), fmean(kls)
 
 

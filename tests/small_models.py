@@ -15,7 +15,7 @@ from trimbit.transform.cut import cut_weight
 from trimbit.transform.quant import rtn
 from trimbit.transform.repair import refit
 from trimbit.transform.weight import WeightCompressor
-from written import writing
+from written import taught, writing
 
 CUTS = {
     "blocks.0.attn.kv": (),
@@ -51,7 +51,17 @@ def written_small(model, folder, plan_formats=formats, biases=BIASES, rows=(70, 
     stream, method = BlockStream(checkpoint, layout, torch.float32), WeightCompressor(module=rtn, config=rtn.Config())
     tokens = torch.randint(VOCAB, rows, generator=torch.Generator().manual_seed(3))  # by default more than one chunk
     with writing(folder / "small", layout, plan) as writer:
-        kls = apply_plan(stream, plan, tokens, method, refit.Config(), None, writer, lambda *_: None, held_out)
+        kls = apply_plan(
+            stream,
+            plan,
+            tokens,
+            method,
+            refit.Config(),
+            None,
+            writer,
+            lambda *_: None,
+            *taught(stream, held_out, folder),
+        )
     return folder / "small", layout, plan, kls
 
 

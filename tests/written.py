@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 from trimbit.artifact.writer import Writer, appearing
 from trimbit.calibrate.stats import Stats, collect
+from trimbit.calibrate.teacher import teacher_outputs
 
 
 @contextmanager
@@ -13,6 +14,11 @@ def writing(out, layout, plan):
         writer = Writer(folder, layout, plan)
         yield writer
         writer.finish()
+
+
+def taught(stream, rows, folder):
+    """Held-out rows and the original's outputs for them, as `apply_plan` takes them."""
+    return rows, None if rows is None else teacher_outputs(stream, rows, folder / "taught", lambda *_: None)
 
 
 def collected(stream, tokens, folder):

@@ -1,23 +1,34 @@
 """Sums of second moments."""
 
+import pytest
 import torch
 
-from trimbit.calibrate.moments import Accumulator, Moments
+from trimbit.calibrate.moments import Accumulator, Moments, add_gram, mirrored
 
 
 def test_moments_are_those_of_inputs_rounded_to_bf16_on_every_machine():
     generator = torch.Generator().manual_seed(1)
     x, dense = torch.randn(300, 9, generator=generator), torch.randn(300, 5, generator=generator)
-    found = Accumulator()
-    found.add(x, dense)
+    total = Accumulator()
+    total.add(x, dense)
+    found = total.moments()
     read, dense_read = x.bfloat16().double(), dense.bfloat16().double()
-    for total, expected in {
+    for name, expected in {
         "h": read.T @ read,
         "mean": read.sum(0),
         "cross": dense_read.T @ read,
         "dense_mean": dense_read.sum(0),
     }.items():
-        torch.testing.assert_close(found.sums[total].double(), expected, atol=1e-4, rtol=1e-6)
+        torch.testing.assert_close(getattr(found, name).double(), expected / 300, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 256, 257, 700, 5000])
+def test_a_gram_matrix_is_summed_by_its_lower_triangle(n):
+    x = torch.randn(20, n, generator=torch.Generator().manual_seed(n))
+    total = torch.zeros(n, n)
+    for part in x.split(13):
+        add_gram(total, part)
+    torch.testing.assert_close(mirrored(total), x.T @ x, atol=1e-4, rtol=1e-4)
 
 
 def test_accumulators_add_up_with_the_dense_path_beside():

@@ -7,7 +7,7 @@ import torch
 
 from qpruner_jobs import session
 from sessions import compress
-from trimbit.pipeline import recovering
+from trimbit.pipeline import teacher
 from trimbit.pipeline.recovering import examples_of, pairs_stage
 from trimbit.recover.tune import drawn
 
@@ -48,16 +48,16 @@ def test_recovery_trains_on_rows_of_its_own(job, tmp_path):
 
 def test_training_asks_the_original_for_what_was_drawn_and_no_more(job, tmp_path, monkeypatch):
     opened = session(job, "qpruner-1", "tune.batch=3", "tune.steps=2", cache=tmp_path)
-    asked, found = set(), recovering.teacher_outputs
+    plan, config, examples = opened.find_plan(None), opened.steps.tune, examples_of(opened.job, opened.text)
+    applied, asked, found = opened.applied(plan), set(), teacher.teacher_outputs
 
     def listening(*arguments):
         original = found(*arguments)
         listen = lambda tokens: asked.add(tuple(tokens.tolist())) or original.hidden(tokens)  # noqa: E731
         return replace(original, hidden=listen)
 
-    monkeypatch.setattr(recovering, "teacher_outputs", listening)
-    plan, config, examples = opened.find_plan(None), opened.steps.tune, examples_of(opened.job, opened.text)
-    opened.runner.run(pairs_stage(opened.job, opened.prepared, plan, opened.applied(plan), config))
+    monkeypatch.setattr(teacher, "teacher_outputs", listening)
+    opened.runner.run(pairs_stage(opened.job, opened.prepared, plan, applied, config))
     rows = drawn(config, len(examples), 0)
     assert asked == {tuple(examples[at].tokens.tolist()) for at in rows}
     assert len(asked) == 6 < len(examples)

@@ -21,7 +21,7 @@ from trimbit.transform.block import _Job
 from trimbit.transform.quant import gptq, rtn
 from trimbit.transform.repair import refit
 from trimbit.transform.weight import WeightCompressor
-from written import collected, writing
+from written import collected, taught, writing
 
 RTN, GPTQ = (
     WeightCompressor(module=rtn, config=rtn.Config(scales="mse")),
@@ -50,7 +50,8 @@ def written(original, out, cuts, *, held_out=None, bits="int4g32"):
     stream = BlockStream(checkpoint, layout, torch.float32)
     stats = collected(stream, sample(40, 0), out.parent / f"{out.name}-stats")
     with writing(out, layout, plan) as writer:
-        return apply_plan(stream, plan, sample(40, 0), GPTQ, refit.Config(), stats, writer, lambda *_: None, held_out)
+        rows = taught(stream, held_out, out.parent)
+        return apply_plan(stream, plan, sample(40, 0), GPTQ, refit.Config(), stats, writer, lambda *_: None, *rows)
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -153,7 +154,8 @@ def test_an_interrupted_application_goes_on_to_the_same_bytes(original, tmp_path
         plan = load_plan(tmp_path / "whole" / "plan.json")
         stream, stats = BlockStream(checkpoint, layout, torch.float32), Stats(tmp_path / "whole-stats", 2560)
         writer = Writer(tmp_path / "partial", layout, plan)
-        kls = apply_plan(stream, plan, sample(40, 0), GPTQ, refit.Config(), stats, writer, progress, sample(3, 1))
+        rows = taught(stream, sample(3, 1), tmp_path)
+        kls = apply_plan(stream, plan, sample(40, 0), GPTQ, refit.Config(), stats, writer, progress, *rows)
         writer.finish()
         return kls
 

@@ -17,7 +17,7 @@ from trimbit.transform.apply import apply_plan
 from trimbit.transform.quant import gptq, rtn
 from trimbit.transform.repair import refit
 from trimbit.transform.weight import WeightCompressor
-from written import collected, writing
+from written import collected, taught, writing
 
 FORMATS = ("int4g32", "uint3g64", "nf4g32", "ternaryrow", "binaryg32", "mbinaryg32", "bf16")
 
@@ -86,8 +86,9 @@ def test_an_application(model_type, tied, tmp_path):
 
     def run(device):
         stream, out = BlockStream(checkpoint, layout, torch.float32, device), tmp_path / device.type
+        rows = taught(stream, tokens[:2], out.parent / f"taught-{device.type}")
         with writing(out, layout, plan) as writer:
-            kl = apply_plan(stream, plan, tokens, method, refit.Config(), stats, writer, lambda *_: None, tokens[:2])
+            kl = apply_plan(stream, plan, tokens, method, refit.Config(), stats, writer, lambda *_: None, *rows)
         return kl, load_file(out / "model.safetensors")
 
     kl, written = run(CPU)

@@ -1,4 +1,7 @@
-"""Second moments of a site's inputs: H = E[x x^T] and the mean of x, summed in fp32."""
+"""Second moments of a site's inputs: H = E[x x^T] and the mean of x, summed in fp32.
+
+While it is summed, only the lower triangle of H is filled: half of the products.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -6,6 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+GRAM_BLOCK, GRAM_BLOCKS = 256, 16  # least columns of one product, and at most so many products
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,11 +52,11 @@ class Accumulator:
         """Add the inputs of some tokens, rounded to bf16, as a bf16 layer reads them, from whatever dtype."""
         self.count += x.shape[0]
         x = _as_read(x)
-        self._sum("h", lambda: x.new_zeros(x.shape[1], x.shape[1])).add_(x.T @ x)
+        add_gram(self._sum("h", lambda: x.new_zeros(x.shape[1], x.shape[1])), x)
         self._sum("mean", lambda: x.new_zeros(x.shape[1])).add_(x.sum(0))
         if dense is not None:
             dense = _as_read(dense)
-            self._sum("cross", lambda: x.new_zeros(dense.shape[1], x.shape[1])).add_(dense.T @ x)
+            self._sum("cross", lambda: x.new_zeros(dense.shape[1], x.shape[1])).addmm_(dense.T, x)
             self._sum("dense_mean", lambda: x.new_zeros(dense.shape[1])).add_(dense.sum(0))
 
     def _sum(self, name: str, zero: Callable[[], Tensor]) -> Tensor:
@@ -61,7 +66,8 @@ class Accumulator:
 
     def moments(self) -> Moments:
         """The means over all tokens added so far."""
-        return Moments(count=self.count, **{name: total / self.count for name, total in self.sums.items()})
+        means = {name: total / self.count for name, total in self.sums.items()}
+        return Moments(count=self.count, **means | {"h": mirrored(means["h"])})
 
     def plus(self, other: "Accumulator") -> "Accumulator":
         """The sum of two accumulators of the same site."""
@@ -69,6 +75,20 @@ class Accumulator:
         total.count = self.count + other.count
         total.sums = {name: value + other.sums[name] for name, value in self.sums.items()}
         return total
+
+
+def add_gram(total: Float[Tensor, "n n"], x: Float[Tensor, "tokens n"]) -> None:
+    """Add the lower triangle of x^T x to `total`, in place; what stands above it afterwards has no meaning."""
+    n = x.shape[1]
+    step = max(GRAM_BLOCK, -(-n // GRAM_BLOCKS))
+    for start in range(0, n, step):
+        end = min(start + step, n)
+        total[start:end, :end].addmm_(x[:, start:end].T, x[:, :end])
+
+
+def mirrored(lower: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """The symmetric matrix with this lower triangle, in place."""
+    return lower.tril_().add_(lower.tril(-1).T)
 
 
 def _as_read(x: Float[Tensor, "tokens n"]) -> Float[Tensor, "tokens n"]:

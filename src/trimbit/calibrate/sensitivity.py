@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trimbit.calibrate.backward import back_through, inputs_of_blocks, loss_gradients
+from trimbit.calibrate.moments import add_gram, mirrored
 from trimbit.errors import NumericsError
 from trimbit.jobs.progress import Progress
 from trimbit.model.forward.stream import BlockStream, embed_chunks
@@ -75,13 +76,14 @@ class _Sums:
         """Add the inputs of the same tokens, each weighted by its a_t = |g_t|^2."""
         assert self._weight is not None
         with torch.autocast(x.device.type, enabled=False):  # sums are fp32
-            self.h += (x * self._weight[:, None]).T @ x
+            add_gram(self.h, x * self._weight.sqrt()[:, None])
         self.total += float(self._weight.sum())
         self._weight = None
 
     def mean(self, name: str) -> Sensitivity:
         """The means over tokens."""
-        found = Sensitivity(rows=self.rows / self.count, h=self.h / max(self.total, torch.finfo(torch.float32).tiny))
+        h = mirrored(self.h / max(self.total, torch.finfo(torch.float32).tiny))
+        found = Sensitivity(rows=self.rows / self.count, h=h)
         if not bool(found.rows.isfinite().all() and found.h.isfinite().all()):
             raise NumericsError(f"the gradients of {name} are not finite: the model overflows on this text")
         return found

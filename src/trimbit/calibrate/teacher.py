@@ -1,16 +1,18 @@
 """The original model's last hidden states for rows of tokens, kept on disk, and its head.
 
-They are computed block by block before training begins, so that the whole original is never in memory together with the
-model being trained. The next training on the same rows reuses them.
+They are computed block by block, so that the whole original is never in memory together with a model that is compared
+with it. Whatever is compared on the same rows next reuses them.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from trimbit.errors import ArtifactError
 from trimbit.jobs.checked import load_tensors, save_tensors
@@ -22,10 +24,19 @@ from trimbit.schema.base import digest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Teacher:
-    """The teacher of a distillation: the input of its head for a row of tokens, and the head."""
+    """The original on some rows: the input of its head for a row of tokens, and the weight of the head."""
 
     hidden: Callable[[Int[Tensor, " length"]], Float[Tensor, "length hidden"]]
-    head: Head
+    weight: Float[Tensor, "vocab hidden"]
+
+    @property
+    def head(self) -> Head:
+        """The head."""
+        return partial(functional.linear, weight=self.weight)
+
+    def to(self, device: torch.device) -> "Teacher":
+        """The same teacher, whose outputs are on another device."""
+        return Teacher(hidden=lambda tokens: self.hidden(tokens).to(device), weight=self.weight.to(device))
 
 
 CARRIED = 2**28  # most bytes of fp32 hidden states that one sweep over the blocks carries
@@ -34,7 +45,7 @@ CARRIED = 2**28  # most bytes of fp32 hidden states that one sweep over the bloc
 def teacher_outputs(stream: BlockStream, rows: Iterable[Tensor], folder: Path, progress: Progress) -> Teacher:
     """The original as the teacher for `rows`; rows missing from `folder` are computed one by one.
 
-    No row's result depends on the others. A row of n tokens takes 2 * n * hidden bytes in `folder`.
+    No row's result depends on the others. A row takes length * hidden elements of the stream's dtype in `folder`.
     """
 
     def place(tokens: Tensor) -> Path:
@@ -49,7 +60,7 @@ def teacher_outputs(stream: BlockStream, rows: Iterable[Tensor], folder: Path, p
             hidden = [stream.run(index, block, row) for row in hidden]
             progress(number * stream.layout.blocks + index + 1, len(groups) * stream.layout.blocks)
         for path, last in zip(group, hidden, strict=True):
-            save_tensors(path, {"hidden": stream.final_norm(last)[0].to(torch.bfloat16).cpu()})
+            save_tensors(path, {"hidden": stream.final_norm(last)[0].to(stream.compute).cpu()})
 
     def hidden_of(tokens: Tensor) -> Tensor:
         found = load_tensors(place(tokens))
@@ -57,7 +68,7 @@ def teacher_outputs(stream: BlockStream, rows: Iterable[Tensor], folder: Path, p
             raise ArtifactError(f"{place(tokens)} is missing or was damaged during the run; run again")
         return found[0]["hidden"].to(stream.compute)
 
-    return Teacher(hidden=hidden_of, head=stream.head(CPU))
+    return Teacher(hidden=hidden_of, weight=stream.head_weight(CPU))
 
 
 def _groups(rows: Mapping[Path, Tensor], token_nbytes: int) -> list[list[Path]]:

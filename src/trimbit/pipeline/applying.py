@@ -12,6 +12,7 @@ from trimbit.jobs.stages import Stage, Work
 from trimbit.pipeline.job import Job, plain
 from trimbit.pipeline.keys import AppliedKey
 from trimbit.pipeline.prepare import Prepared
+from trimbit.pipeline.teacher import teacher
 from trimbit.schema.plan import Plan
 from trimbit.search.problem import Measured
 from trimbit.transform.apply import apply_plan
@@ -47,9 +48,11 @@ def applied_stage(job: Job, prepared: Prepared, plan: Plan, title: str) -> Stage
         fits = text is not None and prepared.stats is not None
         tokens = text.fit.tokens if text is not None and fits else torch.zeros(1, 2, dtype=torch.long)
         held_out = torch.cat([text.choose.tokens, text.report.tokens]) if text is not None else None
+        original = teacher(job, held_out) if held_out is not None else None
         kls = apply_plan(
-            job.stream, plan, tokens, job.compressor, job.steps.repair, prepared.stats, writer, work.progress, held_out
-        )
+            job.stream, plan, tokens, job.compressor, job.steps.repair, prepared.stats, writer, work.progress,
+            held_out, original,
+        )  # fmt: skip
         writer.finish()
         measured = [fmean(kls[: len(text.choose.tokens)]), fmean(kls[len(text.choose.tokens) :])] if text else None
         save_json(work.folder / MEASURED_FILE, measured)

@@ -29,7 +29,7 @@ class MomentsKey(StageKey):
     """Second moments of the inputs of every site of the dense model."""
 
     stage: ClassVar[str] = "moments"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     weights: str
     config: str
     tokens: str
@@ -86,7 +86,7 @@ class PredictedKey(StageKey):
     """Damage of every choice, predicted."""
 
     stage: ClassVar[str] = "predicted"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     moments: str
     candidates: str
     space: dict[str, Any]
@@ -112,7 +112,7 @@ class TeacherKey(StageKey):
     """The original's last hidden states by row of tokens; a store."""
 
     stage: ClassVar[str] = "teacher"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     weights: str
     config: str
     compute: str
@@ -123,7 +123,7 @@ class AppliedKey(StageKey):
     """A plan applied for real."""
 
     stage: ClassVar[str] = "applied"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     plan: dict[str, Any]  # without its provenance and its cache of keys and values, which change no weight
     fit: str | None  # tokens that the method is fitted to
     choose: str | None

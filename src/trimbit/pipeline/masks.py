@@ -5,7 +5,7 @@ import torch
 from trimbit.pipeline.candidates import candidates_key
 from trimbit.pipeline.job import Job, plain
 from trimbit.pipeline.prepare import Prepared
-from trimbit.pipeline.recovering import teacher
+from trimbit.pipeline.teacher import teacher
 from trimbit.search.two_formats.config import MaskedSearch
 from trimbit.transform.quant import gptq, rtn
 from trimbit.transform.weight import WeightCompressor

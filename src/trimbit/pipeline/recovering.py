@@ -1,7 +1,6 @@
 """The stage that trains the low-rank pairs of an applied plan."""
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,14 +8,15 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimbit.calibrate.teacher import Teacher, teacher_outputs
+from trimbit.calibrate.teacher import Teacher
 from trimbit.jobs.checked import load_json, load_tensors, save_json, save_tensors
 from trimbit.jobs.stages import Stage, Work
 from trimbit.model.forward.logits import Divergence
 from trimbit.pipeline.applying import Applied, applied_stage
 from trimbit.pipeline.job import Job
-from trimbit.pipeline.keys import PairsKey, TeacherKey
+from trimbit.pipeline.keys import PairsKey
 from trimbit.pipeline.prepare import Prepared
+from trimbit.pipeline.teacher import teacher
 from trimbit.pipeline.text import Text
 from trimbit.recover.instructions import from_instructions, from_rows
 from trimbit.recover.recovery import divergence, train_pairs, with_pairs
@@ -43,16 +43,6 @@ class Recovered:
             "optimizer_nbytes": self.optimizer_nbytes,
         }
         return json.dumps(fields, indent=1)
-
-
-def teacher(job: Job, rows: Iterable[Tensor]) -> Teacher:
-    """The original's outputs for rows of tokens; each row is computed once."""
-    key = TeacherKey(
-        weights=job.model.weights_hash, config=job.model.config_hash, compute=job.recipe.compute,
-        device=job.device.type,
-    )  # fmt: skip
-    with job.runner.store(key, "the original's outputs") as work:
-        return teacher_outputs(job.original, rows, work.folder, work.progress)
 
 
 def examples_of(job: Job, text: Text | None) -> list[Example]:

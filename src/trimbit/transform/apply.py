@@ -3,7 +3,7 @@
 Each block is passed in the order of its sites, so that H of a site already carries the error of everything before it.
 The target of a refit is the uncut sub-block's output on these same inputs: with the dense model's output as target it
 would shrink what it keeps, because the compressed inputs are noisy (docs/benchmarks.md has the figures). Held-out rows,
-to which nothing is fitted, also pass through the dense model, and at the end give the plan's real KL.
+to which nothing is fitted, pass through the compressed blocks, too, and at the end give the plan's real KL.
 """
 
 import shutil
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trimbit.artifact.writer import Writer
 from trimbit.calibrate.stats import Stats
+from trimbit.calibrate.teacher import Teacher
 from trimbit.errors import ArtifactError, PlanError
 from trimbit.jobs.carried import Carried
 from trimbit.jobs.checked import load_tensors, save_tensors
@@ -33,14 +34,14 @@ PARTS = "parts"  # folder of the finished parts
 def apply_plan(
     stream: BlockStream, plan: Plan, tokens: Int[Tensor, "rows length"], compressor: WeightCompressor,
     repair: refit.Config | None, stats: Stats | None, writer: Writer, progress: Progress,
-    held_out: Int[Tensor, "held held_length"] | None = None,
+    held_out: Int[Tensor, "held held_length"] | None = None, original: Teacher | None = None,
 ) -> list[float]:  # fmt: skip
     """Write all tensors of a plan through `writer`; memory holds one block, twice, and the hidden states.
 
     Finished parts are kept in the folder of `writer` until the end, so that an interrupted application goes on.
 
     `stats` give H of a tied head, whose embedding is quantised first because the blocks read it too; a quantiser that
-    needs no moments needs no `stats`.
+    needs no moments needs no `stats`. `original` has the original's outputs for the `held_out` rows.
 
     Returns:
         KL(original || compressed) on each of the `held_out` rows, in nats a token.
@@ -74,9 +75,9 @@ def apply_plan(
     shutil.rmtree(parts)
     if held_out is None:
         return []
-    head_name = family.embed if layout.tied else family.head
-    original = stream.checkpoint.tensor(f"{head_name}.weight").to(stream.device, stream.compute)
-    return job.damage(original, head.dense(torch.bfloat16).to(stream.device, stream.compute), held_out)
+    assert original is not None, "held-out rows are compared with the original"
+    own_head = head.dense(torch.bfloat16).to(stream.device, stream.compute)
+    return job.damage(original.to(stream.device), own_head, held_out)
 
 
 def _embedding(

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from trimbit.calibrate.moments import Accumulator, Moments
 from trimbit.calibrate.taps import Tap
+from trimbit.calibrate.teacher import Teacher
 from trimbit.model.forward.compute import computing
 from trimbit.model.forward.halves import input_known, only_half
 from trimbit.model.forward.logits import compare_logits, following, logit_slices
@@ -21,11 +22,11 @@ from trimbit.transform.cut import cut_unit
 from trimbit.transform.repair import refit
 from trimbit.transform.weight import Compressed, WeightCompressor
 
-HIDDEN = ("compressed", "held_compressed", "held_dense")
+HIDDEN = ("compressed", "held_out")
 
 
 class _Job:
-    """The state of one application: the hidden states of both paths."""
+    """The state of one application: the hidden states of the compressed model."""
 
     def __init__(
         self, stream: BlockStream, resolved: Resolved, tokens: Tensor, compressor: WeightCompressor,
@@ -38,10 +39,9 @@ class _Job:
         self.repair = repair
         self.norm = as_stored(stream.norm)
         self.inputs: list[Tensor] = []  # of the unit's last projection, for each chunk
-        self.held_dense: Chunks = embed_chunks(stream, held_out) if held_out is not None else []
         with stream.embedding_replaced(embedding.dense(torch.bfloat16)):
             self.compressed: Chunks = embed_chunks(stream, tokens)
-            self.held_compressed: Chunks = embed_chunks(stream, held_out) if held_out is not None else []
+            self.held_out: Chunks = embed_chunks(stream, held_out) if held_out is not None else []
 
     @property
     def hidden(self) -> dict[str, Chunks]:
@@ -67,8 +67,7 @@ class _Job:
                     block.to(self.stream.device)  # orders, too
                     stored |= self._compress_unit(index, unit, dense, block, prefix)
                     self._advance_compressed(index, unit.origin, block, prefix)
-                    self._advance(self.held_compressed, index, block)
-                self._advance(self.held_dense, index, dense)
+                    self._advance(self.held_out, index, block)
         return stored
 
     def _advance(self, hidden: Chunks, index: int, block: nn.Module) -> None:
@@ -86,17 +85,15 @@ class _Job:
         self.inputs = []
 
     @torch.no_grad()
-    def damage(self, original: Tensor, compressed: Tensor, held_out: Tensor) -> list[float]:
-        """KL(original || compressed) on each held-out row, from the states after the last block and both heads."""
+    def damage(self, original: Teacher, head: Tensor, held_out: Tensor) -> list[float]:
+        """KL(original || compressed) on each held-out row, from the states after the last block and the own head."""
         found: list[float] = []
-        rows = zip(_rows(self.held_dense), _rows(self.held_compressed), held_out, strict=True)
-        for dense, own, tokens in rows:
-            teacher, student = (
-                logit_slices(partial(functional.linear, weight=weight), self.layout.config, norm(x))
-                for weight, norm, x in ((original, self.stream.norm, dense), (compressed, self.norm, own))
-            )
+        config, own_head = self.layout.config, partial(functional.linear, weight=head)
+        for own, tokens in zip(_rows(self.held_out), held_out, strict=True):
+            taught = logit_slices(original.head, config, original.hidden(tokens))
+            student = logit_slices(own_head, config, self.norm(own))
             with computing(self.stream.compute, self.stream.device.type):
-                log_ps = (torch.log_softmax(logits, -1) for _, logits in teacher)
+                log_ps = (torch.log_softmax(logits, -1) for _, logits in taught)
                 found.append(compare_logits(log_ps, student, following(tokens[None])).kl)
         return found
 

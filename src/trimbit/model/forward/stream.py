@@ -139,12 +139,14 @@ class BlockStream:
         with torch.no_grad():
             return self.norm(hidden)  # type: ignore[no-any-return]
 
-    def head(self, device: torch.device | None = None) -> Head:
+    def head(self) -> Head:
         """The dense head, in the dtype of matrix products."""
+        return partial(functional.linear, weight=self.head_weight(self.device))
+
+    def head_weight(self, device: torch.device) -> Float[Tensor, "vocab hidden"]:
+        """The weight of the dense head, in the dtype of matrix products."""
         name = self.layout.family.embed if self.layout.tied else self.layout.family.head
-        return partial(
-            functional.linear, weight=self.checkpoint.tensor(f"{name}.weight").to(device or self.device, self.compute)
-        )
+        return self.checkpoint.tensor(f"{name}.weight").to(device, self.compute)
 
     def load(self, index: int) -> nn.Module:
         """A new copy of a block, with its weights in fp32."""

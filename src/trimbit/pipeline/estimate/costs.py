@@ -243,12 +243,12 @@ class Costs:
         return self.effort.rounded * self.pieces.rounding() if self.effort.rounded else 0.0
 
     def applied(self) -> float:
-        """Applying a plan block by block: running each half on both paths, summing moments, compressing weights."""
+        """Applying a plan block by block: running each half, summing moments, compressing weights."""
         tokens, held = self.fit_tokens, (self.want.held_out + self.want.report) * self.want.length
         if not self.job.needs_text:
             held = 0
         cut = self._cut_share
-        passes = (1 + NORMS + cut) * tokens + 2 * held
+        passes = (1 + NORMS + cut) * tokens + held
         own = sum(self._compressed(site, [self._format]) for site in self._sites(self.block))
         ridges = len(self.job.steps.repair.ridges) if self.job.steps.repair is not None else 0
         refits = sum(self.pieces.refit(u, u.size // 2 or 1, ridges) for u in self.cuttable) if cut and ridges else 0.0

@@ -47,6 +47,7 @@ class _Stages:
         self.costs = Costs(job, Pieces(job), self.effort)
         self.holds = Footprint(job, self.effort, budget_nbytes)
         self.found: dict[str, StageEstimate] = {}
+        self._taught: set[str] = set()  # uses of text whose rows the original has been run on
 
     def _add(
         self, stage: str, seconds: Callable[[], float], held: Callable[[], int], *, cached: bool = False, runs: int = 1
@@ -87,7 +88,7 @@ class _Stages:
             inside.append(holds.measuring(damage=effort.damage_rounds > 0))
         applied = effort.applied + (effort.trials if trained else 0)
         if applied:
-            self._add("applied", costs.applied, holds.applied, runs=applied)
+            self._apply(applied)
             inside.append(holds.applied())
         if job.objective is not None and trained:
             self._recover(config_of(job, job.objective.steps), effort.trials)
@@ -95,8 +96,7 @@ class _Stages:
         if isinstance(job.steps.search, MaskedSearch):
             want = job.recipe.calibration
             rows = job.steps.search.compared((want.training or want.rows) * (want.length // job.steps.search.length))
-            tokens = want.held_out * want.length + rows * job.steps.search.length
-            self._add("teacher", lambda: costs.teacher(tokens), lambda: holds.teacher(tokens))
+            self._teach(held_out=want.held_out * want.length, train=rows * job.steps.search.length)
         self._add("plan", costs.plan, lambda: max(inside))
 
     def _damage(self) -> None:
@@ -126,14 +126,26 @@ class _Stages:
         """Applying the found plan, unless the search has done that, and training its pairs."""
         tune = self.job.steps.tune
         if not self.effort.applied or self.there.found is not None:
-            self._add("applied", self.costs.applied, self.holds.applied, cached=self.there.applied)
+            self._apply(1, cached=self.there.applied)
         if tune is not None:
             self._recover(tune, 1, cached=self.there.pairs)
+
+    def _apply(self, runs: int, *, cached: bool = False) -> None:
+        want = self.job.recipe.calibration
+        if self.job.needs_text and not cached:
+            self._teach(held_out=want.held_out * want.length, report=want.report * want.length)
+        self._add("applied", self.costs.applied, self.holds.applied, cached=cached, runs=runs)
+
+    def _teach(self, *, cached: bool = False, **uses: int) -> None:
+        """Run the original on the tokens of each use of text that it has not been run on."""
+        tokens = sum(count for use, count in uses.items() if use not in self._taught)
+        self._taught |= uses.keys()
+        if tokens:
+            self._add("teacher", lambda: self.costs.teacher(tokens), lambda: self.holds.teacher(tokens), cached=cached)
 
     def _recover(self, config: Tuning, runs: int, *, cached: bool = False) -> None:
         want = self.job.recipe.calibration
         rows = min(config.steps * config.batch, (want.training or want.rows) * max(1, want.length // config.length))
-        tokens = (rows * config.length if config.loss == "distill" else 0) + want.report * want.length
-        if "teacher" not in self.found:
-            self._add("teacher", lambda: self.costs.teacher(tokens), lambda: self.holds.teacher(tokens), cached=cached)
+        train = rows * config.length if config.loss == "distill" else 0
+        self._teach(cached=cached, train=train, report=want.report * want.length)
         self._add("pairs", lambda: self.costs.pairs(config), self.holds.pairs, cached=cached, runs=runs)

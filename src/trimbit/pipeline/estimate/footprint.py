@@ -118,11 +118,11 @@ class Footprint:
         return (FP32 + 3) * self.embedding + QUANTISING + self._factor
 
     def applied(self) -> int:
-        """Hidden states of both paths, a block twice and its inputs for fitting; the embedding being compressed."""
+        """Hidden states, a block twice and its inputs for fitting; the embedding being compressed."""
         want = self.job.recipe.calibration
         held = (want.held_out + want.report) * want.length if self.job.needs_text else 0
         fits = self.tokens if self.job.needs_moments else 0
-        states = FP32 * self.hidden * (fits + 2 * held)
+        states = FP32 * self.hidden * (fits + held)
         inside = BF16 * fits * self.mid + 2 * FP32 * self.block + self._passing(self.chunk) + QUANTISING + self._factor
         ends = 2 * BF16 * self.embedding + FP32 * self.embedding + 2 * self.logits
         return self.stream + max(self._quantising_embedding, states + self.embedding + max(inside, ends))
