@@ -6,33 +6,32 @@ with it. Whatever is compared on the same rows next reuses them.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional
 
 from trimbit.errors import ArtifactError
 from trimbit.jobs.checked import load_tensors, save_tensors
 from trimbit.jobs.progress import Progress
-from trimbit.model.forward.logits import Head
+from trimbit.model.forward.logits import Head, head_of
 from trimbit.model.forward.stream import CPU, BlockStream
 from trimbit.schema.base import digest
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Teacher:
     """The original on some rows: the input of its head for a row of tokens, and the weight of the head."""
 
     hidden: Callable[[Int[Tensor, " length"]], Float[Tensor, "length hidden"]]
     weight: Float[Tensor, "vocab hidden"]
 
-    @property
+    @cached_property
     def head(self) -> Head:
         """The head."""
-        return partial(functional.linear, weight=self.weight)
+        return head_of(self.weight)
 
     def to(self, device: torch.device) -> "Teacher":
         """The same teacher, whose outputs are on another device."""

@@ -1,16 +1,14 @@
 """KL of the model in memory to the original, run on from the first block that changed."""
 
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional
 
 from trimbit.model.forward.compute import computing
 from trimbit.model.forward.in_memory import InMemoryModel
-from trimbit.model.forward.logits import Divergence, Head, compare_logits, following, logit_slices
+from trimbit.model.forward.logits import Divergence, Head, compare_logits, following, head_of, logit_slices
 from trimbit.model.forward.stream import Chunks, block_arguments, run_block
 
 
@@ -35,8 +33,7 @@ class KLProbe:
                 logits = self._logits(self.final, self.head)
                 self.stored = [torch.log_softmax(own, -1).to(torch.float16) for _, own in logits]
         else:
-            weight = whole.model.get_output_embeddings().weight.detach().clone()
-            self.head = partial(functional.linear, weight=weight)
+            self.head = head_of(whole.model.get_output_embeddings().weight.detach().clone())
 
     def refresh(self) -> Float[Tensor, "rows length hidden"]:
         """Take the model as it is now for what lies before a change; returns the last hidden states."""
@@ -77,5 +74,5 @@ class KLProbe:
             return compare_logits(self._reference(), logits, following(self.tokens))
 
     def damage(self, start: int | None) -> float:
-        """The KL of `judged`."""
+        """The KL of `divergence`."""
         return self.divergence(start).kl

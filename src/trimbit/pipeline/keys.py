@@ -100,7 +100,7 @@ class RemovalsKey(StageKey):
     """Damage of leaving out each sub-block that may go, measured."""
 
     stage: ClassVar[str] = "removals"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     weights: str
     config: str
     tokens: str

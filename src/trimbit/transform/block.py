@@ -2,19 +2,17 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from trimbit.calibrate.moments import Accumulator, Moments
 from trimbit.calibrate.taps import Tap
 from trimbit.calibrate.teacher import Teacher
 from trimbit.model.forward.compute import computing
 from trimbit.model.forward.halves import input_known, only_half
-from trimbit.model.forward.logits import compare_logits, following, logit_slices
+from trimbit.model.forward.logits import compare_logits, following, head_of, logit_slices
 from trimbit.model.forward.stream import BlockStream, Chunks, embed_chunks
 from trimbit.model.layout import Unit, Weight
 from trimbit.model.resolved import Resolved, ResolvedUnit, ResolvedWeight
@@ -88,7 +86,7 @@ class _Job:
     def damage(self, original: Teacher, head: Tensor, held_out: Tensor) -> list[float]:
         """KL(original || compressed) on each held-out row, from the states after the last block and the own head."""
         found: list[float] = []
-        config, own_head = self.layout.config, partial(functional.linear, weight=head)
+        config, own_head = self.layout.config, head_of(head)
         for own, tokens in zip(_rows(self.held_out), held_out, strict=True):
             taught = logit_slices(original.head, config, original.hidden(tokens))
             student = logit_slices(own_head, config, self.norm(own))

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tiny import VOCAB, tiny_model
-from trimbit.model.forward.logits import logit_slices, loss_gradient
+from trimbit.model.forward import compute
+from trimbit.model.forward.logits import head_of, logit_slices, loss_gradient
 
 
 @pytest.mark.parametrize("cap", [None, 5.0])
@@ -31,3 +32,21 @@ def test_the_loss_and_its_gradient_are_those_of_whole_logits(cap, distil, monkey
     want.backward()
     assert found == pytest.approx(float(want.detach()), rel=1e-5)
     torch.testing.assert_close(sliced.grad, whole.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_bf16_head_held_in_fp32_gives_the_same_logits_and_gradients(monkeypatch):
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(VOCAB, 48, generator=generator).bfloat16()
+    x, back = torch.randn(8, 48, generator=generator), torch.randn(8, VOCAB, generator=generator)
+    found = []
+    for without in (False, True):
+        monkeypatch.setattr(compute, "_without_bf16", lambda without=without: without)
+        head, leaf = head_of(weight), x.clone().requires_grad_()
+        assert head.keywords["weight"].dtype is (torch.float32 if without else torch.bfloat16)
+        with compute.products_in(torch.bfloat16):
+            logits = head(leaf)
+            logits.backward(back.to(logits.dtype))
+        found.append((logits.detach(), leaf.grad))
+    for held, plain in zip(*found, strict=True):
+        assert held.dtype is plain.dtype
+        torch.testing.assert_close(held, plain, rtol=0.01, atol=0.05)

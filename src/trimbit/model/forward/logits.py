@@ -1,6 +1,7 @@
 """Logits and KL, some tokens at a time, so that the logits of a whole window are never in memory."""
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedConfig
 
-from trimbit.model.forward.compute import fast_bf16
+from trimbit.model.forward.compute import fast_bf16, native
 
 LOGIT_TOKENS = 128  # 25 MB at a vocabulary of 49,152: below 32 MiB glibc reuses memory instead of mapping it again
 LOGIT_TOKENS_GPU = 1024  # few large products keep a GPU busy
@@ -23,6 +24,23 @@ class Divergence(NamedTuple):
 
     kl: float  # KL(reference || model), nats a token
     nll: float  # of the next token, under the model, nats
+
+
+def head_of(weight: Float[Tensor, "vocab hidden"]) -> Head:
+    """The head with this weight.
+
+    Where the CPU has no bf16 instructions, a bf16 weight is converted here, once, and not again for every slice.
+    """
+    fast = native(weight.dtype, weight.device.type)
+    if fast is weight.dtype:
+        return partial(functional.linear, weight=weight)
+    return partial(_rounded, weight=weight.to(fast))
+
+
+def _rounded(x: Float[Tensor, "tokens hidden"], weight: Float[Tensor, "vocab hidden"]) -> Float[Tensor, "tokens vocab"]:
+    """The product in bf16, the weight being held in fp32."""
+    with torch.autocast(x.device.type, enabled=False):
+        return functional.linear(x.bfloat16().float(), weight).bfloat16()
 
 
 def logit_slices(head: Head, config: PreTrainedConfig, hidden: Float[Tensor, "tokens hidden"]) -> Logits:

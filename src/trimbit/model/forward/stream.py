@@ -7,20 +7,18 @@ stream keeps its precision.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from trimbit.model.checkpoint.checkpoint import Checkpoint
 from trimbit.model.checkpoint.open import materialize
 from trimbit.model.forward.compute import computing
-from trimbit.model.forward.logits import Head
+from trimbit.model.forward.logits import Head, head_of
 from trimbit.model.layout import Layout
 from trimbit.schema.plan import Rotation
 
@@ -141,7 +139,7 @@ class BlockStream:
 
     def head(self) -> Head:
         """The dense head, in the dtype of matrix products."""
-        return partial(functional.linear, weight=self.head_weight(self.device))
+        return head_of(self.head_weight(self.device))
 
     def head_weight(self, device: torch.device) -> Float[Tensor, "vocab hidden"]:
         """The weight of the dense head, in the dtype of matrix products."""
