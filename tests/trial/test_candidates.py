@@ -31,8 +31,20 @@ def candidates(request, tmp_path):
     return CandidateWeights(
         checkpoint, stream.layout, collected(stream, TOKENS, tmp_path / "stats"),
         WeightCompressor(module=rtn, config=rtn.Config(), pairs=Pairs() if request.param else None),
-        tmp_path / "kept", rankings, SPACE, rank=request.param,
+        tmp_path / "kept", rankings, SPACE, rank=request.param, ahead=True,
     )  # fmt: skip
+
+
+def test_other_formats_of_a_site_are_made_only_ahead(candidates):
+    weight = candidates.layout.weights["model.layers.1.mlp.up_proj"]
+    made = {}
+    for ahead in (False, True):
+        candidates.ahead = ahead
+        candidates.compressed(weight, INT4 if not ahead else parse_precision("int3g32"))
+        made[ahead] = {path.name for path in candidates.folder.glob("*.safetensors")}
+    site = {f"model.layers.1.mlp.{name}.int4g32.safetensors" for name in ("up_proj", "gate_proj")}
+    assert made[False] == site
+    assert made[True] > site
 
 
 def test_a_damaged_candidate_is_named_and_made_again(candidates, caplog):

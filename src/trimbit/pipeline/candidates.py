@@ -27,5 +27,5 @@ def candidates_of(job: Job, prepared: Prepared) -> CandidateWeights:
     return CandidateWeights(
         job.stream.checkpoint, job.layout, prepared.stats, job.compressor,
         job.runner.cache.store(key.stage, key.digest), prepared.rankings, job.space,
-        rank=job.rank, refits=job.steps.repair is not None, device=job.device,
+        rank=job.rank, refits=job.steps.repair is not None, device=job.device, ahead=not job.predicts,
     )  # fmt: skip

@@ -27,8 +27,9 @@ def require_predictable(job: Job) -> None:
         RecipeError: if it has several rounds, low-rank pairs, or a quantiser whose errors cannot be predicted.
     """
     want = job.recipe.measure
-    if want is None or want.by != "predicted" or not job.steps.method.measures_damage:
+    if not job.predicts:
         return
+    assert want is not None
     if want.rounds > 1:
         raise RecipeError("measure.by=predicted does not depend on a background; set measure.rounds=1")
     if job.rank:

@@ -129,6 +129,12 @@ class Job:
         return self.steps.lowrank.rank if self.steps.lowrank is not None else 0
 
     @property
+    def predicts(self) -> bool:
+        """Whether the search reads the damage of choices, and it is predicted."""
+        measure = self.recipe.measure
+        return measure is not None and measure.by == "predicted" and self.steps.method.measures_damage
+
+    @property
     def damage_rows(self) -> int:
         """The number of rows whose beginnings the damage of choices is found on: different texts, not pieces of one."""
         measure = self.recipe.measure

@@ -120,8 +120,7 @@ class ModelOracle:
     def damage(self, background: Background, number: int) -> Measurements:
         """Damage of every choice in a background; what was measured before is reused."""
         job, layout = self.job, self.job.layout
-        assert job.recipe.measure is not None
-        if job.recipe.measure.by == "predicted":
+        if job.predicts:
             return self._predicted()
         assert self.text.damage is not None
         probe = self._probe_of_damage()

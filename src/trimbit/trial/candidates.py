@@ -39,9 +39,12 @@ class CandidateWeights:
     def __init__(
         self, checkpoint: Checkpoint, layout: Layout, stats: Stats | None, compressor: WeightCompressor, folder: Path,
         rankings: Mapping[str, tuple[int, ...]], space: Space | None, *, rank: int = 0, refits: bool = True,
-        orders: Mapping[str, Tensor] = MappingProxyType({}), device: torch.device = CPU,
+        orders: Mapping[str, Tensor] = MappingProxyType({}), device: torch.device = CPU, ahead: bool = False,
     ) -> None:  # fmt: skip
-        """`device` is where weights are compressed; what is returned is on the CPU."""
+        """`device` is where weights are compressed; what is returned is on the CPU.
+
+        `ahead`: once a weight is asked for in one format, make it in all formats of the space.
+        """
         self.checkpoint = checkpoint
         self.layout = layout
         self.stats = stats
@@ -53,6 +56,7 @@ class CandidateWeights:
         self.refits = refits
         self.orders = orders  # of the columns, by site
         self.device = device
+        self.ahead = ahead
 
     def unit_state(self, unit: Unit, width: int | None, formats: Mapping[str, Precision]) -> dict[str, Tensor]:
         """Parameters of a unit by name, each weight in its or its site's format; the output weight has a bias, too."""
@@ -126,12 +130,11 @@ class CandidateWeights:
         return self.folder / f"{weight.name}.{cut}{precision.name}.safetensors"
 
     def _make(self, weight: Weight, precision: Precision) -> None:
-        """Compress all weights of a site in all formats of the menu at once: they share the input and its factor."""
+        """Compress all weights of a site at once: they share the input and its factor."""
         unit = self.layout.units[weight.unit]
         members = [self.layout.weights[name] for name in unit.weights if self.layout.weights[name].site == weight.site]
-        menu = dict.fromkeys(
-            (precision, *(allowed_formats(unit, self.space) if self.space and unit.block is not None else ()))
-        )
+        others = allowed_formats(unit, self.space) if self.ahead and self.space and unit.block is not None else ()
+        menu = dict.fromkeys((precision, *others))
         work = [(member, p) for member in members for p in menu if not self._path(member, p).exists()]
         if not work:  # another process has made them meanwhile
             return

@@ -16,6 +16,7 @@ from trimbit.search.effort import Effort
 from trimbit.search.two_formats.config import MaskedSearch, MaskTraining
 
 CUT = 0.1  # ours: share of the sub-blocks that a plan is expected to cut if it may
+PLANNED = 2  # ours: formats of a weight in the plans that are assembled
 NORMS = 0.1  # ours: share of a pass that running the norms again for every site of a half adds
 PROPOSAL = 0.5  # ours: seconds to fit the Gaussian process and propose a plan
 PLAIN = Int(bits=4, group=64, symmetric=False)  # where the recipe names no formats
@@ -206,6 +207,9 @@ class Costs:
             total += self._forward(rows, length) + rows * length * self.pieces.logits()
         formats = effort.formats if effort.trials == 0 else (*effort.formats, *self.job.space.formats)
         embedding_formats = effort.embedding_formats if effort.trials == 0 else self.job.space.embedding_formats[:1]
+        if self.job.predicts and effort.assembled:
+            formats = (*formats, *[self._format] * PLANNED)
+            embedding_formats = (*embedding_formats, *[self._table_format] * PLANNED)
         if judged:
             total += judged * self._assembled()
         total += self._candidates(formats, embedding_formats)

@@ -101,8 +101,7 @@ class _Stages:
 
     def _damage(self) -> None:
         assert self.effort.background is not None
-        assert self.job.recipe.measure is not None
-        if self.job.recipe.measure.by == "predicted":
+        if self.job.predicts:
             self._predicted()
             return
         left, count = self.there.damage(self.effort.background)
