@@ -42,6 +42,11 @@ class Footprint:
         return FP32 * self.embedding
 
     @property
+    def _head(self) -> int:
+        """A head that logits are made by."""
+        return native(self.job.compute, self.job.device.type).itemsize * self.embedding
+
+    @property
     def _model(self) -> int:
         return BF16 * self.layout.parameters
 
@@ -90,15 +95,15 @@ class Footprint:
         states = (self.layout.blocks + 2 + measure.draws) * tokens * self.hidden * FP32
         sums = 2 * FP32 * sum(n * n for n in self.cols)
         back = 3 * self._passing(min(tokens, self.chunk)) + 2 * FP32 * self.block + sums
-        return self.stream + max(self._read + QUANTISING, states + max(back, self.logits))
+        return self.stream + max(self._read + QUANTISING, states + max(back, self._head + self.logits))
 
     def removals(self, count: int) -> int:
-        """Hidden states of every model that lacks a sub-block, twice when they are saved, and a block."""
+        """Hidden states of every model that lacks a sub-block, before and after a block, and the block."""
         measure = self.job.recipe.measure
         assert measure is not None
         tokens = min(measure.rows, removals.ROWS) * min(measure.length, removals.LENGTH)
         states = 2 * (count + 1) * tokens * self.hidden * FP32
-        passing = max(self._passing(min(tokens, self.chunk)) + FP32 * self.block, self.logits + self._read)
+        passing = max(self._passing(CHUNK_TOKENS) + FP32 * self.block, self._head + self.logits)
         return self.stream + states + passing
 
     def measuring(self, *, damage: bool) -> int:
@@ -106,7 +111,7 @@ class Footprint:
         measure, want = self.job.recipe.measure, self.job.recipe.calibration
         assert measure is not None
         choose, rows = want.held_out * measure.length, measure.rows * measure.length
-        held = self.stream + self._model + BF16 * self.embedding + choose * self.hidden * FP32
+        held = self.stream + self._model + BF16 * self.embedding + self._head + choose * self.hidden * FP32
         passing = self._passing(max(choose, rows if damage else 0))
         if damage:
             held += rows * (BF16 * self.vocab + (self.layout.blocks + 1) * self.hidden * FP32)
@@ -124,7 +129,7 @@ class Footprint:
         fits = self.tokens if self.job.needs_moments else 0
         states = FP32 * self.hidden * (fits + held)
         inside = BF16 * fits * self.mid + 2 * FP32 * self.block + self._passing(self.chunk) + QUANTISING + self._factor
-        ends = 2 * BF16 * self.embedding + FP32 * self.embedding + 2 * self.logits
+        ends = BF16 * self.embedding + 2 * self._head + 2 * self.logits
         return self.stream + max(self._quantising_embedding, states + self.embedding + max(inside, ends))
 
     def teacher(self, tokens: int) -> int:
@@ -140,7 +145,7 @@ class Footprint:
         width = 16 * self.hidden + 8 * self.mid
         left = tune.micro * tune.length * blocks * width * BF16
         trained = 4 * FP32 * self.job.rank * sum(w.rows + w.cols for w in self.layout.weights.values())
-        return self.stream + self.budget_nbytes + 2 * BF16 * self.embedding + left + trained + self.logits
+        return self.stream + self.budget_nbytes + BF16 * self.embedding + self._head + left + trained + self.logits
 
     def masked(self) -> int:
         """Both formats or the weights, the tables, activations of a row, the learnt parameters and AdamW's state."""
