@@ -41,7 +41,7 @@ class RankingKey(StageKey):
     """The order in which channels and KV groups are cut."""
 
     stage: ClassVar[str] = "ranking"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     moments: str  # key; a criterion on gradients reads the same model and tokens
     criterion: Plain
 
@@ -60,7 +60,7 @@ class CandidatesKey(StageKey):
     """Compressed weights of every choice, made from the dense model alone; a store."""
 
     stage: ClassVar[str] = "candidates"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     source: str  # the key of the moments, or the weights' hash where none are needed
     quant: Plain
     repair: Plain
@@ -86,7 +86,7 @@ class PredictedKey(StageKey):
     """Damage of every choice, predicted."""
 
     stage: ClassVar[str] = "predicted"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     moments: str
     candidates: str
     space: dict[str, Any]
@@ -123,7 +123,7 @@ class AppliedKey(StageKey):
     """A plan applied for real."""
 
     stage: ClassVar[str] = "applied"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     plan: dict[str, Any]  # without its provenance and its cache of keys and values, which change no weight
     fit: str | None  # tokens that the method is fitted to
     choose: str | None
@@ -165,7 +165,7 @@ class SharesKey(StageKey):
     """KL of the model under masks; a store with a journal."""
 
     stage: ClassVar[str] = "shares"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     masked: dict[str, Any]
     moments: str
     train: str

@@ -29,10 +29,11 @@ class ChannelFigures:
 
     def salience(self, name: str) -> list[float]:
         """For each input channel of a weight, the sum of w^2 / [H^-1]_jj^2 over its rows."""
-        h = self.stats.moments(self.layout.weights[name].site).h.double()
+        h = self.stats.moments(self.layout.weights[name].site).h
         w = self.checkpoint.tensor(f"{name}.weight").double()
-        inverse = damped_inverse(h, DAMPING).diagonal()
-        return (w.square().sum(0) / inverse.square()).tolist()
+        inverse, d = damped_inverse(h, DAMPING)
+        diagonal = inverse.diagonal().double() * d.double().square()
+        return (w.square().sum(0) / diagonal.square()).tolist()
 
     def rounding_error(self, name: str, runs: tuple[Run, ...]) -> float:
         """E |(W - Q) x|^2 of a weight that is rounded to nearest in these runs."""

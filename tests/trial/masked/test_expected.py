@@ -63,7 +63,8 @@ def test_expected_errors_have_the_mean_and_the_variance_of_the_formula(job, acts
     ranked = h.diagonal().argsort()  # GPTQ's: all that is low, then a fourth that is high
     high = round(0.25 * len(order))
     unranked = ranked.argsort()
-    exact = gptq.residuals(h[ranked][:, ranked], (len(order) - high, high), gptq.Config())[unranked][:, unranked]
+    exact = gptq.residuals(h[ranked][:, ranked], (len(order) - high, high), gptq.Config()).double()
+    exact = exact[unranked][:, unranked]
     reckoned = damped(h.double(), gptq.Config().damping)
     residuals = Residuals(exact, reckoned, made.steps.search.rank, torch.float32)
     layer.inputs.mask = mask

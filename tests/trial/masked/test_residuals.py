@@ -11,7 +11,7 @@ from trimbit.trial.masked.residuals import Residuals
 def test_residuals_of_low_rank_have_the_mean_squares_of_all(rank, generator):
     x = torch.randn(400, 80, generator=generator) @ torch.randn(80, 80, generator=generator)
     h = (x.T @ x / len(x)).double()
-    exact = gptq.residuals(h, (60, 20), gptq.Config(damping=0.0))
+    exact = gptq.residuals(h, (60, 20), gptq.Config(damping=0.0)).double()
     found = Residuals(exact, h, rank, torch.float32)
     r = found(x)
     want = x.double() @ exact.T

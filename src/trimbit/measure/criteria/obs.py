@@ -6,7 +6,7 @@ remaining weights make up for it, W -= W_g [H^-1]_gg^-1 [H^-1]_g: , and H^-1 is 
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from trimbit.calibrate.inverse import damped_inverse
 from trimbit.calibrate.moments import Moments
 from trimbit.schema.base import Schema
 
+DENSE = 0.25  # ours: share of the channels that may be gone before G and W are copied without them
 PAPER = "ZipLM (arXiv:2302.04089) and OSSCAR (arXiv:2403.12983)"
 READS = "moments"
 
@@ -27,45 +28,53 @@ class Config(Schema):
 
 
 def score(w: Float[Tensor, "rows channels"], moments: Moments, size: int, config: Config) -> Float[Tensor, " members"]:
-    """The round in which each member leaves, then its cost within the round: higher = keep. Solves in fp64.
+    """The round in which each member leaves, then its cost within the round: higher = keep.
+
+    H^-1 = D G D is downdated as G, which is scaled like a correlation, together with W D^-1: costs are the same.
 
     Raises:
         NumericsError: if the damped H is not positive definite.
     """
-    mean = moments.mean.double()
-    inverse = damped_inverse(moments.h.double() - mean.outer(mean), config.damping)
-    w = w.double().clone()
-    left = torch.arange(w.shape[1] // size, device=w.device)
-    scores = torch.zeros(len(left), dtype=torch.float64, device=w.device)
-    per_round = max(1, -(-len(left) // config.rounds))
-    rank = 0
-    while len(left) > 0:
-        cost = _costs(w, inverse, size)
-        leaving = cost.argsort(stable=True)[:per_round]
-        scores[left[leaving]] = torch.arange(rank, rank + len(leaving), dtype=torch.float64, device=w.device)
-        rank += len(leaving)
-        staying = torch.ones(len(left), dtype=torch.bool, device=w.device)
-        staying[leaving] = False
-        w, inverse = _remove(w, inverse, staying.repeat_interleave(size))
-        left = left[staying]
-    return scores.float()
-
-
-def _costs(w: Tensor, inverse: Tensor, size: int) -> Tensor:
-    """Loss of removing each member alone."""
+    g, d = damped_inverse(torch.addr(moments.h, moments.mean, moments.mean, alpha=-1), config.damping)
+    w = w.to(g.dtype) / d
     members = w.shape[1] // size
+    scores = torch.empty(members, device=w.device)
+    left = torch.arange(members, device=w.device)  # the members that G and W still hold
+    gone = torch.zeros(members, dtype=torch.bool, device=w.device)  # of these, the ones that have left
+    per_round = max(1, -(-members // config.rounds))
+    for rank in range(0, members, per_round):
+        cost = _costs(w, g, size, ~gone)
+        leaving = cost.argsort(stable=True)[: min(per_round, members - rank)]
+        scores[left[leaving]] = torch.arange(rank, rank + len(leaving), dtype=scores.dtype, device=w.device)
+        _remove(w, g, _channels(leaving, size))
+        gone[leaving] = True
+        if int(gone.sum()) > DENSE * len(left):
+            stay = _channels((~gone).nonzero().flatten(), size)
+            w, g, left = w[:, stay], g[stay][:, stay], left[~gone]
+            gone = torch.zeros_like(left, dtype=torch.bool)
+    return scores
+
+
+def _channels(members: Int[Tensor, " some"], size: int) -> Int[Tensor, " channels"]:
+    return (members[:, None] * size + torch.arange(size, device=members.device)).flatten()
+
+
+def _costs(w: Tensor, g: Tensor, size: int, there: Tensor) -> Tensor:
+    """Loss of removing each member alone; infinite for those that are gone."""
+    cost = w.new_full((len(there),), torch.inf)
     if size == 1:
-        return w.square().sum(0) / inverse.diagonal()
-    index = torch.arange(members * size, device=w.device).view(members, size)
-    blocks = inverse[index[:, :, None], index[:, None, :]]
-    parts = w.T.reshape(members, size, -1)
-    solved: Tensor = torch.linalg.solve(blocks, parts)
-    return (parts * solved).sum((1, 2))
+        cost[there] = w.square().sum(0)[there] / g.diagonal()[there]
+        return cost
+    index = _channels(there.nonzero().flatten(), size).view(-1, size)
+    blocks = g[index[:, :, None], index[:, None, :]]
+    parts = w.T[index]
+    cost[there] = (parts * torch.linalg.solve(blocks, parts)).sum((1, 2))
+    return cost
 
 
-def _remove(w: Tensor, inverse: Tensor, stay: Tensor) -> tuple[Tensor, Tensor]:
-    """Take channels out of W and H^-1, the rest making up for them."""
-    gone = ~stay
-    across = inverse[gone][:, stay]
-    solved = torch.linalg.solve(inverse[gone][:, gone], across)
-    return w[:, stay] - w[:, gone] @ solved, inverse[stay][:, stay] - across.T @ solved
+def _remove(w: Tensor, g: Tensor, channels: Tensor) -> None:
+    """Take channels out of W and G in place, the rest making up for them; their rows and columns become zero."""
+    across = g[channels]
+    solved = torch.linalg.solve(across[:, channels], across)
+    w.addmm_(w[:, channels], solved, alpha=-1)
+    g.addmm_(across.T, solved, alpha=-1)

@@ -52,14 +52,13 @@ def quantize_all(
         NumericsError: if the damped H is not positive definite, naming a damping that would work.
     """
     assert moments is not None, "GPTQ needs moments"
-    h = moments.h.double()
+    h = moments.h
     counts = [run.count for run in runs[0]]
     if any([run.count for run in other] != counts for other in runs):  # columns are swept in another order
         return [quantize(w, moments, own, config) for w, own in zip(ws, runs, strict=True)]
     order, u = _factor(h, counts, config)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    u = u.float()
-    weighting = h.diagonal().float().clamp(min=LEAST_WEIGHT) if config.weighted_scales else None
+    weighting = h.diagonal().clamp(min=LEAST_WEIGHT) if config.weighted_scales else None
     pieces: list[list[QTensor]] = [[] for _ in ws]
     for batch in _batches(ws):
         parts = [ws[at][rows] for at, rows in batch]
@@ -82,7 +81,7 @@ def residuals(h: Float[Tensor, "cols cols"], counts: Sequence[int], config: Conf
     Raises:
         NumericsError: if the damped H is not positive definite, naming a damping that would work.
     """
-    order, u = _factor(h.double(), counts, config)
+    order, u = _factor(h, counts, config)
     back = order.argsort()
     return (u / u.diagonal()[:, None])[back][:, back]
 
@@ -108,7 +107,7 @@ def _batches(ws: Sequence[Tensor]) -> list[list[tuple[int, slice]]]:
 def _factor(h: Tensor, counts: Sequence[int], config: Config) -> tuple[Tensor, Tensor]:
     """The order in which columns are swept, and U in that order."""
     order = _order(h.diagonal(), counts) if config.act_order else torch.arange(len(h), device=h.device)
-    return order, inverse_factor(h[order][:, order], config.damping)
+    return order, inverse_factor(h[order][:, order], config.damping).float()
 
 
 def _order(diagonal: Tensor, counts: Sequence[int]) -> Tensor:

@@ -67,4 +67,4 @@ class Layers:
             exact = gptq.residuals(moments.at(order).h, (weight.cols - high, high), self.sweep)[back][:, back]
         except NumericsError as err:
             raise NumericsError(f"{weight.name}: {err}") from err
-        return Residuals(exact, damped(moments.h.double(), self.sweep.damping), self.config.rank, compute)
+        return Residuals(exact.double(), damped(moments.h.double(), self.sweep.damping), self.config.rank, compute)
