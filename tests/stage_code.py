@@ -38,7 +38,7 @@ CODE = {  # what makes each result, below src/trimbit
         "transform/repair/refit.py",
         "model/forward",
     ),
-    "removals": ("measure/removals.py", "measure/kl_probe.py", "model/forward"),
+    "corrected": ("measure/corrected.py", "measure/variants.py", "trial/candidates.py", "model/forward"),
     "teacher": ("calibrate/teacher.py", "model/forward"),
     "applied": (
         "transform",

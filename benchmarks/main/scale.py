@@ -22,7 +22,7 @@ from harness.cells import Cell, Found, seeded
 from harness.process import measured
 from harness.records import run_fields
 from harness.tables import Results, table
-from trimbit.measure import removals
+from trimbit.measure import variants
 from trimbit.pipeline.recipes import load_recipe
 
 SEEDS = (0,)
@@ -32,7 +32,7 @@ ROWS = (f"calibration.rows={FIT_ROWS}", "calibration.held_out=1", "calibration.r
 LENGTHS = (128, 512)  # tokens of a row
 BITS = 4.5  # the budget, a parameter
 SPREAD = 0.02  # of random weights
-STAGES = ("moments", "predicted", "removals", "applied")
+STAGES = ("moments", "predicted", "corrected", "applied")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +131,8 @@ def whole_job(cell: Found, shape: Shape) -> float:
     read = {"moments": FIT_ROWS, "predicted": 1, "applied": FIT_ROWS + 2}  # rows here
     total = 0.0
     for stage, (fixed, slope) in stage_seconds(cell).items():
-        if stage == "removals":  # every model that lacks a sub-block runs from there to the end
-            total += shape.blocks * (1 + shape.blocks) / 3 * removals.ROWS * (fixed + slope * removals.LENGTH)
+        if stage == "corrected":  # every changed model runs from the change to the end
+            total += shape.blocks * (1 + shape.blocks) / 3 * variants.ROWS * (fixed + slope * variants.LENGTH)
         else:
             total += shape.blocks * (fixed + slope * tokens.get(stage, 0) / read.get(stage, 1))
     return total

@@ -1,4 +1,6 @@
-"""Predicted damage and removals on a device that refuses tensors of others, against the CPU."""
+"""Predicted damage and measured changes on a device that refuses tensors of others, against the CPU."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -6,7 +8,8 @@ import torch
 from measured import REF, SPACE, TOKENS
 from pretend import DEVICE, Pretend
 from trimbit.measure.predict import predict
-from trimbit.measure.removals import measure_removals
+from trimbit.measure.variants import measure_variants
+from trimbit.model.forward.halves import only_half
 from trimbit.model.forward.stream import BlockStream
 from trimbit.transform.quant import gptq, rtn
 from trimbit.trial.expected import ExpectedErrors
@@ -35,7 +38,9 @@ def test_predicted_damage(stream, on_device, candidates, module):
             assert one.damage == pytest.approx(other.damage, rel=1e-2)
 
 
-def test_removals(stream, on_device, tmp_path):
-    expected = measure_removals(stream, TOKENS, SPACE, tmp_path / "cpu", nothing)
-    found = measure_removals(on_device, TOKENS, SPACE, tmp_path / "device", nothing)
+def test_variants(stream, on_device, tmp_path):
+    halves = [unit for unit in stream.layout.units.values() if unit.name.endswith(".mlp")]
+    changes = {unit.block: {unit.name: partial(only_half, layout=stream.layout, unit=unit)} for unit in halves}
+    expected = measure_variants(stream, TOKENS, changes, tmp_path / "cpu", nothing)
+    found = measure_variants(on_device, TOKENS, changes, tmp_path / "device", nothing)
     assert found == pytest.approx(expected, rel=1e-3)

@@ -1,16 +1,14 @@
-"""Predicted damage against measured damage of the same choices; leaving out sub-blocks is measured."""
+"""Predicted damage against measured damage of the same choices."""
 
 import pytest
 from scipy.stats import spearmanr
 
 from measured import INT2, INT4, INT8, REF, SPACE, TOKENS
-from trimbit.jobs import carried
 from trimbit.measure import predict as predict_module
 from trimbit.measure.choices import allowed_formats, allowed_widths, sites_of
 from trimbit.measure.damage import measure
 from trimbit.measure.kl_probe import KLProbe
 from trimbit.measure.predict import predict
-from trimbit.measure.removals import measure_removals, removable, with_measured
 from trimbit.model.forward.in_memory import InMemoryModel
 from trimbit.schema.measurements import Background
 from trimbit.schema.precision import BF16
@@ -71,50 +69,6 @@ def test_finer_formats_cost_less(stream, predicted):
         small, large = (INT4, INT8) if unit.block is None else (INT2, INT4)
         for site in sites_of(stream.layout, unit):
             assert by[site, small.name] > 4 * by[site, large.name]
-
-
-def test_leaving_out_sub_blocks_is_measured(stream, candidates, predicted, tmp_path):
-    whole, steps = InMemoryModel(stream), []
-    probe = KLProbe(whole, TOKENS)
-    gone = measure_removals(stream, TOKENS, SPACE, tmp_path, lambda *step: steps.append(step))
-    units = removable(stream.layout, SPACE)
-    assert (
-        gone.keys() == {unit.dim for unit in units} == {unit.dim for unit in stream.layout.units.values() if unit.dim}
-    )
-    assert steps == [(1, 3), (2, 3), (3, 3)]
-    for unit in units:
-        state = candidates.unit_state(unit, 0, dict.fromkeys(sites_of(stream.layout, unit), BF16))
-        before = whole.current(tuple(state))
-        whole.install(state)
-        assert gone[unit.dim] == pytest.approx(probe.damage(None), rel=1e-2, abs=1e-4)
-        whole.install(before)
-    merged = with_measured(predicted, gone)
-    for before, after in zip(predicted.widths, merged.widths, strict=True):
-        assert after.by == ("measured" if after.width == 0 else "predicted")
-        assert after.damage == (gone[after.dim] if after.width == 0 else before.damage)
-    assert merged.formats == predicted.formats
-
-
-def test_leaving_out_goes_on_after_a_kill(stream, tmp_path, monkeypatch):
-    monkeypatch.setattr(carried, "SECONDS", 0)
-    whole = measure_removals(stream, TOKENS, SPACE, tmp_path / "whole", lambda *_: None)
-
-    def kill(done, _total):
-        if done == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        measure_removals(stream, TOKENS, SPACE, tmp_path / "killed", kill)
-    steps = []
-    assert measure_removals(stream, TOKENS, SPACE, tmp_path / "killed", lambda *step: steps.append(step)) == whole
-    assert steps == [(3, 3)]
-    assert list((tmp_path / "killed").iterdir()) == []
-
-
-def test_a_space_that_keeps_all_sub_blocks(stream, tmp_path):
-    space = SPACE.model_copy(update={"widths": (1.0, 0.5), "prune_kv_groups": False})
-    assert removable(stream.layout, space) == []
-    assert measure_removals(stream, TOKENS, space, tmp_path, lambda *_: None) == {}
 
 
 def test_some_rows_stand_for_all(stream, candidates, predicted, monkeypatch):

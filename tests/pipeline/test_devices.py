@@ -67,7 +67,7 @@ def test_a_dry_run_times_its_pieces_there(job, tmp_path, factories):
             job, "compute=float32", calibration="self", cache=tmp_path / "cache", device=PRETEND
         ).job
         told = estimate(opened, Budget.parse(BUDGET))
-    assert {"text", "moments", "ranking", "predicted", "removals", "applied"} <= {one.stage for one in told.stages}
+    assert {"text", "moments", "ranking", "predicted", "corrected", "applied"} <= {one.stage for one in told.stages}
     assert all(one.seconds > 0 for one in told.stages)
 
 

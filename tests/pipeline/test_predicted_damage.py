@@ -20,13 +20,13 @@ def test_a_forward_pass_is_run_for_whole_sub_blocks_alone(job, tmp_path, monkeyp
     monkeypatch.setenv("TRIMBIT_CACHE", str(tmp_path / "cache"))
     plan = session(job, PREDICTED).compress(Budget.parse(BUDGET), tmp_path / "one")
     found = stages(tmp_path / "one")
-    assert {"predicted", "removals"} <= found.keys()
+    assert {"predicted", "corrected"} <= found.keys()
     assert "damage" not in found
     assert plan.found_by.predicted_damage > 0
     session(job, PREDICTED).compress(Budget.parse("0.5x"), tmp_path / "two")
     again = stages(tmp_path / "two")
     assert again["predicted"]["cached"]
-    assert again["removals"]["cached"]
+    assert again["corrected"]["cached"]
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,26 @@
-"""The damage of every choice: the keys of measurements, and the stage that predicts it."""
+"""The damage of every choice: the keys of measurements, and the stages that predict it and correct the prediction."""
 
 import json
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from trimbit.errors import RecipeError
 from trimbit.jobs.checked import load_json, save_json
 from trimbit.jobs.stages import Stage, Work
+from trimbit.measure.corrected import Measured, corrected, to_measure
 from trimbit.measure.predict import predict
-from trimbit.measure.removals import measure_removals, removable
+from trimbit.measure.variants import Variant, measure_variants
+from trimbit.model.forward.halves import only_half
+from trimbit.model.forward.replaced import weights_replaced
+from trimbit.model.layout import Layout
 from trimbit.pipeline.candidates import candidates_key
 from trimbit.pipeline.job import Job
-from trimbit.pipeline.keys import DamageKey, PredictedKey, RemovalsKey
+from trimbit.pipeline.keys import CorrectedKey, DamageKey, PredictedKey
 from trimbit.pipeline.prepare import Prepared, kept_members, moments_key
-from trimbit.pipeline.text import Text
 from trimbit.schema.base import digest
-from trimbit.schema.measurements import Background, Measurements
+from trimbit.schema.measurements import Background, Measurements, WidthDamage
 from trimbit.transform.quant import gptq, rtn
 from trimbit.trial.candidates import CandidateWeights
 from trimbit.trial.expected import ExpectedErrors
@@ -50,29 +56,6 @@ def damage_key(job: Job, prepared: Prepared, background: Background) -> DamageKe
     )  # fmt: skip
 
 
-def removals_stage(job: Job, text: Text) -> Stage[dict[str, float]] | None:
-    """The stage that measures the model without each sub-block; None: all of them stay."""
-    dims = [unit.dim for unit in removable(job.layout, job.space) if unit.dim is not None]
-    if not dims:
-        return None
-    assert text.damage is not None
-    tokens = text.damage
-    key = RemovalsKey(
-        weights=job.model.weights_hash, config=job.model.config_hash, tokens=tokens.digest, compute=job.recipe.compute,
-        dims=dims,
-    )  # fmt: skip
-
-    def make(work: Work) -> None:
-        found = measure_removals(job.stream, tokens.tokens, job.space, work.folder, work.progress)
-        save_json(work.folder / "removals.json", found)
-
-    def load(folder: Path) -> dict[str, float]:
-        found: dict[str, float] = load_json(folder / "removals.json")
-        return found
-
-    return Stage(key=key, title="damage of leaving out each sub-block", make=make, load=load)
-
-
 def predicted_key(job: Job, prepared: Prepared) -> PredictedKey:
     """The key of the predicted damage."""
     text, want = prepared.text, job.recipe.measure
@@ -87,7 +70,7 @@ def predicted_key(job: Job, prepared: Prepared) -> PredictedKey:
     )  # fmt: skip
 
 
-def predicted_stage(job: Job, prepared: Prepared, candidates: CandidateWeights) -> Stage[Measurements]:
+def predicted_stage(job: Job, prepared: Prepared, candidates: Callable[[], CandidateWeights]) -> Stage[Measurements]:
     """The stage that predicts damage; `candidates` gives the refitted cuts."""
     text, want = prepared.text, job.recipe.measure
     assert text is not None
@@ -99,12 +82,49 @@ def predicted_stage(job: Job, prepared: Prepared, candidates: CandidateWeights) 
     def make(work: Work) -> None:
         errors = ExpectedErrors(job.stream.checkpoint, job.layout, prepared.stats, config)
         found = predict(
-            job.stream, tokens.tokens, want.draws, job.seed, job.space, errors, candidates.change, prepared.rankings,
+            job.stream, tokens.tokens, want.draws, job.seed, job.space, errors, candidates().change, prepared.rankings,
             job.model, tokens.digest, work.progress,
         )  # fmt: skip
         save_json(work.folder / "measurements.json", found.model_dump(mode="json"))
 
-    def load(folder: Path) -> Measurements:
-        return Measurements.model_validate_json(json.dumps(load_json(folder / "measurements.json")))
+    return Stage(key=predicted_key(job, prepared), title="damage of each choice, predicted", make=make, load=_load)
 
-    return Stage(key=predicted_key(job, prepared), title="damage of each choice, predicted", make=make, load=load)
+
+def corrected_stage(
+    job: Job, prepared: Prepared, found: Measurements, candidates: Callable[[], CandidateWeights]
+) -> Stage[Measurements] | None:  # fmt: skip
+    """The stage that measures some choices, and corrects predicted damage by them; None: there are none."""
+    text, layout = prepared.text, job.layout
+    assert text is not None
+    assert text.damage is not None
+    tokens, chosen = text.damage.tokens, to_measure(found, layout)
+    if not chosen:
+        return None
+
+    def make(work: Work) -> None:
+        variants: defaultdict[int, dict[str, Variant]] = defaultdict(dict)
+        for one in chosen:
+            assert one.unit.block is not None
+            variants[one.unit.block][one.name] = variant(layout, candidates(), one)
+        measured = measure_variants(job.stream, tokens, variants, work.folder, work.progress)
+        save_json(work.folder / "measurements.json", corrected(found, layout, measured).model_dump(mode="json"))
+
+    key = CorrectedKey(predicted=predicted_key(job, prepared).digest)
+    return Stage(key=key, title=f"damage of {len(chosen)} choices, measured", make=make, load=_load)
+
+
+def variant(layout: Layout, candidates: CandidateWeights, one: Measured) -> Variant:
+    """How a block changes if a choice is made."""
+    unit, choice = one.unit, one.choice
+    if isinstance(choice, WidthDamage) and choice.width == 0:
+        (other,) = (own for own in layout.units.values() if own.block == unit.block and own is not unit)
+        return partial(only_half, layout=layout, unit=other)
+    if isinstance(choice, WidthDamage):
+        state = partial(candidates.cut_state, unit, choice.width)
+    else:
+        state = partial(candidates.site_state, choice.site, choice.precision)
+    return partial(weights_replaced, state=state, prefix=f"{layout.family.blocks}.{unit.block}.")
+
+
+def _load(folder: Path) -> Measurements:
+    return Measurements.model_validate_json(json.dumps(load_json(folder / "measurements.json")))

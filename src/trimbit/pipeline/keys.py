@@ -96,16 +96,12 @@ class PredictedKey(StageKey):
     seed: int
 
 
-class RemovalsKey(StageKey):
-    """Damage of leaving out each sub-block that may go, measured."""
+class CorrectedKey(StageKey):
+    """Damage of every choice, the predictions being corrected by some that are measured."""
 
-    stage: ClassVar[str] = "removals"
-    version: ClassVar[int] = 4
-    weights: str
-    config: str
-    tokens: str
-    compute: str
-    dims: list[str]
+    stage: ClassVar[str] = "corrected"
+    version: ClassVar[int] = 1
+    predicted: str  # key
 
 
 class TeacherKey(StageKey):

@@ -18,13 +18,12 @@ from trimbit.jobs.stages import Runner
 from trimbit.measure.choices import background_of
 from trimbit.measure.damage import install, measure
 from trimbit.measure.kl_probe import KLProbe
-from trimbit.measure.removals import with_measured
 from trimbit.model.checkpoint.open import open_checkpoint
 from trimbit.model.forward.in_memory import InMemoryModel
 from trimbit.model.forward.logits import Divergence
 from trimbit.pipeline.applying import applied, applied_stage
 from trimbit.pipeline.candidates import candidates_key, candidates_of
-from trimbit.pipeline.damage import damage_key, predicted_stage, removals_stage
+from trimbit.pipeline.damage import corrected_stage, damage_key, predicted_stage
 from trimbit.pipeline.job import Job, plain
 from trimbit.pipeline.keys import OutcomesKey, SharesKey
 from trimbit.pipeline.masks import masked_model
@@ -134,11 +133,11 @@ class ModelOracle:
         return found
 
     def _predicted(self) -> Measurements:
-        """Damage of every choice, predicted in the dense model; that of whole sub-blocks is measured there."""
+        """Damage of every choice, predicted in the dense model, and corrected by what some choices show there."""
         job = self.job
-        found = job.runner.run(predicted_stage(job, self.prepared, self.candidates))
-        removals = removals_stage(job, self.text)
-        return found if removals is None else with_measured(found, job.runner.run(removals))
+        found = job.runner.run(predicted_stage(job, self.prepared, lambda: self.candidates))
+        correction = corrected_stage(job, self.prepared, found, lambda: self.candidates)
+        return found if correction is None else job.runner.run(correction)
 
     def _probe_of_damage(self) -> KLProbe:
         if "_choose_probe" in self.__dict__ and "_damage_probe" not in self.__dict__:

@@ -26,7 +26,8 @@ def run_record(job: Job, result: Result, plan: Plan, resolved: Resolved) -> Run:
         text=_text(job, result.text), budget=str(result.budget) if result.budget else None,
         budget_nbytes=result.budget_nbytes, nbytes=plan.found_by.nbytes, plan=plan.content, method=plan.found_by.method,
         predicted_kl=plan.found_by.predicted_damage, chosen_kl=measured.choose if measured else None,
-        report_kl=plan.found_by.measured_damage, gap=result.found.gap, tried=tuple(map(_tried, result.found.tried)),
+        report_kl=plan.found_by.measured_damage, gap=result.found.gap,
+        corrections=result.found.corrections, tried=tuple(map(_tried, result.found.tried)),
         training=tuple(_training(result)), stages=tuple(job.runner.records.values()),
         units=unit_rows(resolved), kv_cache=cache_record(job.layout, resolved),
     )  # fmt: skip

@@ -10,7 +10,7 @@ DOES = {  # what a stage does
     "importance": "importance of each layer",
     "damage": "damage of each choice",
     "predicted": "damage of each choice, predicted",
-    "removals": "damage of leaving out sub-blocks",
+    "corrected": "damage of some choices, measured",
     "plan": "search",
     "applied": "pruning, refit, quantisation",
     "teacher": "the original's outputs",

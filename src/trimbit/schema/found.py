@@ -1,6 +1,7 @@
 """The result of a search: the plan found, and the plans tried on the way."""
 
 from trimbit.schema.base import Schema
+from trimbit.schema.measurements import Correction
 from trimbit.schema.objective import Outcome
 from trimbit.schema.plan import Plan
 
@@ -20,4 +21,5 @@ class Found(Schema):
     plan: Plan
     tried: tuple[Tried, ...] = ()
     curve: tuple[dict[str, float], ...] = ()  # of a training of masks, one entry per step
+    corrections: tuple[Correction, ...] = ()  # of predicted damage
     gap: float | None = None  # relative gap to the optimum, as proven by the solver; None: nothing proven

@@ -37,6 +37,22 @@ class Background(Schema):
     formats: dict[str, Precision]
 
 
+class Anchor(Schema):
+    """A choice that was both predicted and measured."""
+
+    name: str
+    predicted: float
+    measured: float
+
+
+class Correction(Schema):
+    """The factor by which the predicted damage of a kind of choices was multiplied, and what it follows from."""
+
+    kind: str
+    factor: float
+    anchors: tuple[Anchor, ...]
+
+
 class Measurements(Schema):
     """Damage of every choice: KL to the dense model in nats a token."""
 
@@ -50,3 +66,4 @@ class Measurements(Schema):
     rankings: dict[str, tuple[int, ...]]  # dim -> indices, the most important first
     formats: tuple[FormatDamage, ...]
     widths: tuple[WidthDamage, ...]
+    corrections: tuple[Correction, ...] = ()  # of predicted damage

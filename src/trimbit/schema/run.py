@@ -4,6 +4,7 @@ from typing import Literal
 
 from trimbit.schema.base import Schema
 from trimbit.schema.kv_cache import KVPrecision, kv_cache_nbytes
+from trimbit.schema.measurements import Correction
 from trimbit.schema.plan import ModelRef
 
 RUN_FILE = "run.json"
@@ -112,6 +113,7 @@ class Run(Schema):
     chosen_kl: float | None  # on the rows used to choose plans
     report_kl: float | None  # on the report rows: nothing was fitted to them or chosen by them
     gap: float | None = None  # relative gap to the optimum of the solver's objective, as proven by the solver
+    corrections: tuple[Correction, ...] = ()  # of predicted damage, by kind of choice
     tried: tuple[TriedPlan, ...] = ()
     training: tuple[TrainingRecord, ...] = ()
     stages: tuple[StageRecord, ...] = ()

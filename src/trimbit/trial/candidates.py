@@ -89,14 +89,24 @@ class CandidateWeights:
 
     def change(self, unit: Unit, width: int) -> Change:
         """The change in the weight that writes to the residual stream at a narrower width, refitted if asked."""
-        assert unit.dim is not None
-        assert unit.out_weight is not None
-        weight, keep = self.layout.weights[unit.out_weight], tuple(sorted(self.rankings[unit.dim][:width]))
-        state = self.out_state(unit, weight, keep, BF16)
+        state = self.cut_state(unit, width)
+        weight = self.layout.weights[unit.out_weight or ""]
         return Change(
             weight=weight.name, delta=state[f"{weight.name}.weight"].float() - self._dense(weight),
             bias=state[f"{weight.name}.bias"] - self._bias(weight),
         )  # fmt: skip
+
+    def cut_state(self, unit: Unit, width: int) -> dict[str, Tensor]:
+        """The weight that writes to the residual stream at a narrower width, and its bias; nothing is quantised."""
+        assert unit.dim is not None
+        assert unit.out_weight is not None
+        weight, keep = self.layout.weights[unit.out_weight], tuple(sorted(self.rankings[unit.dim][:width]))
+        return self.out_state(unit, weight, keep, BF16)
+
+    def site_state(self, site: str, precision: Precision) -> dict[str, Tensor]:
+        """The whole weights that read a site, in one format."""
+        weights = self.layout.readers(site)
+        return {f"{one.name}.weight": self.compressed(one, precision).dense(torch.bfloat16) for one in weights}
 
     def moments(self, weight: Weight) -> Moments | None:
         """The moments that the quantiser reads for a weight."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from trimbit.calibrate.sample import BATCH, segment_tokens
-from trimbit.measure import removals
+from trimbit.measure import variants
 from trimbit.measure.choices import allowed_widths
 from trimbit.measure.damage import Change
 from trimbit.measure.predict import ROWS
@@ -186,10 +186,10 @@ class Costs:
             cuts += blocks * sum(self._cut(unit, width, BF16) for width in widths)
         return passes + ends + elements * self.pieces.rounding() + factors + cuts
 
-    def removals(self, count: int) -> float:
-        """Running the model without each of `count` sub-blocks, from that sub-block on."""
+    def corrected(self, count: int) -> float:
+        """Running the model with each of `count` changes, from the changed block on."""
         assert self.measure is not None
-        rows, length = min(self.measure.rows, removals.ROWS), min(self.measure.length, removals.LENGTH)
+        rows, length = min(self.measure.rows, variants.ROWS), min(self.measure.length, variants.LENGTH)
         tokens = rows * length
         passes = self.layout.blocks * tokens * (1 + count / 2) * self.pieces.streamed(length)
         ends = tokens * (self.pieces.logits() + count * (self.pieces.logits() + self.pieces.divergence()))

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from trimbit.calibrate.sample import NAME as SELF
 from trimbit.jobs.hardware import resident_nbytes
-from trimbit.measure.removals import removable
+from trimbit.measure.corrected import count_to_measure
 from trimbit.pipeline.estimate.costs import Costs
 from trimbit.pipeline.estimate.footprint import HEAP, Footprint
 from trimbit.pipeline.estimate.there import There
@@ -115,10 +115,10 @@ class _Stages:
     def _predicted(self) -> None:
         job, there = self.job, self.there
         self._add("predicted", self.costs.predicted, self.holds.predicted, cached=there.predicted)
-        if count := len(removable(job.layout, job.space)):
+        if count := count_to_measure(job.layout, job.space):
             self._add(
-                "removals", lambda: self.costs.removals(count), lambda: self.holds.removals(count),
-                cached=there.removals,
+                "corrected", lambda: self.costs.corrected(count), lambda: self.holds.corrected(count),
+                cached=there.corrected,
             )  # fmt: skip
 
     def finish(self) -> None:

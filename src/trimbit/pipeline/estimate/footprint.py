@@ -6,7 +6,7 @@ KV cache while text is sampled, the embedding while it is read or compressed, an
 
 from trimbit.calibrate.sample import BATCH
 from trimbit.calibrate.teacher import CARRIED
-from trimbit.measure import removals
+from trimbit.measure import variants
 from trimbit.model.forward.compute import native
 from trimbit.model.forward.logits import LOGIT_TOKENS
 from trimbit.model.forward.stream import CHUNK_TOKENS
@@ -97,11 +97,11 @@ class Footprint:
         back = 3 * self._passing(min(tokens, self.chunk)) + 2 * FP32 * self.block + sums
         return self.stream + max(self._read + QUANTISING, states + max(back, self._head + self.logits))
 
-    def removals(self, count: int) -> int:
-        """Hidden states of every model that lacks a sub-block, before and after a block, and the block."""
+    def corrected(self, count: int) -> int:
+        """Hidden states of every changed model, before and after a block, and the block."""
         measure = self.job.recipe.measure
         assert measure is not None
-        tokens = min(measure.rows, removals.ROWS) * min(measure.length, removals.LENGTH)
+        tokens = min(measure.rows, variants.ROWS) * min(measure.length, variants.LENGTH)
         states = 2 * (count + 1) * tokens * self.hidden * FP32
         passing = max(self._passing(CHUNK_TOKENS) + FP32 * self.block, self._head + self.logits)
         return self.stream + states + passing

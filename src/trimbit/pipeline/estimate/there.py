@@ -7,7 +7,8 @@ from trimbit.calibrate.sample import NAME as SELF
 from trimbit.jobs.journal import Journal
 from trimbit.measure.damage import Change, changes
 from trimbit.pipeline.applying import applied_stage
-from trimbit.pipeline.damage import damage_key, predicted_key, removals_stage
+from trimbit.pipeline.candidates import candidates_of
+from trimbit.pipeline.damage import corrected_stage, damage_key, predicted_stage
 from trimbit.pipeline.job import Job
 from trimbit.pipeline.prepare import Prepared, importance_stage, moments_stage, ranking_stage
 from trimbit.pipeline.recovering import config_of, pairs_stage
@@ -15,6 +16,7 @@ from trimbit.pipeline.search import search_stage
 from trimbit.pipeline.text import Text, sampled_stage, text_of
 from trimbit.schema.found import Found
 from trimbit.schema.measurements import Background
+from trimbit.trial.candidates import CandidateWeights
 
 
 class There:
@@ -88,16 +90,20 @@ class There:
         """Whether the damage of choices was predicted."""
         if self.prepared is None:
             return False
-        key = predicted_key(self.job, self.prepared)
-        return self.job.runner.cache.open(key.stage, key.digest) is not None
+        return self.job.runner.has(predicted_stage(self.job, self.prepared, self._candidates))
 
     @cached_property
-    def removals(self) -> bool:
-        """Whether the model was measured without each sub-block."""
-        if self.text is None or self.text.damage is None:
+    def corrected(self) -> bool:
+        """Whether the predictions were corrected."""
+        if self.prepared is None or not self.predicted:
             return False
-        stage = removals_stage(self.job, self.text)
+        found = self.job.runner.run(predicted_stage(self.job, self.prepared, self._candidates))
+        stage = corrected_stage(self.job, self.prepared, found, self._candidates)
         return stage is not None and self.job.runner.has(stage)
+
+    def _candidates(self) -> CandidateWeights:
+        assert self.prepared is not None
+        return candidates_of(self.job, self.prepared)
 
     def damage(self, background: Background) -> tuple[Sequence[Change], int]:
         """The changes whose damage is not known yet, and how many there are in all."""

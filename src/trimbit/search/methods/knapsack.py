@@ -80,8 +80,8 @@ def search(problem: Problem, config: Config) -> Found:
     if len(rounds) == 1:
         return rounds[0]
     plan, tried = problem.best([found.plan for found in rounds])
-    gap = next(found.gap for found in rounds if found.plan.content == plan.content)
-    return Found(plan=plan, tried=(*(one for found in rounds for one in found.tried), *tried), gap=gap)
+    best = next(found for found in rounds if found.plan.content == plan.content)
+    return best.model_copy(update={"tried": (*(one for found in rounds for one in found.tried), *tried)})
 
 
 def best_of(problem: Problem, config: Config, damage: Measurements) -> Found:
@@ -103,7 +103,8 @@ def best_of(problem: Problem, config: Config, damage: Measurements) -> Found:
     last = finalists(estimated) if estimated else plans
     assert problem.measure is not None
     best, applied = problem.best(last if problem.measure.apply_finalists else last[:1])
-    return Found(plan=best, tried=(*estimated, *applied), gap=gaps.get(best.content))
+    tried = (*estimated, *applied)
+    return Found(plan=best, tried=tried, corrections=damage.corrections, gap=gaps.get(best.content))
 
 
 def finalists(estimated: Sequence[Tried]) -> list[Plan]:

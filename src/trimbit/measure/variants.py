@@ -1,10 +1,11 @@
-"""The damage of leaving out each sub-block, measured: the second order says too little of so large a change.
+"""The damage of changes to single blocks, measured in one sweep, whatever the size of the model.
 
-One sweep over the blocks carries the dense model's hidden states and those of every model that lacks one sub-block so
-far, so that no more than one block is in memory.
+The sweep carries the dense model's hidden states and those of every model that was changed so far, so that no more than
+one block is in memory.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -13,56 +14,50 @@ from torch import Tensor, nn
 
 from trimbit.jobs.carried import Carried
 from trimbit.jobs.progress import Progress
-from trimbit.measure.choices import allowed_widths
 from trimbit.model.forward.compute import computing
-from trimbit.model.forward.halves import only_half
 from trimbit.model.forward.logits import LOGIT_TOKENS, kl, logit_slices
 from trimbit.model.forward.stream import CHUNK_TOKENS, BlockStream
-from trimbit.model.layout import Layout, Unit
-from trimbit.schema.measurements import Measurements
-from trimbit.schema.space import Space
 
 DENSE = "dense"
-States = Float[Tensor, "rows length hidden"]
 ROWS, LENGTH = 4, 128  # ours: what a sub-block is worth differs more between texts than along one
+States = Float[Tensor, "rows length hidden"]
+Variant = Callable[[nn.Module], AbstractContextManager[None]]  # changes a block while it is entered
 
 
-def removable(layout: Layout, space: Space) -> list[Unit]:
-    """The sub-blocks that may go."""
-    return [unit for unit in layout.units.values() if 0 in allowed_widths(layout, unit, space)]
-
-
-def measure_removals(
-    stream: BlockStream, tokens: Int[Tensor, "rows length"], space: Space, folder: Path, progress: Progress
-) -> dict[str, float]:
-    """KL of the dense model without each sub-block that may go, by its dim, in nats a token.
+def measure_variants(
+    stream: BlockStream, tokens: Int[Tensor, "rows length"], variants: Mapping[int, Mapping[str, Variant]],
+    folder: Path, progress: Progress,
+) -> dict[str, float]:  # fmt: skip
+    """KL of the dense model with each change alone, by its name, in nats a token.
 
     Only the first `LENGTH` tokens of the first `ROWS` rows are read.
 
     A sweep that was interrupted goes on from the block that it had reached, kept in `folder`.
+
+    Args:
+        stream: the dense model.
+        tokens: rows of text.
+        variants: the changes of each block, by the block's index and by name.
+        folder: keeps the state of the sweep.
+        progress: counts blocks.
     """
     layout, carried, tokens = stream.layout, Carried(folder), tokens[:ROWS, :LENGTH]
+    names = [name for index in range(layout.blocks) for name in variants.get(index, {})]
+    short = {name: str(number) for number, name in enumerate(names)}
     done, hidden = 0, {DENSE: stream.embed(tokens)}
     if (known := carried.load()) is not None:
         done, hidden = known[0], {name: own.to(stream.device) for name, (own,) in known[1].items()}
-    units = removable(layout, space)
     for index in range(done, layout.blocks):
-        block = stream.load(index)
-        lacking: dict[str, Tensor] = {}
-        for number, unit in enumerate(units):
-            if unit.block == index:
-                others = [own for own in layout.units.values() if own.block == index and own is not unit]
-                state = hidden[DENSE]
-                for other in others:
-                    with only_half(block, layout, other):
-                        state = stream.run(index, block, state)
-                lacking[str(number)] = state
-        hidden = _run(stream, index, block, hidden) | lacking
+        block, changed = stream.load(index), {}
+        for name, change in variants.get(index, {}).items():
+            with change(block):
+                changed[short[name]] = stream.run(index, block, hidden[DENSE])
+        hidden = _run(stream, index, block, hidden) | changed
         carried.save(index + 1, {name: [own] for name, own in hidden.items()})
         progress(index + 1, layout.blocks)
     damage = _divergences(stream, hidden, tokens.numel())
     carried.finish()
-    return {unit.dim: damage[str(number)] for number, unit in enumerate(units) if unit.dim is not None}
+    return {name: damage[short[name]] for name in names}
 
 
 def _run(stream: BlockStream, index: int, block: nn.Module, hidden: Mapping[str, States]) -> dict[str, States]:
@@ -89,12 +84,3 @@ def _divergences(stream: BlockStream, hidden: Mapping[str, States], tokens: int)
             for name in total:
                 total[name] += kl(log_p, log_softmax(normed[name][part]))
     return {name: own / tokens for name, own in total.items()}
-
-
-def with_measured(found: Measurements, removals: dict[str, float]) -> Measurements:
-    """Predicted damage with that of whole sub-blocks as measured."""
-    widths = (
-        one.model_copy(update={"damage": removals[one.dim], "by": "measured"}) if one.width == 0 else one
-        for one in found.widths
-    )
-    return found.model_copy(update={"widths": tuple(widths)})
