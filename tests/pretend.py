@@ -37,7 +37,10 @@ class _Hook(torch._C._acc.PrivateUse1Hooks):
 
 _setup_privateuseone_for_python_backend(NAME, backend_module=_Module(), hook=_Hook())
 DEVICE = torch.device(NAME, 0)
+_LIBRARY = torch.library.Library("_", "IMPL")
+_LIBRARY.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")  # does nothing there; see `_cast`
 _ATEN = torch.ops.aten
+PRODUCTS = {getattr(_ATEN, name).default for name in ("mm", "addmm", "bmm", "baddbmm")}
 COPIES = {_ATEN.copy_.default}  # from one device to another
 INDEXED = {_ATEN.index.Tensor, _ATEN.index_put_.default, _ATEN.index_put.default}  # indices may be on the CPU
 
@@ -100,12 +103,21 @@ def _run(func, args, kwargs):
     if "device" in inner_kwargs:
         inner_kwargs = inner_kwargs | {"device": torch.device("cpu")}
     inner_args = [torch.device("cpu") if isinstance(one, torch.device) else one for one in inner_args]
+    if func in PRODUCTS:
+        inner_args = _cast(inner_args)
     out = func(*inner_args, **inner_kwargs)
     if func._schema.is_mutable and isinstance(out, torch.Tensor) and tensors and out is _held(args[0]):
         return args[0]
     return (
         tree_map_only(torch.Tensor, lambda one: one if isinstance(one, OnDevice) else OnDevice(one), out) if on else out
     )
+
+
+def _cast(args):
+    """Factors of several dtypes in the narrowest, as autocast has them."""
+    dtypes = {one.dtype for one in args if isinstance(one, torch.Tensor)}
+    narrowest = min(dtypes, key=lambda dtype: dtype.itemsize)
+    return tree_map_only(torch.Tensor, lambda one: one.to(narrowest), args)
 
 
 def _held(one):

@@ -49,7 +49,7 @@ def test_moments(path, tmp_path):
     on_cpu, on_device = both(path, run)
     assert on_cpu.keys() == on_device.keys()
     for name, own in on_cpu.items():
-        torch.testing.assert_close(on_device[name], own, **NEAR)
+        torch.testing.assert_close(on_device[name], own, rtol=1e-2, atol=1e-3)  # correlations are in fp16
 
 
 def test_gradients(path):

@@ -118,8 +118,8 @@ def test_batches_hold_a_limited_number_of_logits(job, folder, monkeypatch):
     whole = run(job.model, ["arc_easy"], folder)
     rows = []
 
-    def opened(path, dtype):
-        model = load(path, dtype)
+    def opened(path, dtype, device):
+        model = load(path, dtype, device)
         model.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape))
         return model
 

@@ -9,7 +9,10 @@ import sessions
 from jobs import BUDGET
 from pretend import DEVICE, Pretend
 from trimbit.errors import RecipeError
+from trimbit.evaluate.perplexity import evaluate
 from trimbit.pipeline.estimate.dry_run import estimate
+from trimbit.pipeline.recovering import config_of, examples_of, teacher_of
+from trimbit.recover.recovery import train_pairs
 from trimbit.schema.budget import Budget
 
 CPU, PRETEND = "cpu", str(DEVICE)
@@ -42,6 +45,7 @@ def test_the_same_model_is_made(job, tmp_path, overrides):
 @pytest.fixture
 def factories(monkeypatch):
     """`torch.tensor` makes its result where it is asked to: no mode sees that factory."""
+    torch.utils._device._device_constructors()  # keeps the factories of its first call, so these must be the real ones
     make = torch.tensor
 
     def there(data, device=None, **more):
@@ -77,7 +81,7 @@ def test_a_dry_run_times_its_pieces_there(job, tmp_path, factories):
     [("loftq-only", ()), ("qpruner-1", ("lowrank.init=zeros",)), ("qpruner-2", ())],
 )
 def test_pairs_and_importance(job, tmp_path, name, overrides, factories):
-    """Gradients, importance of layers and low-rank pairs; training is on the CPU."""
+    """Gradients, importance of layers and low-rank pairs."""
 
     def made(device):
         overridden = ("compute=float32", "tune=null", *overrides)
@@ -96,6 +100,48 @@ def test_pairs_and_importance(job, tmp_path, name, overrides, factories):
         product, known = ((each[f"{name}.b"].float() @ each[f"{name}.a"].float()) for each in (own, tensors))
         torch.testing.assert_close(product, known, rtol=2e-2, atol=2e-3)
     assert own.keys() == tensors.keys()
+
+
+def test_pairs_are_trained_there(job, tmp_path, factories):
+    opened = qpruner_jobs.session(job, "loftq-only", cache=tmp_path / "cache", device=CPU)
+    folder = opened.applied(opened.find_plan()).folder
+    examples, config = examples_of(opened.job, opened.text), config_of(opened.job)
+    taught = teacher_of(opened.job, examples, config)
+
+    def trained(device):
+        state = tmp_path / f"{device.type}.safetensors"
+        return train_pairs(folder, config, examples, taught, state, 0, lambda *_: None, device)
+
+    expected = trained(torch.device(CPU))
+    with Pretend():
+        own = trained(DEVICE)
+    assert own.losses == pytest.approx(expected.losses, rel=2e-2)
+    assert own.losses[-1] < own.losses[0]
+    for name, pair in own.pairs.items():
+        known = expected.pairs[name].b @ expected.pairs[name].a
+        assert (pair.b @ pair.a - known).norm() < 0.1 * known.norm()
+
+
+@pytest.fixture
+def without_inference_mode(monkeypatch):
+    """Inference mode turned into `no_grad`: the pretend tensors cannot be made in it."""
+    mode = torch.inference_mode
+    init = mode.__init__
+    monkeypatch.setattr(mode, "__init__", lambda self, mode=True: init(self, mode=False))
+    monkeypatch.setattr(mode, "__enter__", lambda self: torch.no_grad().__enter__())
+    monkeypatch.setattr(mode, "__exit__", lambda self, *_: torch.set_grad_enabled(True))
+
+
+def test_a_model_is_evaluated_there(job, tmp_path, factories, without_inference_mode):
+    _, _ = compressed(job, tmp_path, CPU)
+    ask = {"context": 64, "max_windows": 3, "against": job.model, "dtype": torch.float32}
+    expected = evaluate(tmp_path / "out", job.text, device=CPU, **ask)
+    with Pretend():
+        found = evaluate(tmp_path / "out", job.text, device=PRETEND, **ask)
+    for figure in ("ppl", "kl", "top1_agreement"):
+        assert getattr(found, figure) == pytest.approx(getattr(expected, figure), rel=1e-4)
+    with pytest.raises(RecipeError, match="device 'cuda:7' is not there"):
+        evaluate(tmp_path / "out", job.text, device="cuda:7", **ask)
 
 
 def test_a_device_that_is_not_there(job):

@@ -49,9 +49,15 @@ def config_fields(config: "PreTrainedConfig", structure: Structure) -> dict[str,
     return fields
 
 
-def weight_nbytes(folder: Path) -> int:
-    """Total bytes of the weight files in a directory, headers included."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+def weight_nbytes(path: Path) -> int:
+    """Total bytes of the weight files in a directory, headers included, or of one file."""
+    files = path.glob("*.safetensors") if path.is_dir() else (path,)
+    return sum(file.stat().st_size for file in files)
+
+
+def held_nbytes(path: Path) -> int:
+    """About what a model takes while it runs: its weights, and as much to unpack them."""
+    return 2 * weight_nbytes(path)
 
 
 def is_compressed(folder: Path) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trimbit.cli.console import print_pairs
-from trimbit.cli.options import CONTEXT, AsJson
+from trimbit.cli.options import CONTEXT, AsJson, Device
 from trimbit.cli.progress import reporter
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def eval_command(
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="documents per task; default: all")] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="bfloat16 or float32")] = "bfloat16",
+    device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Measure perplexity, KL to the original, bytes, memory and speed on a text, and accuracy on zero-shot tasks."""
@@ -55,13 +56,14 @@ def eval_command(
         with reporter().stage("evaluation") as progress:
             found = evaluate(
                 model, text, context=context, max_windows=windows, against=against, dtype=getattr(torch, dtype),
-                progress=progress,
+                device=device, progress=progress,
             )  # fmt: skip
     try:
         if names:
             scores = evaluate_tasks(
-                model, names, folder=task_data, max_documents=limit, dtype=getattr(torch, dtype), reporter=reporter()
-            )
+                model, names, folder=task_data, max_documents=limit, dtype=getattr(torch, dtype), reporter=reporter(),
+                device=device,
+            )  # fmt: skip
     finally:  # if the tasks fail, what was found on the text is still printed
         if found or scores:
             _print_evaluation(model, found, scores, as_json=as_json)

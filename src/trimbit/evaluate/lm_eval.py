@@ -18,11 +18,12 @@ import torch
 import yaml
 from transformers import PreTrainedModel
 
+from trimbit.artifact.files import held_nbytes
 from trimbit.errors import DataError, NumericsError
 from trimbit.evaluate.tasks import SOURCES, _check_rows, _file, mean_score
 from trimbit.jobs.hardware import hardware
 from trimbit.jobs.progress import Progress, Reporter
-from trimbit.model.forward.compute import fast_bf16
+from trimbit.model.forward.compute import fast_bf16, named_device
 from trimbit.runtime.load import load_model, load_tokenizer
 from trimbit.schema.evaluation import Score, TaskEvaluation, TaskScore
 
@@ -55,7 +56,7 @@ def check_tasks(names: tuple[str, ...], folder: Path | None, max_documents: int 
 
 def evaluate_tasks(
     path: Path, names: tuple[str, ...], *, folder: Path | None, max_documents: int | None, dtype: torch.dtype,
-    reporter: Reporter,
+    reporter: Reporter, device: str = "auto",
 ) -> TaskEvaluation:  # fmt: skip
     """Run a model, original or compressed, over zero-shot tasks.
 
@@ -66,6 +67,7 @@ def evaluate_tasks(
         max_documents: number of documents per task, from the first; None: all.
         dtype: in which the model is loaded.
         reporter: shows progress, one stage per task, counted in choices.
+        device: where it runs: auto, cpu, cuda or cuda:1.
 
     Raises:
         DataError: if the tasks cannot be run (see `check_tasks`), or lm-eval cannot use their data.
@@ -73,9 +75,8 @@ def evaluate_tasks(
     """
     check_tasks(names, folder, max_documents)
     tokenizer = load_tokenizer(path)
-    scores = score_tasks(
-        load_model(path, dtype), tokenizer, names, folder=folder, max_documents=max_documents, reporter=reporter
-    )
+    model = load_model(path, dtype, named_device(device, held_nbytes(path)))
+    scores = score_tasks(model, tokenizer, names, folder=folder, max_documents=max_documents, reporter=reporter)
     return TaskEvaluation(
         model=str(path), task_data=str(folder) if folder else None, task_limit=max_documents,
         tasks=scores, task_mean=mean_score(scores),

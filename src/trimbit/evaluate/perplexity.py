@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoConfig, PreTrainedModel
 
-from trimbit.artifact.files import PLAN_FILE, is_compressed, weight_nbytes
+from trimbit.artifact.files import PLAN_FILE, held_nbytes, is_compressed, weight_nbytes
 from trimbit.calibrate.text import evaluation_windows
 from trimbit.errors import ArtifactError, DataError, NumericsError
 from trimbit.evaluate.speed import decode_speed
 from trimbit.jobs.hardware import hardware, peak_nbytes
 from trimbit.jobs.progress import Progress, silent
 from trimbit.model.checkpoint.open import open_checkpoint
-from trimbit.model.forward.compute import fast_bf16
+from trimbit.model.forward.compute import fast_bf16, finished, named_device
 from trimbit.model.forward.hf_names import CACHE
 from trimbit.model.forward.logits import kl, logit_slices
 from trimbit.model.kv_nbytes import cache_nbytes
@@ -37,7 +37,8 @@ READ_WINDOWS = 8  # ours: windows read together, because every read dequantises 
 
 def evaluate(
     path: str | Path, text: str | Path, *, context: int = 2048, max_windows: int | None = None,
-    against: str | Path | None = None, dtype: torch.dtype = torch.bfloat16, progress: Progress = silent,
+    against: str | Path | None = None, dtype: torch.dtype = torch.bfloat16, device: str = "auto",
+    progress: Progress = silent,
 ) -> Evaluation:  # fmt: skip
     """Measure perplexity, bytes, memory and speed on a text; with `against`, KL and agreement with the original.
 
@@ -48,6 +49,7 @@ def evaluate(
         max_windows: number of windows, from the start; None: all.
         against: the original model.
         dtype: in which the model is loaded, bfloat16 or float32.
+        device: where it runs: auto, cpu, cuda or cuda:1.
         progress: takes (windows done, all windows).
 
     Raises:
@@ -64,7 +66,8 @@ def evaluate(
         raise DataError(f"the context is {context} tokens, but this model takes 2 to {positions}; change --context")
     if against is not None:
         _require_original(path, config.vocab_size, against)
-    model = load_model(path, dtype)
+    where = named_device(device, sum(map(held_nbytes, (path, against) if against else (path,))))
+    model = load_model(path, dtype, where)
     precision = precision_of(model)
     widths = load_plan(path / PLAN_FILE).widths if is_compressed(path) else {}
     reference, peak = None, 0
@@ -74,17 +77,17 @@ def evaluate(
         part = windows[at : at + together] if at else windows[:1]
         started = time.perf_counter()
         hidden = read_hidden(model, part)
+        finished(where)
         seconds += time.perf_counter() - started
         if at == 0:  # after one window, before the original is loaded
             peak = peak_nbytes()
-            reference = load_model(against, dtype) if against is not None else None
+            reference = load_model(against, dtype, where) if against is not None else None
         for window, own in zip(part, hidden, strict=True):
             beside = (reference, final_hidden(reference, window)) if reference is not None else None
             totals += score(model, own, window, beside)
         progress(at + len(part), len(windows))
-    scored = windows.shape[0] * (context - 1)
+    nbytes, scored = weight_nbytes(path), windows.shape[0] * (context - 1)
     nll, kl, top1 = (totals / scored).tolist()
-    nbytes = weight_nbytes(path) if path.is_dir() else path.stat().st_size
     parameters = sum(p.numel() for p in reference.parameters()) if reference is not None else None
     return Evaluation(
         model=str(path), against=str(against) if against else None, text=text.name, context=context,
@@ -105,7 +108,7 @@ def evaluate(
 def final_hidden(model: PreTrainedModel, window: Int[Tensor, " length"]) -> Tensor:
     """The input of the head for each token of a window."""
     with fast_bf16():
-        return model.get_decoder()(input_ids=window[None], use_cache=False).last_hidden_state[0]  # type: ignore[no-any-return]
+        return model.get_decoder()(input_ids=window[None].to(model.device), use_cache=False).last_hidden_state[0]  # type: ignore[no-any-return]
 
 
 def _require_original(path: Path, vocab_size: int, against: Path) -> None:
@@ -147,7 +150,7 @@ def read_hidden(
     cache, decoder = cache_for(model), model.get_decoder()
     with fast_bf16():
         parts = [
-            decoder(input_ids=part, use_cache=True, **{CACHE: cache}).last_hidden_state
+            decoder(input_ids=part.to(model.device), use_cache=True, **{CACHE: cache}).last_hidden_state
             for part in windows.split(READ_TOKENS, dim=1)
         ]
     return torch.cat(parts, dim=1)
@@ -171,7 +174,8 @@ def score(
         if not bool(logits.isfinite().all()):
             raise NumericsError("a logit is not finite: the model overflows on this text; try --dtype float32")
         log_q = torch.log_softmax(logits, -1)
-        total[0] += float(functional.nll_loss(log_q, window[1:][part], reduction="sum"))
+        labels = window[1:][part].to(log_q.device)
+        total[0] += float(functional.nll_loss(log_q, labels, reduction="sum"))
         if beside is not None:
             log_p = torch.log_softmax(next(beside)[1], -1)
             total[1] += kl(log_p, log_q)

@@ -218,7 +218,7 @@ class ModelOracle:
             self._workers = Workers(
                 objective.workers, _open,
                 (job.checkpoint.path, job.recipe.model_dump_json(), job.calibration, job.seed, job.runner.cache.root,
-                 job.threads, objective.model_dump_json()),
+                 job.threads, job.device_name, objective.model_dump_json()),
             )  # fmt: skip
         yield from self._workers.each(plans)
 
@@ -279,12 +279,12 @@ def problem_of(job: Job, budget_nbytes: int, oracle: ModelOracle | None = None, 
 
 
 def _open(
-    model: Path, recipe: str, calibration: str, seed: int, cache: Path, threads: int, objective: str
+    model: Path, recipe: str, calibration: str, seed: int, cache: Path, threads: int, device: str, objective: str
 ) -> Callable[[Plan], Outcome]:
     """The function by which a worker process measures plans."""
     job = Job(
         checkpoint=open_checkpoint(model), recipe=Recipe.model_validate_json(recipe), calibration=calibration,
-        seed=seed, runner=Runner(Cache(cache)), threads=threads,
+        seed=seed, runner=Runner(Cache(cache)), threads=threads, device_name=device,
     )  # fmt: skip
     oracle, want = ModelOracle(job, prepare(job)), Objective.model_validate_json(objective)
     return lambda plan: oracle.outcome(plan, want)

@@ -83,7 +83,9 @@ def pairs_stage(job: Job, prepared: Prepared, plan: Plan, own: Applied, config: 
 
     def make(work: Work) -> None:
         taught, state = teacher_of(job, examples, config), work.folder / "state.safetensors"
-        tuned: Tuned = train_pairs(own.folder, config, examples, taught, state, job.seed, work.progress)
+        tuned: Tuned = train_pairs(
+            own.folder, config, examples, taught, state, job.seed, work.progress, job.whole_device
+        )  # fmt: skip
         tensors = {f"{name}.{part}": getattr(pair, part) for name, pair in tuned.pairs.items() for part in "ab"}
         save_tensors(work.folder / "pairs.safetensors", tensors)
         save_json(work.folder / "training.json", [tuned.losses, tuned.trained_nbytes, tuned.optimizer_nbytes])
@@ -105,6 +107,6 @@ def with_recovered(
 ) -> tuple[PreTrainedModel, Divergence]:
     """The recovered model, and its divergence from the original on some rows."""
     taught = teacher(job, rows)
-    model = with_pairs(own.folder, recovered.pairs)
+    model = with_pairs(own.folder, recovered.pairs, job.whole_device)
     with job.reporter.stage("KL of the recovered model") as progress:
         return model, divergence(model, taught, rows, progress)

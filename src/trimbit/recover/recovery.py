@@ -14,6 +14,7 @@ from trimbit.errors import NumericsError
 from trimbit.evaluate.perplexity import final_hidden
 from trimbit.jobs.progress import Progress
 from trimbit.model.forward.logits import Divergence, compare_logits, following, logit_slices
+from trimbit.model.forward.stream import CPU
 from trimbit.recover.tune import Config, Example, Tuned, tune
 from trimbit.runtime.layers import AdaptedLinear, PackedLinear
 from trimbit.runtime.load import load_model
@@ -22,12 +23,13 @@ from trimbit.transform.repair.lowrank import LowRank
 
 def train_pairs(
     folder: Path, config: Config, examples: Sequence[Example], teacher: Teacher | None, state: Path, seed: int,
-    progress: Progress,
+    progress: Progress, device: torch.device = CPU,
 ) -> Tuned:  # fmt: skip
     """Train the pairs of a compressed directory; an interrupted run goes on from `state`."""
-    model = load_model(folder, torch.bfloat16)
+    model = load_model(folder, torch.bfloat16, device)
     pairs, kinds = _taken_out(model), (PackedLinear, AdaptedLinear)
-    return tune(model, pairs, kinds, examples, teacher, config, state, seed, progress)
+    taught = teacher.to(device) if teacher is not None else None
+    return tune(model, pairs, kinds, examples, taught, config, state, seed, progress)
 
 
 def divergence(
@@ -38,7 +40,7 @@ def divergence(
     Raises:
         NumericsError: if the model's output is not finite.
     """
-    total = torch.zeros(2, dtype=torch.float64)
+    total, teacher = torch.zeros(2, dtype=torch.float64), teacher.to(model.device)
     for at, row in enumerate(rows):
         total += torch.tensor(_compared(teacher, model, row), dtype=torch.float64)
         progress(at + 1, len(rows))
@@ -54,9 +56,9 @@ def _compared(teacher: Teacher, model: PreTrainedModel, row: Int[Tensor, " lengt
     return compare_logits((torch.log_softmax(logits, -1) for _, logits in reference), own, following(row[None]))
 
 
-def with_pairs(folder: Path, pairs: Mapping[str, LowRank]) -> PreTrainedModel:
+def with_pairs(folder: Path, pairs: Mapping[str, LowRank], device: torch.device = CPU) -> PreTrainedModel:
     """The model of a compressed directory with these pairs in place of its own."""
-    model = load_model(folder, torch.bfloat16)
+    model = load_model(folder, torch.bfloat16, device)
     with torch.no_grad():
         for name, module in _layers(model).items():
             module.adapter.a.copy_(pairs[name].a)

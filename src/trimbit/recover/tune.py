@@ -110,7 +110,7 @@ def tune(
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _schedule(step, config)
         # autocast casts the pairs to bf16; casting each layer's input to fp32 first would hold it twice
-        with torch.random.fork_rng(devices=[]), disable_input_dtype_casting(model):
+        with torch.random.fork_rng(devices=_seeded(model.device)), disable_input_dtype_casting(model):
             torch.manual_seed(seed * 1_000_003 + step)  # for dropout
             loss = _step(model, examples, original, config, seed, step)
         gradients = [p.grad for p in parameters.values() if p.grad is not None]
@@ -127,10 +127,15 @@ def tune(
     found = {}
     for name, (a, b) in lora.items():
         scale = config.alpha / a.shape[0]
-        found[name] = LowRank(a=_bf16(a.detach()), b=_bf16(b.detach() * scale))
+        found[name] = LowRank(a=_bf16(a.detach()).cpu(), b=_bf16(b.detach() * scale).cpu())
     moments = [value for p in parameters.values() for key, value in optimizer.state[p].items() if key != "step"]
     trained = _nbytes(parameters.values())
     return Tuned(pairs=found, losses=losses, trained_nbytes=trained, optimizer_nbytes=_nbytes(moments))
+
+
+def _seeded(device: torch.device) -> list[torch.device]:
+    """The devices besides the CPU whose generators dropout draws from."""
+    return [device] if device.type == "cuda" else []
 
 
 def _nbytes(tensors: Any) -> int:  # noqa: ANN401
@@ -186,14 +191,14 @@ def _step(
     total = 0.0
     for start in range(0, len(rows), config.micro):
         own = rows[start : start + config.micro]
-        tokens, target = _padded(own)
-        with products_in(torch.bfloat16):
+        tokens, target = (part.to(model.device) for part in _padded(own))
+        with products_in(torch.bfloat16, model.device.type):
             hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
             wanted = target[:, 1:]
             student, labels = hidden[:, :-1][wanted], tokens[:, 1:][wanted]
             taught = None
             if original is not None:
-                hidden_states = [original.hidden(row.tokens)[:-1][row.loss_mask[1:]] for row in own]
+                hidden_states = [original.hidden(row.tokens)[:-1][row.loss_mask[1:].to(model.device)] for row in own]
                 taught = logit_slices(original.head, model.config, torch.cat(hidden_states))
             total += loss_gradient(model.get_output_embeddings(), model.config, student, labels, taught, count)
     return total

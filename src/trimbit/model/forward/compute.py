@@ -62,6 +62,12 @@ def named_device(name: str, nbytes: int) -> torch.device:
     return device
 
 
+def finished(device: torch.device) -> None:
+    """Wait until a GPU has done what was asked of it, before a clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 @contextmanager
 def computing(compute: torch.dtype, device: str = "cpu") -> Iterator[None]:
     """Compute without gradients, with matrix products in `compute`."""
