@@ -30,7 +30,7 @@ def write_recipe(path: Path) -> None:
         "widths": [1.0, 0.5, 0.0],
         "channel_multiple": 16,
     }
-    fields["search"] = {"name": "knapsack", "params": {"pruning_costs": [1.0, 3.0]}}
+    fields["search"] = {"name": "knapsack", "params": {"plans": 3}}
     path.write_text(yaml.safe_dump(fields), encoding="utf-8")
 
 

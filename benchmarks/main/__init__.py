@@ -4,5 +4,5 @@ Models are first taken off their 4-bit grid. Perplexity and KL are those of the 
 context 2048; calibration is on WikiText-2 train. Results are in `results/main.json`, the page is docs/benchmarks.md.
 """
 
-EXPERIMENTS = ("budgets", "rounding", "predicted", "plans", "spread", "texts", "job")  # in the order in which they are run
+EXPERIMENTS = ("budgets", "rounding", "predicted", "plans", "spread", "texts", "job")  # in the order of running
 ALONE = ("scale",)  # run only if named

@@ -22,6 +22,7 @@ from trimbit.pipeline.prepare import prepare
 from trimbit.schema.measurements import Measurements
 from trimbit.schema.plan import Plan
 from trimbit.search.methods.knapsack import Config, background, solve
+from trimbit.search.prices import Prices
 
 SEEDS = (0,)
 SHARED_MINUTES = 5.0
@@ -50,8 +51,7 @@ def compared(bench: Bench, seed: int) -> Found:
         damage = oracle.damage(background(problem_of(job, 0, oracle), job.steps.search), 0)
         for _ in range(PLANS):
             problem = problem_of(job, int(np.exp(draw.uniform(np.log(LEAST), np.log(MOST)))), oracle)
-            price = 1.0 if draw.random() < PRUNED else None
-            solved = solve(problem, Config(), _noisy(damage, draw), price, "random")
+            solved = solve(problem, Config(), _noisy(damage, draw), Prices(), prune=draw.random() < PRUNED)
             assert solved is not None, "these budgets hold a plan"
             plan, _ = solved
             predicted = predicted_damage(plan, damage, job.layout)

@@ -48,7 +48,7 @@ MENUS = {
     "4 and 8 bits by block": Menu("block", "nf4g64, int8row", "absmax", like_uniform=False),
     "2, 3, 4 and 8 bits by weight": Menu("weight", "uint2g64, uint3g64, nf4g64, int8row", "mse", like_uniform=True),
 }
-KNAPSACK = "search={name: knapsack, params: {pruning_costs: [1.0], no_pruning: false, uniform: null}}"
+KNAPSACK = "search={name: knapsack, params: {plans: 1, no_pruning: false}}"
 PRUNED = ("tune=null", "prune.ratio=0.2")
 NO_SMALLER = "search.optimiser.smaller=0"
 

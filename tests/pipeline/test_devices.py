@@ -119,7 +119,7 @@ def test_pairs_are_trained_there(job, tmp_path, factories):
     assert own.losses[-1] < own.losses[0]
     for name, pair in own.pairs.items():
         known = expected.pairs[name].b @ expected.pairs[name].a
-        assert (pair.b @ pair.a - known).norm() < 0.1 * known.norm()
+        assert (pair.b @ pair.a - known).norm() < 0.25 * known.norm()
 
 
 @pytest.fixture

@@ -90,7 +90,7 @@ def test_overrides():
             "measure.length=32",
             "space.widths=[1.0, 0.5]",
             "space.formats=[int4g32]",
-            "search.pruning_costs=[1, 2]",
+            "search.plans=4",
             "quant.damping=0.1",
             "criterion.name=activation",
             "criterion.kind=wanda_sp",
@@ -102,12 +102,12 @@ def test_overrides():
     assert found.measure.length == 32
     assert found.space.widths == (1.0, 0.5)
     assert found.space.formats == (parse_precision("int4g32"),)
-    assert found.search.params["pruning_costs"] == [1, 2]
+    assert found.search.params["plans"] == 4
     assert found.quant.params == {"damping": 0.1}
     assert (found.criterion.name, found.criterion.params) == ("activation", {"kind": "wanda_sp"})
     assert found.compute == "float32"
     config = step_config(knapsack.Config, "search", found.search)
-    assert config.pruning_costs == (1.0, 2.0)
+    assert config.plans == 4
     assert step_config(gptq.Config, "quant", found.quant).damping == 0.1
 
 
@@ -146,7 +146,7 @@ def test_bad_overrides(override, why):
     [
         ("search.steps=200", r"search knapsack: steps: unknown key"),
         ("search.gap=-1", r"search knapsack: gap: .*greater than or equal to 0"),
-        ("search.pruning_costs=[-1]", r"search knapsack: pruning_costs"),
+        ("search.plans=0", r"search knapsack: plans"),
         ("search.gap=wide", r"search knapsack: gap: .*valid number"),
     ],
 )

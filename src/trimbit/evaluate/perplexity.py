@@ -23,7 +23,7 @@ from trimbit.jobs.progress import Progress, silent
 from trimbit.model.checkpoint.open import open_checkpoint
 from trimbit.model.forward.compute import fast_bf16, finished, named_device
 from trimbit.model.forward.hf_names import CACHE
-from trimbit.model.forward.logits import kl, logit_slices
+from trimbit.model.forward.logits import kl, log_softmax, logit_slices
 from trimbit.model.kv_nbytes import cache_nbytes
 from trimbit.runtime.kv_cache import cache_for, precision_of
 from trimbit.runtime.load import load_model, load_tokenizer
@@ -173,11 +173,11 @@ def score(
     for part, logits in slices:
         if not bool(logits.isfinite().all()):
             raise NumericsError("a logit is not finite: the model overflows on this text; try --dtype float32")
-        log_q = torch.log_softmax(logits, -1)
+        log_q = log_softmax(logits)
         labels = window[1:][part].to(log_q.device)
         total[0] += float(functional.nll_loss(log_q, labels, reduction="sum"))
         if beside is not None:
-            log_p = torch.log_softmax(next(beside)[1], -1)
+            log_p = log_softmax(next(beside)[1])
             total[1] += kl(log_p, log_q)
             total[2] += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
     return total

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trimbit.model.forward.compute import computing
 from trimbit.model.forward.in_memory import InMemoryModel
-from trimbit.model.forward.logits import Divergence, Head, compare_logits, following, head_of, logit_slices
+from trimbit.model.forward.logits import Divergence, Head, compare_logits, following, head_of, log_softmax, logit_slices
 from trimbit.model.forward.stream import Chunks, block_arguments, run_block
 
 
@@ -31,7 +31,7 @@ class KLProbe:
         if repeated:
             with computing(whole.compute, whole.device.type):
                 logits = self._logits(self.final, self.head)
-                self.stored = [torch.log_softmax(own, -1).to(torch.float16) for _, own in logits]
+                self.stored = [log_softmax(own).to(torch.float16) for _, own in logits]
         else:
             self.head = head_of(whole.model.get_output_embeddings().weight.detach().clone())
 
@@ -64,7 +64,7 @@ class KLProbe:
         if self.stored is not None:
             yield from (log_p.float() for log_p in self.stored)
         else:
-            yield from (torch.log_softmax(logits, -1) for _, logits in self._logits(self.final, self.head))
+            yield from (log_softmax(logits) for _, logits in self._logits(self.final, self.head))
 
     def divergence(self, start: int | None = None) -> Divergence:
         """The model as it is now; nothing before block `start` changed since `refresh` (None: anything may)."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from trimbit.jobs.carried import Carried
 from trimbit.jobs.progress import Progress
 from trimbit.model.forward.compute import computing
-from trimbit.model.forward.logits import LOGIT_TOKENS, kl, logit_slices
+from trimbit.model.forward.logits import LOGIT_TOKENS, kl, log_softmax, logit_slices
 from trimbit.model.forward.stream import CHUNK_TOKENS, BlockStream
 
 DENSE = "dense"
@@ -73,14 +73,14 @@ def _divergences(stream: BlockStream, hidden: Mapping[str, States], tokens: int)
     head, config = stream.head(), stream.layout.config
     total = dict.fromkeys((name for name in hidden if name != DENSE), 0.0)
 
-    def log_softmax(x: Tensor) -> Tensor:
+    def log_probabilities(x: Tensor) -> Tensor:
         ((_, logits),) = logit_slices(head, config, x)
-        return torch.log_softmax(logits, -1)
+        return log_softmax(logits)
 
     normed = {name: stream.final_norm(state).flatten(0, -2) for name, state in hidden.items()}
     with computing(stream.compute, stream.device.type):
         for part in torch.arange(tokens).split(LOGIT_TOKENS):
-            log_p = log_softmax(normed[DENSE][part])
+            log_p = log_probabilities(normed[DENSE][part])
             for name in total:
-                total[name] += kl(log_p, log_softmax(normed[name][part]))
+                total[name] += kl(log_p, log_probabilities(normed[name][part]))
     return {name: own / tokens for name, own in total.items()}

@@ -100,12 +100,15 @@ def corrected_stage(
     tokens, chosen = text.damage.tokens, to_measure(found, layout)
     if not chosen:
         return None
+    config = job.steps.quant.config
+    assert isinstance(config, gptq.Config | rtn.Config), "a search that measures quantises with one of them"
 
     def make(work: Work) -> None:
         variants: defaultdict[int, dict[str, Variant]] = defaultdict(dict)
+        errors = ExpectedErrors(job.stream.checkpoint, layout, prepared.stats, config)
         for one in chosen:
             assert one.unit.block is not None
-            variants[one.unit.block][one.name] = variant(layout, candidates(), one)
+            variants[one.unit.block][one.name] = variant(layout, candidates, errors, one)
         measured = measure_variants(job.stream, tokens, variants, work.folder, work.progress)
         save_json(work.folder / "measurements.json", corrected(found, layout, measured).model_dump(mode="json"))
 
@@ -113,16 +116,18 @@ def corrected_stage(
     return Stage(key=key, title=f"damage of {len(chosen)} choices, measured", make=make, load=_load)
 
 
-def variant(layout: Layout, candidates: CandidateWeights, one: Measured) -> Variant:
-    """How a block changes if a choice is made."""
+def variant(
+    layout: Layout, candidates: Callable[[], CandidateWeights], errors: ExpectedErrors, one: Measured
+) -> Variant:  # fmt: skip
+    """How a block changes if a choice is made; no weight is quantised."""
     unit, choice = one.unit, one.choice
     if isinstance(choice, WidthDamage) and choice.width == 0:
         (other,) = (own for own in layout.units.values() if own.block == unit.block and own is not unit)
         return partial(only_half, layout=layout, unit=other)
     if isinstance(choice, WidthDamage):
-        state = partial(candidates.cut_state, unit, choice.width)
+        state = partial(candidates().cut_state, unit, choice.width)
     else:
-        state = partial(candidates.site_state, choice.site, choice.precision)
+        state = partial(errors.site_state, choice.site, choice.precision)
     return partial(weights_replaced, state=state, prefix=f"{layout.family.blocks}.{unit.block}.")
 
 

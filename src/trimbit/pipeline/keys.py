@@ -100,7 +100,7 @@ class CorrectedKey(StageKey):
     """Damage of every choice, the predictions being corrected by some that are measured."""
 
     stage: ClassVar[str] = "corrected"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     predicted: str  # key
 
 

@@ -36,7 +36,7 @@ def _parsed(text: str) -> Any:  # noqa: ANN401
 
 
 def load_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe by name or file, with overrides such as `search.pruning_costs=[1, 2]`.
+    """Read a recipe by name or file, with overrides such as `search.plans=4`.
 
     Raises:
         RecipeError: if there is no such recipe, or it or an override has an unknown key or a bad value.

@@ -13,7 +13,7 @@ from trimbit.calibrate.teacher import Teacher
 from trimbit.errors import NumericsError
 from trimbit.evaluate.perplexity import final_hidden
 from trimbit.jobs.progress import Progress
-from trimbit.model.forward.logits import Divergence, compare_logits, following, logit_slices
+from trimbit.model.forward.logits import Divergence, compare_logits, following, log_softmax, logit_slices
 from trimbit.model.forward.stream import CPU
 from trimbit.recover.tune import Config, Example, Tuned, tune
 from trimbit.runtime.layers import AdaptedLinear, PackedLinear
@@ -53,7 +53,7 @@ def divergence(
 def _compared(teacher: Teacher, model: PreTrainedModel, row: Int[Tensor, " length"]) -> Divergence:
     reference = logit_slices(teacher.head, model.config, teacher.hidden(row))
     own = logit_slices(model.get_output_embeddings(), model.config, final_hidden(model, row))
-    return compare_logits((torch.log_softmax(logits, -1) for _, logits in reference), own, following(row[None]))
+    return compare_logits((log_softmax(logits) for _, logits in reference), own, following(row[None]))
 
 
 def with_pairs(folder: Path, pairs: Mapping[str, LowRank], device: torch.device = CPU) -> PreTrainedModel:

@@ -12,7 +12,7 @@ from trimbit.calibrate.taps import Tap
 from trimbit.calibrate.teacher import Teacher
 from trimbit.model.forward.compute import computing
 from trimbit.model.forward.halves import input_known, only_half
-from trimbit.model.forward.logits import compare_logits, following, head_of, logit_slices
+from trimbit.model.forward.logits import compare_logits, following, head_of, log_softmax, logit_slices
 from trimbit.model.forward.stream import BlockStream, Chunks, embed_chunks
 from trimbit.model.layout import Unit, Weight
 from trimbit.model.resolved import Resolved, ResolvedUnit, ResolvedWeight
@@ -91,7 +91,7 @@ class _Job:
             taught = logit_slices(original.head, config, original.hidden(tokens))
             student = logit_slices(own_head, config, self.norm(own))
             with computing(self.stream.compute, self.stream.device.type):
-                log_ps = (torch.log_softmax(logits, -1) for _, logits in taught)
+                log_ps = (log_softmax(logits) for _, logits in taught)
                 found.append(compare_logits(log_ps, student, following(tokens[None])).kl)
         return found
 

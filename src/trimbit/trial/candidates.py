@@ -103,11 +103,6 @@ class CandidateWeights:
         weight, keep = self.layout.weights[unit.out_weight], tuple(sorted(self.rankings[unit.dim][:width]))
         return self.out_state(unit, weight, keep, BF16)
 
-    def site_state(self, site: str, precision: Precision) -> dict[str, Tensor]:
-        """The whole weights that read a site, in one format."""
-        weights = self.layout.readers(site)
-        return {f"{one.name}.weight": self.compressed(one, precision).dense(torch.bfloat16) for one in weights}
-
     def moments(self, weight: Weight) -> Moments | None:
         """The moments that the quantiser reads for a weight."""
         found = moments_of(self.layout, self.stats, weight)

@@ -38,26 +38,46 @@ class ExpectedErrors:
         self, name: str, rows: Int[Tensor, " some"], precision: Precision, felt: Float[Tensor, "cols places"]
     ) -> Float[Tensor, "some places"]:
         """The expected squared error of some rows' output; `felt` weights each column's squared error, by place."""
-        w, weighting = self.checkpoint.tensor(f"{name}.weight")[rows.cpu()].to(felt.device, torch.float32), None
+        w = self.checkpoint.tensor(f"{name}.weight")[rows.cpu()].to(felt.device, torch.float32)
+        return self._rounding(name, w, precision).square_() @ felt
+
+    def site_state(self, site: str, precision: Precision) -> dict[str, Float[Tensor, "rows cols"]]:
+        """The weights that read a site with such errors: those of rounding to nearest, each felt as it would be."""
+        found = {}
+        for weight in self.layout.readers(site):
+            w = self.checkpoint.tensor(f"{weight.name}.weight").float()
+            errors = self._rounding(weight.name, w, precision)
+            if isinstance(self.config, gptq.Config):
+                errors = errors @ self._felt_on(weight.name, self.config, errors)
+            found[f"{weight.name}.weight"] = w + errors
+        return found
+
+    def _rounding(self, name: str, w: Float[Tensor, "rows cols"], precision: Precision) -> Float[Tensor, "rows cols"]:
+        """The errors of rounding to nearest on the grid that the quantiser takes."""
+        weighting = None
         if isinstance(self.config, gptq.Config) and self.config.weighted_scales:
-            weighting = self._moments(name).h.diagonal().clamp(min=gptq.LEAST_WEIGHT).to(felt.device)
+            weighting = self._moments(name).h.diagonal().clamp(min=gptq.LEAST_WEIGHT).to(w.device)
         grid = fit_grid(w, (Run(count=w.shape[1], precision=precision),), self.config.scales, weighting)
-        return rtn.rounding_errors(w, grid).square_() @ felt
+        return rtn.rounding_errors(w, grid)
 
     def felt(self, name: str, h: Float[Tensor, "cols cols"]) -> Float[Tensor, " cols"]:
         """The mean square of the input that an error in each column acts on, with `h` the inputs' second moment."""
         if not isinstance(self.config, gptq.Config):
             return h.diagonal()
-        site = self.layout.weights[name].site
-        if self._residual is None or self._residual[0] != site:
-            own = self._moments(name).h.to(h.device)
-            try:
-                self._residual = site, gptq.residuals(own, [len(own)], self.config).to(h.dtype)
-            except NumericsError as err:
-                raise NumericsError(f"{name}: {err}") from err
-        residual = self._residual[1]
+        residual = self._felt_on(name, self.config, h)
         found: Tensor = torch.linalg.vecdot(residual @ h, residual)
         return found
+
+    def _felt_on(self, name: str, config: gptq.Config, like: Tensor) -> Float[Tensor, "cols cols"]:
+        """R, where R x is the part of the input that errors act on under GPTQ."""
+        site = self.layout.weights[name].site
+        if self._residual is None or self._residual[0] != site:
+            own = self._moments(name).h.to(like.device)
+            try:
+                self._residual = site, gptq.residuals(own, [len(own)], config).to(like.dtype)
+            except NumericsError as err:
+                raise NumericsError(f"{name}: {err}") from err
+        return self._residual[1]
 
     def _moments(self, name: str) -> Moments:
         weight = self.layout.weights[name]

@@ -14,6 +14,7 @@ from trimbit.model.forward.compute import fast_bf16, native
 
 LOGIT_TOKENS = 128  # 25 MB at a vocabulary of 49,152: below 32 MiB glibc reuses memory instead of mapping it again
 LOGIT_TOKENS_GPU = 1024  # few large products keep a GPU busy
+CACHED = 2**20  # bytes of fp32 logits
 NOTHING = -100  # label of the last token of a row, which no token follows
 Head = Callable[[Tensor], Tensor]
 Logits = Iterator[tuple[slice, Float[Tensor, "part vocab"]]]
@@ -54,9 +55,22 @@ def logit_slices(head: Head, config: PreTrainedConfig, hidden: Float[Tensor, "to
         yield part, torch.tanh(logits / cap) * cap if cap else logits
 
 
+def log_softmax(logits: Float[Tensor, "part vocab"]) -> Float[Tensor, "part vocab"]:
+    """Log-probabilities, in place of the logits."""
+    for part in _cached(logits):
+        part.copy_(torch.log_softmax(part, -1))
+    return logits
+
+
 def kl(log_p: Float[Tensor, "part vocab"], log_q: Float[Tensor, "part vocab"]) -> float:
     """KL(p || q) in nats, summed over tokens."""
-    return float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
+    pairs = zip(_cached(log_p), _cached(log_q), strict=True)
+    return sum(float(torch.linalg.vecdot(p.exp(), p - q).double().sum()) for p, q in pairs)
+
+
+def _cached(x: Float[Tensor, "part vocab"]) -> Iterable[Float[Tensor, "few vocab"]]:
+    """A few tokens at a time, whose logits stay in a core's cache: 4 to 5 times as fast; on a GPU all at once."""
+    return x.split(max(1, CACHED // (4 * x.shape[-1]))) if x.device.type == "cpu" else (x,)
 
 
 def following(tokens: Int[Tensor, "rows length"]) -> Int[Tensor, " tokens"]:
@@ -71,7 +85,7 @@ def compare_logits(
     """Compare a reference's log-probabilities with a model's logits, slice by slice; `after` has the next tokens."""
     divergence = surprise = 0.0
     for log_p, (part, own) in zip(log_ps, logits, strict=True):
-        log_q = torch.log_softmax(own, -1)
+        log_q = log_softmax(own)
         divergence += kl(log_p, log_q)
         labels = after[part].to(log_q.device)
         surprise += float(functional.nll_loss(log_q, labels, reduction="sum", ignore_index=NOTHING))

@@ -22,7 +22,7 @@ from trimbit.measure.criteria.mutual_information import information
 from trimbit.model.checkpoint.open import materialize
 from trimbit.model.forward.attention import grouped
 from trimbit.model.forward.compute import computing, products_in
-from trimbit.model.forward.logits import LOGIT_TOKENS, Head, kl, logit_slices, loss_gradient
+from trimbit.model.forward.logits import LOGIT_TOKENS, Head, kl, log_softmax, logit_slices, loss_gradient
 from trimbit.model.forward.stream import CHUNK_TOKENS, block_arguments, build_skeleton, run_block
 from trimbit.model.layout import Unit
 from trimbit.pipeline.job import Job
@@ -109,7 +109,7 @@ class Pieces:
     def _log_softmax(self) -> Tensor:
         with computing(self.compute, self.device.type):
             ((_, logits),) = logit_slices(self.head, self.layout.config, self._slice())
-            return torch.log_softmax(logits, -1)
+            return log_softmax(logits)
 
     def logits(self) -> float:
         """The log-probabilities of a token."""

@@ -2,16 +2,17 @@
 
 Bytes add up over the units, so this is a multiple-choice knapsack, solved by HiGHS. Damage of a choice:
 D(width) + (width / width measured at) * sum over its sites of D(format). That damage adds up is only a model, so
-several plans are solved for and put together quickly; the best that prunes and the best that does not are then applied
-for real, unless one of them is clearly worse.
+several plans are solved for, at several prices, and put together quickly; the best that prunes and the best that does
+not are then applied for real, unless one of them is clearly worse.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 import numpy as np
-from pydantic import PositiveFloat
+from pydantic import PositiveInt
 
 from trimbit.measure.choices import (
     allowed_formats,
@@ -30,21 +31,24 @@ from trimbit.schema.plan import Plan
 from trimbit.schema.precision import Int, Precision, Run
 from trimbit.schema.structure import Structure
 from trimbit.search.effort import Effort
+from trimbit.search.prices import Prices, descend, kinds_of
 from trimbit.search.problem import NO_CHOICE, Problem, SearchMethod, estimate_of
 from trimbit.search.solvers import knapsack as solver
 from trimbit.search.solvers.knapsack import knapsack
 
 NO_PRUNING = "knapsack, no pruning"
 CUT = 0.1  # ours: share of the sub-blocks that a further plan cuts in a format not measured
-CLOSE = 1.15  # ours: a plan whose estimated KL is larger than the best by more than this factor is not applied
+CLOSE = 1.15  # ours: plans without pruning whose estimated KL is larger by more than this factor are not followed
+NEAR = 1.03  # ours: likewise, a second plan is not applied
 NEAR_LOSSLESS = Int(bits=6, group=64, symmetric=False)  # errors measured one at a time add up best here
 
 
 class Config(solver.Config):
     """The plans to try, and the background of the damage."""
 
-    pruning_costs: tuple[PositiveFloat, ...] = (1.0, 2.0, 4.0)  # ours: factors on positive D(width), a plan for each
-    no_pruning: bool = True  # also try a plan that prunes nothing
+    plans: PositiveInt = 12  # ours: solved for at most, at several prices
+    prune: bool = True  # try plans that prune
+    no_pruning: bool = True  # also try plans that prune nothing
     # ours: format of all blocks while a choice's damage is measured; None: the uniform plan nearest to the budget
     background: Precision | None = NEAR_LOSSLESS
     embedding_bits: int = 4  # ours: the embedding and the head suffer more from rounding than a block's weights
@@ -86,32 +90,60 @@ def search(problem: Problem, config: Config) -> Found:
 
 def best_of(problem: Problem, config: Config, damage: Measurements) -> Found:
     """The best of the plans with pruning and the plans without."""
-    solved: dict[str, Plan] = {}
-    gaps: dict[str, float | None] = {}
-    costs = (*config.pruning_costs, *((None,) if config.no_pruning else ()))
-    for cost in costs:
-        method = NO_PRUNING if cost is None else f"knapsack, pruning cost x{cost:g}"
-        if (one := solve(problem, config, damage, cost, method)) is not None:
-            plan, gap = one
-            solved.setdefault(plan.content, plan)
-            gaps.setdefault(plan.content, gap)
-    if not solved:  # the bound on the header leaves no room
-        smallest = problem.smallest().with_provenance(notes=(NO_CHOICE.format("the smallest plan"),))
-        solved[smallest.content] = smallest
-    plans = sorted(solved.values(), key=_predicted)
-    estimated = problem.estimated(plans)
-    last = finalists(estimated) if estimated else plans
+    tries = Tries(problem, config, damage)
+    if config.plans == 1 and not (config.prune and config.no_pruning):
+        plans = tries.solved(Prices(), prune=config.prune)
+    else:
+        estimated = tries.estimated()
+        plans = finalists(estimated) if estimated else []
+    if not plans:  # the bound on the header leaves no room
+        plans = [problem.smallest().with_provenance(notes=(NO_CHOICE.format("the smallest plan"),))]
     assert problem.measure is not None
-    best, applied = problem.best(last if problem.measure.apply_finalists else last[:1])
-    tried = (*estimated, *applied)
-    return Found(plan=best, tried=tried, corrections=damage.corrections, gap=gaps.get(best.content))
+    best, applied = problem.best(plans if problem.measure.apply_finalists else plans[:1])
+    tried = (*tries.tried.values(), *applied)
+    return Found(plan=best, tried=tried, corrections=damage.corrections, gap=tries.gaps.get(best.content))
+
+
+class Tries:
+    """Plans that are solved for at several prices, by content, and their estimated KL."""
+
+    def __init__(self, problem: Problem, config: Config, damage: Measurements) -> None:
+        self.problem, self.config, self.damage = problem, config, damage
+        self.gaps: dict[str, float | None] = {}
+        self.tried: dict[str, Tried] = {}
+
+    def estimated(self) -> list[Tried]:
+        """Plans that prune, and plans that do not: unless these are far behind, at several prices, too."""
+        config, asked = self.config, (True,) * self.config.prune + (False,) * self.config.no_pruning
+        for prune in asked:
+            kl, kinds = partial(self.kl, prune=prune), kinds_of(self.problem, prune=prune)
+            best = min(map(estimate_of, self.tried.values()), default=float("inf"))
+            descend(kinds if kl(Prices()) <= CLOSE * best else (), kl, config.plans)
+        return list(self.tried.values())
+
+    def kl(self, prices: Prices, *, prune: bool) -> float:
+        """The estimated KL of the plan at some prices; infinite if none fits."""
+        for plan in self.solved(prices, prune=prune):
+            if plan.content not in self.tried:
+                self.tried[plan.content] = Tried(plan=plan, estimated_kl=self.problem.costs.estimate_kl(plan))
+            return estimate_of(self.tried[plan.content])
+        return float("inf")
+
+    def solved(self, prices: Prices, *, prune: bool) -> list[Plan]:
+        """The plan at some prices; none if nothing fits."""
+        found = solve(self.problem, self.config, self.damage, prices, prune=prune)
+        if found is None:
+            return []
+        plan, gap = found
+        self.gaps.setdefault(plan.content, gap)
+        return [plan]
 
 
 def finalists(estimated: Sequence[Tried]) -> list[Plan]:
     """The best plan that prunes and the best that does not, best first; one that is far behind is left out."""
     first, *others = sorted(estimated, key=estimate_of)
     second = next((one for one in others if bool(one.plan.cuts) != bool(first.plan.cuts)), None)
-    if second is None or estimate_of(second) > CLOSE * estimate_of(first):
+    if second is None or estimate_of(second) > NEAR * estimate_of(first):
         return [first.plan]
     return [first.plan, second.plan]
 
@@ -120,19 +152,16 @@ def cost(problem: Problem, config: Config) -> Effort:
     """The damage of every choice in each round, and the plans tried after it."""
     assert problem.measure is not None, "the knapsack needs measurements"
     rounds, around = problem.measure.rounds, background(problem, config)
-    prunes = any(len(allowed_widths(problem.layout, unit, problem.space)) > 1 for unit in problem.layout.units.values())
-    pruned = len(config.pruning_costs) if prunes else 0  # all plans but that of the highest price tend to prune
-    kinds = (pruned > 0) + (config.no_pruning or not prunes)
-    tried = pruned + config.no_pruning
+    tried = sum(
+        min(config.plans, 1 + 2 * len(kinds_of(problem, prune=prune)))
+        for prune, asked in ((True, config.prune), (False, config.no_pruning))
+        if asked
+    )
+    pruned = (tried if config.prune else 0) * (len(kinds_of(problem, prune=True)) > 1)
     return Effort(
-        damage_rounds=rounds, background=around, solved=rounds * (len(config.pruning_costs) + config.no_pruning),
-        assembled=rounds * tried if tried > 1 else 0,
-        cut=rounds * CUT * pruned, applied=rounds * kinds if problem.measure.apply_finalists else 0,
+        damage_rounds=rounds, background=around, solved=rounds * tried, assembled=rounds * tried if tried > 1 else 0,
+        cut=rounds * CUT * pruned, applied=rounds if problem.measure.apply_finalists else 0,
     )  # fmt: skip
-
-
-def _predicted(plan: Plan) -> float:
-    return plan.found_by.predicted_damage if plan.found_by.predicted_damage is not None else float("inf")
 
 
 def require_feasible(problem: Problem, config: Config) -> None:
@@ -174,14 +203,14 @@ def _room_nbytes(problem: Problem) -> int:
 
 
 def solve(
-    problem: Problem, config: Config, damage: Measurements, pruning_cost: float | None, method: str
+    problem: Problem, config: Config, damage: Measurements, prices: Prices, *, prune: bool = True
 ) -> tuple[Plan, float | None] | None:  # fmt: skip
-    """The knapsack's optimum with D(width) times `pruning_cost` (None: full widths only) and its proven gap.
+    """The knapsack's optimum at some prices, of full widths only unless it may prune, and its proven gap.
 
     None if nothing fits.
     """
     layout = problem.layout
-    groups = [pareto(choices(problem, damage, unit, pruning_cost)) for unit in layout.units.values()]
+    groups = [pareto(choices(problem, damage, unit, prices, prune=prune)) for unit in layout.units.values()]
     solved = knapsack([[(c.nbytes, c.cost) for c in group] for group in groups], _room_nbytes(problem), config)
     if solved is None:
         return None
@@ -190,51 +219,39 @@ def solve(
         c.unit.dim: c.width for c in chosen if c.unit.dim is not None and c.width is not None and c.width != c.unit.size
     }
     formats = {site: precision for c in chosen for site, precision in c.formats}
-    method = method if widths else NO_PRUNING  # whatever the price of pruning
+    method = ", ".join(one for one in ("knapsack" if widths else NO_PRUNING, str(prices)) if one)
     predicted = damage.background_damage + sum(c.damage for c in chosen)
     plan = problem.plan(widths, formats, method, predicted, digest(damage.model_dump(mode="json")))
     return plan, solved.gap
 
 
-def choices(problem: Problem, damage: Measurements, unit: Unit, pruning_cost: float | None) -> list[Choice]:
+def choices(
+    problem: Problem, damage: Measurements, unit: Unit, prices: Prices, *, prune: bool = True
+) -> list[Choice]:  # fmt: skip
     """All choices of a unit: every width times every combination of formats of its sites."""
-    layout = problem.layout
+    layout, space, dim = problem.layout, problem.space, unit.dim
     by_format = {(m.site, m.precision.name): m.damage for m in damage.formats}
     by_width = {(m.dim, m.width): m.damage for m in damage.widths}
     sites = sites_of(layout, unit)
     found: list[Choice] = []
-    for width in allowed_widths(layout, unit, problem.space) or (None,):
+    for width in allowed_widths(layout, unit, space) or (None,):
         cut = width is not None and width != unit.size
-        if cut and pruning_cost is None and not problem.space.kept:
+        if cut and not prune and not space.kept:
             continue
-        shape = by_width[unit.dim or "", width] if width is not None else 0.0
-        price = (pruning_cost - 1) * max(shape, 0.0) if cut and pruning_cost is not None else 0.0  # a gain has no price
+        shape = by_width[dim or "", width] if width is not None else 0.0
+        price = shape * (prices.of_width(dim) if cut and dim is not None and shape > 0 else 1.0)  # a gain has no price
         if width == 0:
-            found.append(
-                Choice(
-                    unit,
-                    0,
-                    tuple((site, allowed_formats(unit, problem.space)[0]) for site in sites),
-                    0,
-                    shape,
-                    shape + price,
-                )
-            )
+            formats = tuple((site, allowed_formats(unit, space)[0]) for site in sites)
+            found.append(Choice(unit, 0, formats, 0, shape, price))
             continue
         share = width / (reference_width(unit, damage.background) or 1) if width is not None else 1.0
-        for combination in product(allowed_formats(unit, problem.space), repeat=len(sites)):
-            formats = dict(zip(sites, combination, strict=True))
-            total = shape + share * sum(by_format[site, p.name] for site, p in formats.items())
-            found.append(
-                Choice(
-                    unit,
-                    width,
-                    tuple(formats.items()),
-                    _nbytes(problem, unit, width, formats, cut=cut),
-                    total,
-                    total + price,
-                )
-            )
+        for combination in product(allowed_formats(unit, space), repeat=len(sites)):
+            pairs = tuple(zip(sites, combination, strict=True))
+            own = [share * by_format[site, p.name] for site, p in pairs]
+            paid = [prices.of_format(p) if unit.block is not None else 1.0 for p in combination]
+            nbytes = _nbytes(problem, unit, width, dict(pairs), cut=cut)
+            cost = price + sum(x * y for x, y in zip(own, paid, strict=True))
+            found.append(Choice(unit, width, pairs, nbytes, shape + sum(own), cost))
     return found
 
 

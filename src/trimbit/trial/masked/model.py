@@ -22,6 +22,7 @@ from trimbit.model.forward.logits import (
     Logits,
     compare_logits,
     following,
+    log_softmax,
     logit_slices,
     loss_gradient,
 )
@@ -172,7 +173,7 @@ class MaskedModel:
         return compare_logits(log_ps, logits, following(row[None]).to(self.device))
 
     def _log_ps(self, row: Int[Tensor, " length"]) -> Iterator[Tensor]:
-        return (torch.log_softmax(logits, -1) for _, logits in self._taught(row, slice(None)))
+        return (log_softmax(logits) for _, logits in self._taught(row, slice(None)))
 
     def _taught(self, row: Int[Tensor, " length"], part: slice) -> Logits:
         return logit_slices(self.head, self.model.config, self.original.hidden(row)[part].to(self.device, self.compute))
