@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from trimbit.calibrate.sample import BATCH, segment_tokens
 from trimbit.measure import variants
 from trimbit.measure.choices import allowed_widths
+from trimbit.measure.corrected import FEW_BITS
 from trimbit.measure.damage import Change
 from trimbit.measure.predict import ROWS
 from trimbit.model.layout import Unit, Weight
@@ -187,13 +188,17 @@ class Costs:
         return passes + ends + elements * self.pieces.rounding() + factors + cuts
 
     def corrected(self, count: int) -> float:
-        """Running the model with each of `count` changes, from the changed block on."""
+        """Running the model with each of `count` changes, from the changed block on, and errors of few bits."""
         assert self.measure is not None
         rows, length = min(self.measure.rows, variants.ROWS), min(self.measure.length, variants.LENGTH)
         tokens = rows * length
         passes = self.layout.blocks * tokens * (1 + count / 2) * self.pieces.streamed(length)
         ends = tokens * (self.pieces.logits() + count * (self.pieces.logits() + self.pieces.divergence()))
-        return self._model() + passes + ends
+        errors = 0.0
+        if any(one.bits < FEW_BITS for one in self.job.space.formats):
+            errors = sum(self.pieces.felt(site[0].cols) for site in self._sites(self.block))
+            errors += sum(weight.rows * weight.cols for weight in self.block) * self.pieces.rounding()
+        return self._model() + passes + ends + self.layout.blocks * errors
 
     def plan(self) -> float:
         """The search itself, without the stages that it asks for."""
