@@ -53,3 +53,23 @@ def test_some_rows_and_bf16(opened):
     torch.testing.assert_close(errors.of_rows(NAME, rows[5:9], fmt, felt), whole[5:9])
     assert whole.shape == (layout.weights[NAME].rows, 2)
     assert not errors.of_rows(NAME, rows, BF16, felt).any()  # the weights are of bf16
+
+
+@pytest.mark.parametrize("site", ["blocks.1.mlp.mid", "blocks.0.attn.a_in"])
+@pytest.mark.parametrize("precision", ["uint2g64", "int4g32"])
+@pytest.mark.parametrize("module", [gptq, rtn])
+def test_weights_with_such_errors(opened, site, precision, module):
+    """They are as wrong as expected, and nearly as wrong as those that are made."""
+    checkpoint, layout, stats = opened
+    fmt, config = parse_precision(precision), module.Config(scales="mse")
+    errors = ExpectedErrors(checkpoint, layout, stats, config)
+    state = errors.site_state(site, fmt)
+    assert state.keys() == {f"{one.name}.weight" for one in layout.readers(site)}
+    for weight in layout.readers(site):
+        w, moments = checkpoint.tensor(f"{weight.name}.weight").float(), moments_of(layout, stats, weight)
+        own = state[f"{weight.name}.weight"] - w
+        felt = errors.felt(weight.name, moments.h)[:, None]
+        expected = errors.of_rows(weight.name, torch.arange(len(w)), fmt, felt).sum()
+        made = module.quantize(w, moments, (Run(count=w.shape[1], precision=fmt),), config).dequantize() - w
+        assert float(torch.linalg.vecdot(own @ moments.h, own).sum()) == pytest.approx(float(expected), rel=0.3)
+        assert float(torch.linalg.vecdot(made @ moments.h, made).sum()) == pytest.approx(float(expected), rel=0.35)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from trimbit.errors import RecipeError
 from trimbit.jobs.checked import load_json, save_json
 from trimbit.jobs.stages import Stage, Work
@@ -14,6 +16,7 @@ from trimbit.measure.predict import predict
 from trimbit.measure.variants import Variant, measure_variants
 from trimbit.model.forward.halves import only_half
 from trimbit.model.forward.replaced import weights_replaced
+from trimbit.model.forward.stream import CPU
 from trimbit.model.layout import Layout
 from trimbit.pipeline.candidates import candidates_key
 from trimbit.pipeline.job import Job
@@ -108,7 +111,7 @@ def corrected_stage(
         errors = ExpectedErrors(job.stream.checkpoint, layout, prepared.stats, config)
         for one in chosen:
             assert one.unit.block is not None
-            variants[one.unit.block][one.name] = variant(layout, candidates, errors, one)
+            variants[one.unit.block][one.name] = variant(layout, candidates, errors, one, job.device)
         measured = measure_variants(job.stream, tokens, variants, work.folder, work.progress)
         save_json(work.folder / "measurements.json", corrected(found, layout, measured).model_dump(mode="json"))
 
@@ -117,7 +120,8 @@ def corrected_stage(
 
 
 def variant(
-    layout: Layout, candidates: Callable[[], CandidateWeights], errors: ExpectedErrors, one: Measured
+    layout: Layout, candidates: Callable[[], CandidateWeights], errors: ExpectedErrors, one: Measured,
+    device: torch.device = CPU,
 ) -> Variant:  # fmt: skip
     """How a block changes if a choice is made; no weight is quantised."""
     unit, choice = one.unit, one.choice
@@ -127,7 +131,7 @@ def variant(
     if isinstance(choice, WidthDamage):
         state = partial(candidates().cut_state, unit, choice.width)
     else:
-        state = partial(errors.site_state, choice.site, choice.precision)
+        state = partial(errors.site_state, choice.site, choice.precision, device)
     return partial(weights_replaced, state=state, prefix=f"{layout.family.blocks}.{unit.block}.")
 
 

@@ -13,6 +13,7 @@ from trimbit.calibrate.moments import Moments
 from trimbit.calibrate.stats import Stats
 from trimbit.errors import NumericsError
 from trimbit.model.checkpoint.checkpoint import Checkpoint
+from trimbit.model.forward.stream import CPU
 from trimbit.model.layout import Layout
 from trimbit.schema.precision import Precision, Run
 from trimbit.transform.quant import gptq, rtn
@@ -41,11 +42,13 @@ class ExpectedErrors:
         w = self.checkpoint.tensor(f"{name}.weight")[rows.cpu()].to(felt.device, torch.float32)
         return self._rounding(name, w, precision).square_() @ felt
 
-    def site_state(self, site: str, precision: Precision) -> dict[str, Float[Tensor, "rows cols"]]:
+    def site_state(
+        self, site: str, precision: Precision, device: torch.device = CPU
+    ) -> dict[str, Float[Tensor, "rows cols"]]:
         """The weights that read a site with such errors: those of rounding to nearest, each felt as it would be."""
         found = {}
         for weight in self.layout.readers(site):
-            w = self.checkpoint.tensor(f"{weight.name}.weight").float()
+            w = self.checkpoint.tensor(f"{weight.name}.weight").to(device, torch.float32)
             errors = self._rounding(weight.name, w, precision)
             if isinstance(self.config, gptq.Config):
                 errors = errors @ self._felt_on(weight.name, self.config, errors)
