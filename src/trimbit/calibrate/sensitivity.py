@@ -13,6 +13,7 @@ a_t. The weights a_t matter: without them, the rank correlation with measured KL
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +25,8 @@ from trimbit.calibrate.moments import add_gram, mirrored
 from trimbit.errors import NumericsError
 from trimbit.jobs.progress import Progress
 from trimbit.model.forward.stream import BlockStream, embed_chunks
+
+Groups = Mapping[str, Int[Tensor, " cols"]]  # by site
 
 
 @dataclass(slots=True)
@@ -53,6 +56,7 @@ class Sensitivities:
 
     weights: dict[str, Sensitivity] = field(default_factory=dict)
     changes: dict[str, float] = field(default_factory=dict)
+    gone: dict[str, Float[Tensor, " groups"]] = field(default_factory=dict)  # of leaving out each group, by site
 
 
 class _Sums:
@@ -91,7 +95,7 @@ class _Sums:
 
 def sweep(
     stream: BlockStream, tokens: Int[Tensor, "rows length"], draws: int, seed: int,
-    changes: Callable[[int], Mapping[str, Change]], progress: Progress,
+    changes: Callable[[int], Mapping[str, Change]], progress: Progress, groups: Groups | None = None,
 ) -> Iterator[Sensitivities]:  # fmt: skip
     """Yield the sensitivities of the head, then of each block from the last to the first, then of the embedding.
 
@@ -102,6 +106,7 @@ def sweep(
         seed: of the drawn labels.
         changes: gives the changes of a block to predict, by name, from the block's index.
         progress: counts blocks, forward and backward.
+        groups: the group of each input channel, by site; what leaving out a whole group does is predicted, too.
 
     Raises:
         NumericsError: if gradients are not finite, naming the weight, or a block's output is not, naming the block.
@@ -129,7 +134,7 @@ def sweep(
         with _Outputs(_modules(stream, index, block)) as seen:
             weights = (layout.weights[name] for name in seen.modules)
             sums = {weight.name: _Sums(weight.rows, weight.cols, stream.device) for weight in weights}
-            squares = dict.fromkeys(own, 0.0)
+            squares, left_out = dict.fromkeys(own, 0.0), _LeftOut(stream, index, seen.modules, groups or {})
             for at, x in enumerate(inputs.pop()):
                 errors: dict[str, Tensor] = {}
                 passes = back_through(stream, index, block, x, tuple(upstreams[at]), seen.outputs)
@@ -141,17 +146,39 @@ def sweep(
                     for name, g in gradients.items():
                         sums[name].add_squares(g.square())
                     errors = errors or {key: change.error(seen.inputs[change.weight]) for key, change in own.items()}
+                    left_out.add(seen.inputs, gradients)
                     for key, error in errors.items():
                         along = torch.linalg.vecdot(error, gradients[own[key].weight])
                         squares[key] += float(along.square().sum())
                 for name, read in seen.inputs.items():
                     sums[name].add_inputs(read)
-        found = {key: square / (2 * draws * tokens.numel()) for key, square in squares.items()}
+        count = 2 * draws * tokens.numel()
+        found = {key: square / count for key, square in squares.items()}
+        gone = {site: square / count for site, square in left_out.squares.items()}
         progress(2 * layout.blocks - index, 2 * layout.blocks)
-        yield Sensitivities(weights={name: total.mean(name) for name, total in sums.items()}, changes=found)
+        yield Sensitivities(weights={name: own.mean(name) for name, own in sums.items()}, changes=found, gone=gone)
     squared = [back.square() for each in upstreams for back in each]
     read = torch.cat([own.flatten() for own in tokens.split(len(embedded[0])) for _ in range(draws)]).to(stream.device)
     yield Sensitivities(weights={layout.family.embed: _lookup(read, squared, layout.sizes["vocab"])})
+
+
+class _LeftOut:
+    """Sums over tokens of (g . e)^2, where e is the error of leaving out a group of a site's channels."""
+
+    def __init__(self, stream: BlockStream, index: int, modules: Mapping[str, nn.Module], groups: Groups) -> None:
+        self.modules, prefix = modules, f"blocks.{index}."
+        self.groups = {site: own.to(stream.device) for site, own in groups.items() if site.startswith(prefix)}
+        self.readers = {site: [one.name for one in stream.layout.readers(site)] for site in self.groups}
+        self.squares = {site: torch.zeros(int(own.max()) + 1, device=own.device) for site, own in self.groups.items()}
+
+    def add(self, inputs: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
+        """Add some tokens, given the inputs of all weights and the gradients of their outputs."""
+        for site, own in self.groups.items():
+            names = self.readers[site]
+            weights: list[Any] = [self.modules[name].weight for name in names]
+            back = torch.stack([gradients[name] @ w.float() for name, w in zip(names, weights, strict=True)]).sum(0)
+            along = back.new_zeros(len(back), len(self.squares[site])).index_add_(1, own, back * inputs[names[0]])
+            self.squares[site] += along.square().sum(0)
 
 
 def _modules(stream: BlockStream, index: int, block: nn.Module) -> dict[str, nn.Module]:

@@ -110,6 +110,18 @@ def _of_end(
         )  # fmt: skip
 
 
+def some_rows(places: Sequence[Sensitivity]) -> tuple[Int[Tensor, " some"], Float[Tensor, "some places"]]:
+    """All rows, or `ROWS` at even steps through the sum of their sensitivities, and by how much each of them counts."""
+    b = torch.stack([own.rows for own in places], 1)
+    if len(b) <= ROWS:
+        return torch.arange(len(b), device=b.device), b
+    share = (b / b.sum(0).clamp(min=torch.finfo(b.dtype).tiny)).mean(1)
+    steps = (torch.arange(ROWS, device=b.device) + 0.5) / ROWS * share.sum()
+    found = torch.searchsorted(share.cumsum(0), steps).clamp(max=len(b) - 1)
+    index, counts = found.unique(return_counts=True)
+    return index, b[index] * (counts / (ROWS * share[index]))[:, None]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Rows:
     """Some rows of a weight, which stand for all of them."""
@@ -121,16 +133,11 @@ class _Rows:
 
     @classmethod
     def of(cls, name: str, places: Sequence[Sensitivity], errors: Errors) -> "_Rows":
-        """All rows, or of more than `ROWS` so many at even steps through the sum of their sensitivities."""
-        b, felt = torch.stack([own.rows for own in places], 1), [errors.felt(name, own.h) for own in places]
-        index, weights = torch.arange(len(b), device=b.device), b
-        if len(b) > ROWS:
-            share = (b / b.sum(0).clamp(min=torch.finfo(b.dtype).tiny)).mean(1)
-            steps = (torch.arange(ROWS, device=b.device) + 0.5) / ROWS * share.sum()
-            found = torch.searchsorted(share.cumsum(0), steps).clamp(max=len(b) - 1)
-            index, counts = found.unique(return_counts=True)
-            weights = b[index] * (counts / (ROWS * share[index]))[:, None]
-        return cls(name=name, index=index, weights=weights, felt=torch.stack(felt, 1))
+        """Of `some_rows`."""
+        index, weights = some_rows(places)
+        return cls(
+            name=name, index=index, weights=weights, felt=torch.stack([errors.felt(name, p.h) for p in places], 1)
+        )
 
     def damage(self, precision: Precision, errors: Errors) -> float:
         """1/2 sum_i b_i E[e_i^2], summed over the places where the weight's errors are felt."""

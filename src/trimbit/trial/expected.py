@@ -42,6 +42,13 @@ class ExpectedErrors:
         w = self.checkpoint.tensor(f"{name}.weight")[rows.cpu()].to(felt.device, torch.float32)
         return self._rounding(name, w, precision).square_() @ felt
 
+    def of_columns(
+        self, name: str, rows: Int[Tensor, " some"], precision: Precision, weights: Float[Tensor, " some"]
+    ) -> Float[Tensor, " cols"]:
+        """The expected squared error of each column, summed over some rows by their weights; not yet felt."""
+        w = self.checkpoint.tensor(f"{name}.weight")[rows.cpu()].to(weights.device, torch.float32)
+        return weights @ self._rounding(name, w, precision).square_()
+
     def site_state(
         self, site: str, precision: Precision, device: torch.device = CPU
     ) -> dict[str, Float[Tensor, "rows cols"]]:
