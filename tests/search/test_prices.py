@@ -19,14 +19,14 @@ def bowl(best, asked):
 
 def test_the_least_is_found():
     asked = []
-    descend(("mid", "kv", FEW), bowl({"mid": -2, "kv": 0, FEW: 1.5}, asked), 30)
-    assert min(asked, key=lambda one: one[0]) == (1.0, {"mid": -2, FEW: 1.5})
+    descend(("mid", "kv", FEW), bowl({"mid": -2, "kv": 0, FEW: 1}, asked), 20)
+    assert min(asked, key=lambda one: one[0]) == (1.0, {"mid": -2, FEW: 1})
 
 
 def test_it_stops_where_nothing_is_better():
     asked = []
     descend(("mid",), bowl({"mid": 0}, asked), 20)
-    assert [steps for _, steps in asked] == [{}, {"mid": -1}, {"mid": 1}, {"mid": -0.5}, {"mid": 0.5}]
+    assert [steps for _, steps in asked] == [{}, {"mid": -1}, {"mid": 1}]
 
 
 @pytest.mark.parametrize("most", [1, 4])

@@ -14,7 +14,6 @@ from trimbit.schema.precision import Precision
 from trimbit.search.problem import Problem
 
 STEP = 1.5  # ours
-SIZES = (1.0, 0.5)  # ours: of moves, in steps; the smaller ones where no larger one helps
 FEW = f"below {FEW_BITS:g} bits"
 
 
@@ -22,7 +21,7 @@ FEW = f"below {FEW_BITS:g} bits"
 class Prices:
     """A factor for each kind of choices, as a number of steps; by default 1."""
 
-    steps: Mapping[str, float] = field(default_factory=dict)
+    steps: Mapping[str, int] = field(default_factory=dict)
 
     def of_width(self, dim: str) -> float:
         """The price of cutting a dim."""
@@ -35,7 +34,7 @@ class Prices:
     def _of(self, kind: str) -> float:
         return float(STEP ** self.steps.get(kind, 0))
 
-    def moved(self, kind: str, steps: float) -> "Prices":
+    def moved(self, kind: str, steps: int) -> "Prices":
         """The same prices but for one."""
         return Prices({**self.steps, kind: self.steps.get(kind, 0) + steps})
 
@@ -58,15 +57,14 @@ def kinds_of(problem: Problem, *, prune: bool) -> tuple[str, ...]:
 def descend(kinds: Sequence[str], kl: Callable[[Prices], float], most: int) -> None:
     """Ask for the KL at prices of 1, then follow one price after the other while it falls, `most` times in all."""
     best, prices, asked = kl(Prices()), Prices(), 1
-    for size in SIZES:
-        every = [(kind, way) for kind in kinds for way in (-size, size)]
-        waiting = list(every)
-        while waiting and asked < most:
-            kind, way = waiting.pop(0)
-            found, asked = kl(prices.moved(kind, way)), asked + 1
-            if found < best:
-                best, prices = found, prices.moved(kind, way)
-                waiting = [(kind, way), *(one for one in every if one[0] != kind)]
+    every = [(kind, way) for kind in kinds for way in (-1, 1)]
+    waiting = list(every)
+    while waiting and asked < most:
+        kind, way = waiting.pop(0)
+        found, asked = kl(prices.moved(kind, way)), asked + 1
+        if found < best:
+            best, prices = found, prices.moved(kind, way)
+            waiting = [(kind, way), *(one for one in every if one[0] != kind)]
 
 
 def _kind(dim: str) -> str:

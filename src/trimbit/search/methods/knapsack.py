@@ -46,7 +46,7 @@ NEAR_LOSSLESS = Int(bits=6, group=64, symmetric=False)  # errors measured one at
 class Config(solver.Config):
     """The plans to try, and the background of the damage."""
 
-    plans: PositiveInt = 16  # ours: solved for at most, at several prices
+    plans: PositiveInt = 12  # ours: solved for at most, at several prices
     prune: bool = True  # try plans that prune
     no_pruning: bool = True  # also try plans that prune nothing
     # ours: format of all blocks while a choice's damage is measured; None: the uniform plan nearest to the budget
@@ -153,7 +153,7 @@ def cost(problem: Problem, config: Config) -> Effort:
     assert problem.measure is not None, "the knapsack needs measurements"
     rounds, around = problem.measure.rounds, background(problem, config)
     tried = sum(
-        min(config.plans, 1 + 4 * len(kinds_of(problem, prune=prune)))
+        min(config.plans, 1 + 2 * len(kinds_of(problem, prune=prune)))
         for prune, asked in ((True, config.prune), (False, config.no_pruning))
         if asked
     )
