@@ -13,7 +13,7 @@ from trimbit.measure.corrected import FEW_BITS
 from trimbit.schema.precision import Precision
 from trimbit.search.problem import Problem
 
-STEP = 1.5  # ours
+STEP = 1.5  # ours; smaller steps change the KL by less than an application may, at 2 bits about 5 %
 FEW = f"below {FEW_BITS:g} bits"
 
 
