@@ -5,6 +5,7 @@ from collections import defaultdict
 import pytest
 
 from measured import INT2, REF, SPACE, TOKENS
+from problems import LAYOUT
 from trimbit.jobs import carried
 from trimbit.measure.choices import allowed_formats, allowed_widths, sites_of
 from trimbit.measure.corrected import MOST, PRIOR, Measured, anchors, corrected, count_to_measure, to_measure
@@ -136,7 +137,8 @@ def test_one_measurement_never_outweighs_the_prediction(stream, real, factor):
 
 def test_anchors_go_from_the_largest_damage_to_the_smallest_that_matters():
     choices = [
-        Measured(unit=None, choice=WidthDamage(dim="mid", width=at, damage=own)) for at, own in enumerate(DAMAGES)
+        Measured(unit=LAYOUT.units["blocks.0.mlp"], choice=WidthDamage(dim="mid", width=at, damage=own))
+        for at, own in enumerate(DAMAGES)
     ]
     assert [one.choice.damage for one in anchors(choices, 1)] == [8.0]
     assert [one.choice.damage for one in anchors(choices, 4)] == [8.0, 4.0, 2.0]  # the first is worth two steps

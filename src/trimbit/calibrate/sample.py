@@ -12,6 +12,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from trimbit.calibrate.roomy_cache import roomy_cache
 from trimbit.calibrate.text import TokenSet, encode, require_positive
 from trimbit.errors import DataError, NumericsError
 from trimbit.jobs.checked import load_tensors, save_tensors
@@ -82,12 +83,12 @@ def _segment(
     generator: torch.Generator, progress: Callable[[int], None],
 ) -> None:  # fmt: skip
     """Fill the columns of `tokens` from `start` up to `stop`."""
-    past = read(model, tokens[:, : start - 1]) if start > 1 else None
+    past = read(model, tokens[:, : start - 1]) if start > 1 else roomy_cache()
     for column in range(start, stop):
         if column == 0:
             tokens[:, 0] = torch.tensor([row.forced.popleft() for row in states])
         else:
-            drawn, past = draw(model, tokens[:, column - 1], past, generator)
+            drawn = draw(model, tokens[:, column - 1], past, generator)
             tokens[:, column] = torch.tensor([row.take(token) for row, token in zip(states, drawn, strict=True)])
         progress(column - start + 1)
 
@@ -95,18 +96,15 @@ def _segment(
 @torch.inference_mode()
 def read(model: PreTrainedModel, tokens: Int64[Tensor, "rows length"]) -> Cache:
     """The KV cache after these tokens."""
-    past: Cache | None = None
+    past = roomy_cache()
     for part in tokens.split(PREFILL_TOKENS, dim=1):
-        past = model(input_ids=part.to(model.device), use_cache=True, logits_to_keep=1, **{CACHE: past})[CACHE]
-    assert past is not None
+        model(input_ids=part.to(model.device), use_cache=True, logits_to_keep=1, **{CACHE: past})
     return past
 
 
 @torch.inference_mode()
-def draw(
-    model: PreTrainedModel, column: Int64[Tensor, " rows"], past: Cache | None, generator: torch.Generator
-) -> tuple[list[int], Cache]:
-    """Feed one token per row and draw the next; returns them and the KV cache."""
+def draw(model: PreTrainedModel, column: Int64[Tensor, " rows"], past: Cache, generator: torch.Generator) -> list[int]:
+    """Feed one token per row, add it to the KV cache, and draw the next."""
     ids = column.to(model.device)[:, None]
     out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE: past})
     logits = out.logits[:, -1].float()
@@ -117,7 +115,8 @@ def draw(
     below = logits.softmax(-1).cumsum(-1)  # so one random number per row is enough, not one per vocabulary entry
     point = torch.rand(len(below), 1, generator=generator).to(below.device) * below[:, -1:]
     drawn = torch.searchsorted(below, point, right=True).clamp_(max=below.shape[1] - 1)
-    return drawn[:, 0].tolist(), out[CACHE]
+    tokens: list[int] = drawn[:, 0].tolist()
+    return tokens
 
 
 @dataclass(slots=True)

@@ -101,12 +101,12 @@ def _kind(one: FormatDamage | WidthDamage, layout: Layout) -> _Kind | None:
     """The kind of a large change to a block; None: the second order is good enough."""
     if isinstance(one, FormatDamage):
         few = one.precision.bits < FEW_BITS and one.site not in layout.units  # sites of ends have their unit's name
-        return _Kind(f"{one.site} below {FEW_BITS:g} bits", anchors=1, prior=0) if few else None
+        return _Kind(f"{one.site} below {FEW_BITS:g} bits", anchors=1, prior=0.0) if few else None
     unit = layout.unit_of_dim(one.dim)
     if one.width in {0, unit.size}:
         return None
     if unit.block in {0, layout.blocks - 1}:
-        return _Kind(f"{one.dim} cut", anchors=1, prior=0)
+        return _Kind(f"{one.dim} cut", anchors=1, prior=0.0)
     return _Kind(f"{one.dim.rpartition('.')[2]} cut", anchors=ANCHORS, prior=PRIOR)
 
 

@@ -14,7 +14,7 @@ class TextKey(StageKey):
     """Text sampled from the model."""
 
     stage: ClassVar[str] = "text"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     weights: str
     config: str
     tokenizer: str  # with its chat template

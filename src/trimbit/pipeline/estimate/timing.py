@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from trimbit.calibrate.gradients import Gradient, coupled
 from trimbit.calibrate.moments import Accumulator, Moments
+from trimbit.calibrate.roomy_cache import roomy_cache
 from trimbit.calibrate.sample import PREFILL_TOKENS, draw, read
 from trimbit.measure.criteria.mutual_information import information
 from trimbit.model.checkpoint.open import materialize
@@ -216,14 +217,16 @@ class Pieces:
         column, generator = torch.zeros(rows, dtype=torch.long), torch.Generator().manual_seed(0)
         part = torch.zeros(min(rows, READ_ROWS), min(PREFILL_TOKENS, length), dtype=torch.long)
         decoder.layers = nn.ModuleList()
-        alone = best_of(3, lambda: draw(model, column, None, generator))
+        alone = best_of(3, lambda: draw(model, column, roomy_cache(), generator))
         alone_read = best_of(2, lambda: read(model, part))
         decoder.layers = blocks
-        past = draw(model, column, None, generator)[1]
+        past = roomy_cache()
+        draw(model, column, past, generator)
         layers: Any = past.layers[:some]
         for index, layer in enumerate(layers):
             shape = (*layer.keys.shape[:2], max(1, length // 2), layer.keys.shape[3])
-            past.update(layer.keys.new_zeros(shape), layer.values.new_zeros(shape), index)
+            with torch.inference_mode():
+                past.update(layer.keys.new_zeros(shape), layer.values.new_zeros(shape), index)
         all_blocks = self.layout.blocks / some
         drawn = alone + all_blocks * max(best_of(4, lambda: draw(model, column, past, generator)) - alone, 0.0)
         reads = alone_read + all_blocks * max(best_of(2, lambda: read(model, part)) - alone_read, 0.0)
